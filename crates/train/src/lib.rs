@@ -1,0 +1,4 @@
+//! firebox-train
+
+pub mod checkpoint;
+pub mod observe;
