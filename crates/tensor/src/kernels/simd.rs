@@ -1,0 +1,198 @@
+//! Runtime dispatch to the widest vector unit, and the element functions of the kernels.
+//!
+//! A kernel's body is written once as plain loops; [`vectorized!`] compiles it for AVX-512, for AVX2 and for the
+//! target's baseline, and picks one at run time. Bodies use neither fused multiply-add nor a reduction whose order depends on the
+//! width (sums run in [`LANES`] fixed lanes), so all three give the same bits.
+
+/// Fixed number of partial sums in every reduction: one AVX-512 register of f32, two of AVX2, four of SSE2 or NEON.
+pub(crate) const LANES: usize = 16;
+
+/// Vector instruction sets that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// What the build's target guarantees (SSE2 on x86-64, NEON on AArch64).
+    Baseline,
+    /// 256-bit registers.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// 512-bit registers.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The widest level of this machine, found once.
+pub(crate) fn level() -> Level {
+    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+                return Level::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") {
+                return Level::Avx2;
+            }
+        }
+        Level::Baseline
+    })
+}
+
+/// Compiles one function body for every [`Level`] and dispatches at run time.
+macro_rules! vectorized {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            match $crate::kernels::simd::level() {
+                // SAFETY: `level()` returns this variant only where the CPU reports the feature.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::kernels::simd::Level::Baseline => body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use vectorized;
+
+/// e^x to 2 ulp for x in [-87, 88]; clamped outside (so e^-inf is about 1e-38, not 0).
+///
+/// Cephes' `expf`: x = n ln2 + r with ln2 in two parts, a polynomial of degree 5 in r, then the exponent bits.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits: no call, no branch.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4f32;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5.000_000_1e-1;
+    let y = p * r * r + r + 1.0;
+    f32::from_bits((((n as i32) + 127) << 23) as u32) * y
+}
+
+/// tanh x through [`exp`], and through its series for small x, where 1 - 2 / (e^2x + 1) cancels.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let x2 = x * x;
+    let series = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))));
+    let full = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    if x2 < 0.0225 { series } else { full }
+}
+
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Sum in [`LANES`] fixed lanes.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    reduce(x, 0.0, |a, b| a + b, |a, b| a + b)
+}
+
+/// Dot product in [`LANES`] fixed lanes.
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (xc, yc) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let (xr, yr) = (xc.remainder(), yc.remainder());
+    for (x, y) in xc.zip(yc) {
+        for k in 0..LANES {
+            lanes[k] += x[k] * y[k];
+        }
+    }
+    let mut total = fold_lanes(lanes, |a, b| a + b);
+    for (x, y) in xr.iter().zip(yr) {
+        total += x * y;
+    }
+    total
+}
+
+/// Largest value; -inf where `x` is empty.
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    reduce(x, f32::NEG_INFINITY, f32::max, f32::max)
+}
+
+/// Replaces every x by e^(scale * (x - shift)) and returns the sum.
+#[inline(always)]
+pub(crate) fn exp_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
+    for v in x.iter_mut() {
+        *v = exp((*v - shift) * scale);
+    }
+    sum(x)
+}
+
+/// Folds `x` in [`LANES`] fixed lanes: `map` joins an element to its lane, `join` two lanes.
+#[inline(always)]
+fn reduce(x: &[f32], init: f32, map: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [init; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for k in 0..LANES {
+            lanes[k] = map(lanes[k], chunk[k]);
+        }
+    }
+    let mut total = fold_lanes(lanes, join);
+    for &v in rest {
+        total = map(total, v);
+    }
+    total
+}
+
+#[inline(always)]
+fn fold_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for k in 0..half {
+            lanes[k] = join(lanes[k], lanes[k + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn element_functions_follow_f64() {
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01;
+            let want = f64::from(x).exp();
+            assert!(((f64::from(exp(x)) - want) / want).abs() < 3e-7, "exp {x}");
+            let want = f64::from(x).tanh();
+            assert!((f64::from(tanh(x)) - want).abs() <= 3e-7 * want.abs().max(1e-3), "tanh {x}");
+        }
+    }
+
+    #[test]
+    fn reductions_cover_every_tail() {
+        for n in 0..70 {
+            let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
+            let want: f64 = x.iter().map(|&v| f64::from(v)).sum();
+            assert!((f64::from(sum(&x)) - want).abs() < 1e-5);
+            let want: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+            assert!((f64::from(dot(&x, &x)) - want).abs() < 1e-5);
+            assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+    }
+}
