@@ -320,7 +320,7 @@ def save(path, tensors, **about):
             stored[name][tensor.abs() < 1e-12 * tensor.abs().max()] = 0.0
         assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), name
     about["versions"] = VERSIONS
-    safetensors.torch.save_file(stored, path, metadata={"firebox": json.dumps(about), "format": "pt"})
+    safetensors.torch.save_file(stored, path, metadata={"firebox": json.dumps(about)})
     path.chmod(0o644)
     print(f"{path.name}: {len(stored)} tensors, {path.stat().st_size // 1000} kB")
     assert path.stat().st_size < 500_000
