@@ -1,0 +1,254 @@
+//! `cargo xtask test`: every test of the project, in parts, each with its time.
+
+mod counts;
+pub mod install;
+pub mod vulkan;
+
+use std::env;
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+
+use self::counts::Counts;
+use self::install::Python;
+use crate::cargo::{cargo, line, run};
+use crate::error::{Error, Result};
+use crate::say;
+use crate::tidy;
+use crate::workspace::Workspace;
+
+/// Runs every test of the project.
+///
+/// The parts, in order: the workspace's unit, documentation and end-to-end tests on the default backend; clients
+/// (TensorBoard reads what Firebox wrote); tidy; wgpu on a Vulkan driver. A part whose tools are missing is skipped and
+/// listed at the end; where the variable CI is `true` that is a failure.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  cargo xtask test --install      install what is missing, then run all
+  cargo xtask test                run what this machine can run
+  cargo xtask test workspace      only the tests of the default backend
+
+From a cold clone, 2 cores need about an hour, 27 minutes of which are the build with wgpu; later runs take minutes.
+The last line counts tests; each check of tidy and each part that could not start counts as one.")]
+pub struct Test {
+    /// The parts to run [default: all].
+    #[arg(value_enum, value_name = "PART")]
+    parts: Vec<Part>,
+    /// Install what the tests need: Debian packages (a software Vulkan driver, python3-venv) by apt-get, TensorBoard by
+    /// pip into the target folder, rustfmt and clippy by rustup. Each is named; what is there is left alone.
+    #[arg(long)]
+    install: bool,
+    /// Before the tests, write the golden values anew with PyTorch (implies installing it into the target folder).
+    #[arg(long)]
+    regenerate_goldens: bool,
+}
+
+/// A part of the tests.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Unit, documentation and end-to-end tests on the default backend.
+    Workspace,
+    /// TensorBoard reads what Firebox wrote.
+    Clients,
+    /// The checks of `cargo xtask tidy`.
+    Tidy,
+    /// The same training on wgpu, on a software Vulkan driver if there is one.
+    Wgpu,
+}
+
+/// In this order: wgpu last, because it builds for long and everything before shares one build.
+const ALL: [Part; 4] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Wgpu];
+
+/// The package that holds the end-to-end tests.
+const END_TO_END: &str = "firebox-tests";
+
+/// The environment variable in which a test finds the Python that has TensorBoard.
+const PYTHON_VARIABLE: &str = "FIREBOX_PYTHON";
+
+/// How a part ended.
+enum Outcome {
+    Ran(Counts),
+    /// What is missing.
+    Missing(String),
+}
+
+impl Part {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
+            Self::Clients => "clients: TensorBoard reads what Firebox wrote",
+            Self::Tidy => "tidy: format, lints, documentation, layering",
+            Self::Wgpu => "wgpu: the same training on wgpu (from cold its build takes about 27 minutes on 2 cores)",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        self.title().split(':').next().unwrap_or_default()
+    }
+}
+
+impl Test {
+    /// Installs if asked, runs the parts, reports.
+    pub fn run(self, workspace: &Workspace) -> Result<ExitCode> {
+        let start = Instant::now();
+        let clients = Python::new(workspace, "python", "tests/clients/requirements.txt");
+        if self.install {
+            install::debian()?;
+            install::rustup()?;
+            clients.install()?;
+        }
+        if self.regenerate_goldens {
+            regenerate_goldens(workspace)?;
+        }
+        let parts = if self.parts.is_empty() { ALL.to_vec() } else { self.parts };
+        let ci = env::var("CI").is_ok_and(|value| value == "true");
+        let mut total = Counts::default();
+        let mut report = vec![];
+        for part in parts {
+            say::heading(part.title());
+            let start = Instant::now();
+            let outcome = match part {
+                Part::Workspace => workspace_tests(workspace, &clients)?,
+                Part::Clients => client_tests(workspace, &clients)?,
+                Part::Tidy => tidy_checks(workspace)?,
+                Part::Wgpu => wgpu_tests(workspace)?,
+            };
+            let (counts, words) = match outcome {
+                Outcome::Ran(counts) => (counts, counts.to_string()),
+                Outcome::Missing(what) => {
+                    let mut counts = Counts::default();
+                    let verdict = if ci {
+                        counts.failed = 1;
+                        "FAILED"
+                    } else {
+                        counts.skipped = 1;
+                        "SKIPPED"
+                    };
+                    let advice = "`cargo xtask test --install` installs it on Debian and Ubuntu";
+                    (counts, format!("{verdict}: {what} is missing; {advice}"))
+                }
+            };
+            total += counts;
+            let line = format!("{:9} {words} ({})", part.name(), say::duration(start.elapsed()));
+            eprintln!("    {line}");
+            report.push(line);
+        }
+        say::heading(&format!("all parts, {}", say::duration(start.elapsed())));
+        for line in report {
+            eprintln!("    {line}");
+        }
+        println!("{total}");
+        Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn workspace_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
+    let mut command = cargo_test(workspace);
+    if let Some(python) = clients.interpreter() {
+        command.env(PYTHON_VARIABLE, python);
+    }
+    counted(&mut command).map(Outcome::Ran)
+}
+
+fn client_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
+    let Some(python) = clients.interpreter() else {
+        return Ok(Outcome::Missing("Python with TensorBoard".to_owned()));
+    };
+    let mut command = end_to_end(workspace, "clients");
+    counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::Ran)
+}
+
+fn wgpu_tests(workspace: &Workspace) -> Result<Outcome> {
+    let variables = match vulkan::environment(workspace)? {
+        Ok(variables) => variables,
+        Err(missing) => return Ok(Outcome::Missing(missing)),
+    };
+    for (name, value) in &variables {
+        eprintln!("    {name}={}", value.display());
+    }
+    counted(end_to_end(workspace, "wgpu").envs(variables)).map(Outcome::Ran)
+}
+
+fn tidy_checks(workspace: &Workspace) -> Result<Outcome> {
+    let checks = tidy::run_all(workspace)?;
+    let passed = checks.iter().filter(|check| check.passed).count();
+    Ok(Outcome::Ran(Counts { passed, failed: checks.len() - passed, skipped: 0 }))
+}
+
+/// All tests go through this one selection of packages, so that features resolve in one way and nothing is built twice.
+fn cargo_test(workspace: &Workspace) -> Command {
+    let mut command = cargo(workspace);
+    command.args(["test", "--release", "--workspace", "--locked", "--no-fail-fast"]);
+    command
+}
+
+/// One test program of the end-to-end package, with the features that its manifest requires for it.
+fn end_to_end(workspace: &Workspace, name: &str) -> Command {
+    let mut command = cargo_test(workspace);
+    command.args(["--test", name]);
+    let features = workspace
+        .members
+        .packages
+        .iter()
+        .filter(|package| package.name.as_str() == END_TO_END)
+        .flat_map(|package| &package.targets)
+        .filter(|target| target.name == name)
+        .flat_map(|target| &target.required_features);
+    for feature in features {
+        command.arg("--features").arg(format!("{END_TO_END}/{feature}"));
+    }
+    command
+}
+
+/// Runs a test command, shows its output as it comes and adds up what it says.
+fn counted(command: &mut Command) -> Result<Counts> {
+    eprintln!("    {}", line(command));
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(|source| Error::Spawn {
+        program: "cargo".to_owned(),
+        source,
+        advice: "install Rust from https://rustup.rs",
+    })?;
+    let mut counts = Counts::default();
+    if let Some(stdout) = child.stdout.take() {
+        let mut reader = BufReader::new(stdout);
+        let mut bytes = vec![];
+        loop {
+            bytes.clear();
+            let n = reader.read_until(b'\n', &mut bytes).map_err(Error::io("read the output of", "cargo test"))?;
+            if n == 0 {
+                break;
+            }
+            if let Some(program) = Counts::from_line(&String::from_utf8_lossy(&bytes)) {
+                counts += program;
+            }
+            // A closed terminal must not end the tests.
+            let _ = io::stdout().write_all(&bytes);
+        }
+    }
+    let status = child.wait().map_err(Error::io("wait for", "cargo test"))?;
+    if !status.success() && counts.failed == 0 {
+        // It did not build, or a test program died before it could count.
+        counts.failed = 1;
+    }
+    Ok(counts)
+}
+
+/// Runs the generators of the golden values with the Python packages that they pin.
+fn regenerate_goldens(workspace: &Workspace) -> Result<()> {
+    let python = Python::new(workspace, "python-goldens", "tests/golden/requirements.txt").install()?;
+    let folder = workspace.root.join("tests/golden");
+    let mut scripts: Vec<_> = std::fs::read_dir(&folder)
+        .map_err(Error::io("read the folder", &folder))?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "py"))
+        .collect();
+    scripts.sort();
+    for script in scripts {
+        say::heading(&format!("golden values: {}", workspace.relative(&script).display()));
+        run(Command::new(&python).arg(&script).current_dir(&folder))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! `cargo xtask train`: build Firebox for a backend, then train with it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+
+use crate::cargo::build_binary;
+use crate::error::{Error, Result};
+use crate::say;
+use crate::workspace::Workspace;
+
+/// Builds Firebox, then trains a model with it.
+///
+/// With no arguments it trains a small decoder on the Rust source of Firebox's own dependencies and ends within
+/// minutes. Everything after `--` goes to `firebox train`; see `cargo xtask train -- --help` for what that takes.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  cargo xtask train                                      the default run
+  cargo xtask train shakespeare-char -- --data FILE      a built-in recipe on a text of yours
+  cargo xtask train my-recipe.toml --backend wgpu        a recipe of yours on the GPU
+  cargo xtask train -- --depth 6 --set optimizer.lr=1e-3 the default run, larger
+  cargo xtask train -- --help                            all options of `firebox train`
+
+The first build takes about 7 minutes on 2 cores (wgpu and its relatives: about 27); later ones take seconds.
+Ctrl-C writes a checkpoint and ends; `--resume` after `--` goes on from there.")]
+pub struct Train {
+    /// A built-in recipe or a TOML file [default: what `firebox train` does by default].
+    recipe: Option<String>,
+    /// What to compute on. Backends other than ndarray are added by a cargo feature and built when first asked for.
+    #[arg(long, value_enum, default_value_t = Backend::Ndarray)]
+    backend: Backend,
+    /// Options for `firebox train`.
+    #[arg(last = true, value_name = "FIREBOX OPTIONS")]
+    options: Vec<String>,
+}
+
+/// A backend; each is a cargo feature of the `firebox` package, and ndarray is the default one.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// The CPU, on burn-ndarray; the default.
+    Ndarray,
+    /// The CPU, on burn-flex.
+    Flex,
+    /// Any GPU, through wgpu and WGSL shaders.
+    Wgpu,
+    /// A GPU through Vulkan and SPIR-V shaders.
+    Vulkan,
+    /// Apple's GPUs through Metal.
+    Metal,
+    /// wgpu's WebGPU.
+    Webgpu,
+    /// NVIDIA's GPUs through CUDA.
+    Cuda,
+    /// AMD's GPUs through ROCm.
+    Rocm,
+}
+
+impl Backend {
+    /// The name, which is also the cargo feature and the value of `firebox train --backend`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ndarray => "ndarray",
+            Self::Flex => "flex",
+            Self::Wgpu => "wgpu",
+            Self::Vulkan => "vulkan",
+            Self::Metal => "metal",
+            Self::Webgpu => "webgpu",
+            Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
+        }
+    }
+
+    /// The features to add to the default ones.
+    fn features(self) -> Vec<&'static str> {
+        match self {
+            Self::Ndarray => vec![],
+            other => vec![other.name()],
+        }
+    }
+
+    /// The third-party library whose presence in the target folder tells a warm build from a cold one, and the minutes
+    /// that a cold one took on 2 cores.
+    fn cold_build(self) -> (&'static str, u32) {
+        match self {
+            Self::Ndarray => ("libburn_ndarray-", 7),
+            Self::Flex => ("libburn_flex-", 9),
+            _ => ("libburn_cubecl-", 27),
+        }
+    }
+}
+
+impl Train {
+    /// Builds, then becomes `firebox train`.
+    pub fn run(self, workspace: &Workspace) -> Result<ExitCode> {
+        let binary = {
+            let (library, minutes) = self.backend.cold_build();
+            if built_before(&workspace.target.join("release/deps"), library) {
+                say::heading("building Firebox");
+            } else {
+                say::heading(&format!(
+                    "building Firebox (first time for {}: about {minutes} minutes on 2 cores)",
+                    self.backend.name()
+                ));
+            }
+            let start = Instant::now();
+            let binary = build_binary(workspace, "firebox", "firebox", &self.backend.features())?;
+            eprintln!("    built in {}", say::duration(start.elapsed()));
+            binary
+        };
+        let arguments = self.arguments();
+        say::heading(&format!("firebox {}", arguments.join(" ")));
+        let mut command = Command::new(&binary);
+        command.args(&arguments);
+        replace_self(command, &binary)
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["train".to_owned()];
+        arguments.extend(self.recipe.clone());
+        // The default is left to `firebox`, so that a recipe may choose.
+        if self.backend != Backend::Ndarray {
+            arguments.extend(["--backend".to_owned(), self.backend.name().to_owned()]);
+        }
+        arguments.extend(self.options.iter().cloned());
+        arguments
+    }
+}
+
+/// Whether a library of that name prefix lies in the folder of build outputs.
+fn built_before(deps: &Path, prefix: &str) -> bool {
+    fs::read_dir(deps)
+        .is_ok_and(|entries| entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with(prefix)))
+}
+
+/// Becomes the program, so that signals and the exit code are the program's own.
+#[cfg(unix)]
+fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+    Err(Error::Io { operation: "run", path: binary.to_owned(), source: command.exec() })
+}
+
+/// Runs the program and hands on its exit code.
+#[cfg(not(unix))]
+fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
+    let status = command.status().map_err(Error::io("run", binary))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train(recipe: Option<&str>, backend: Backend, options: &[&str]) -> Train {
+        Train {
+            recipe: recipe.map(str::to_owned),
+            backend,
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn the_default_leaves_every_choice_to_firebox() {
+        assert_eq!(train(None, Backend::Ndarray, &[]).arguments(), ["train"]);
+        assert!(Backend::Ndarray.features().is_empty());
+    }
+
+    #[test]
+    fn recipe_backend_and_options_are_handed_on() {
+        let arguments = train(Some("char"), Backend::Wgpu, &["--set", "optimizer.lr=1e-3"]).arguments();
+        let expected = ["train", "char", "--backend", "wgpu", "--set", "optimizer.lr=1e-3"];
+        assert_eq!(arguments, expected);
+        assert_eq!(Backend::Wgpu.features(), ["wgpu"]);
+    }
+
+    #[test]
+    fn value_names_are_the_features() {
+        for backend in Backend::value_variants() {
+            let name = backend.to_possible_value().map(|value| value.get_name().to_owned());
+            assert_eq!(name.as_deref(), Some(backend.name()));
+        }
+    }
+
+    #[test]
+    fn a_missing_target_folder_is_a_cold_build() {
+        assert!(!built_before(Path::new("/no/such/folder"), "libburn"));
+    }
+}
