@@ -67,14 +67,11 @@ pub(crate) fn swiglu_backward(x: &[f32], f: usize, dy: &[f32], dx: &mut [f32]) {
     if f == 0 {
         return;
     }
-    dx.par_chunks_mut(2 * f)
-        .zip(x.par_chunks(2 * f))
-        .zip(dy.par_chunks(f))
-        .for_each(|((dx, x), dy)| {
-            let (gate, up) = x.split_at(f);
-            let (dgate, dup) = dx.split_at_mut(f);
-            swiglu_backward_row(gate, up, dy, dgate, dup);
-        });
+    dx.par_chunks_mut(2 * f).zip(x.par_chunks(2 * f)).zip(dy.par_chunks(f)).for_each(|((dx, x), dy)| {
+        let (gate, up) = x.split_at(f);
+        let (dgate, dup) = dx.split_at_mut(f);
+        swiglu_backward_row(gate, up, dy, dgate, dup);
+    });
 }
 
 vectorized! {

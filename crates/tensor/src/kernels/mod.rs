@@ -1,7 +1,7 @@
 //! The kernels of the hot path: safe functions over `f32` slices, row-major, multi-threaded by `rayon`'s pool.
 //!
-//! They know no tensor and no backend. Each is compared on odd shapes with the plain double-precision functions of
-//! [`crate::reference`], its gradient with finite differences of those.
+//! They know no tensor and no backend. Each is compared on odd shapes with the plain double-precision functions in
+//! `tests/reference`, its gradient with finite differences of those.
 
 pub(crate) mod activation;
 pub(crate) mod adamw;

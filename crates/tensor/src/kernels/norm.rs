@@ -5,7 +5,7 @@
 use rayon::prelude::*;
 
 use super::add_assign;
-use super::simd::{dot, sum, vectorized};
+use super::simd::{LANES, dot, sum, vectorized};
 
 /// Rows that one task works on. Fixed, so that partial sums of the weights' gradients are added in one order on any number of threads.
 const ROWS: usize = 128;
@@ -104,14 +104,14 @@ vectorized! {
             dw[i] += dy[i] * dx[i] * r;
         }
         if !db.is_empty() {
-            super::add_assign(db, dy);
+            add_assign(db, dy);
         }
         for i in 0..d {
             dx[i] = dy[i] * weight[i];
         }
         let g_mean = if center { sum(dx) / d as f32 } else { 0.0 };
-        let mut gx = [0f32; super::simd::LANES];
-        let lanes = super::simd::LANES;
+        let mut gx = [0f32; LANES];
+        let lanes = LANES;
         let full = d / lanes * lanes;
         for i in (0..full).step_by(lanes) {
             for k in 0..lanes {

@@ -1,0 +1,150 @@
+//! GELU, SwiGLU and dropout.
+
+use burn::backend::Dispatch;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{Tensor, TensorData};
+
+use super::extension::FusedOps;
+use super::vjp::{Vjp, buffer, dims};
+use crate::adapter::HostBackend;
+use crate::device::is_fused;
+use crate::kernels::activation;
+use crate::random::Counter;
+
+/// GELU in its tanh form (Hendrycks and Gimpel, arXiv:1606.08415), the activation of GPT-2: PyTorch's
+/// `gelu(x, approximate="tanh")`, `gelu_new` in Hugging Face's configs.
+pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_gelu(x.into_dispatch()));
+    }
+    let inner = (x.clone() + x.clone().powi_scalar(3) * 0.044_715) * (2.0 / std::f64::consts::PI).sqrt();
+    x * (inner.tanh() + 1.0) * 0.5
+}
+
+/// SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) * up` for rows `[gate | up]`.
+///
+/// # Shapes
+/// - `x`: `[.., 2 F]`; output `[.., F]`
+///
+/// # Panics
+/// If the last dimension is odd.
+pub fn swiglu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let dims = x.dims();
+    assert!(dims[D - 1].is_multiple_of(2), "swiglu: input {dims:?} does not end in [gate | up]");
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_swiglu(x.into_dispatch()));
+    }
+    let f = dims[D - 1] / 2;
+    let gate = x.clone().narrow(D - 1, 0, f);
+    let up = x.narrow(D - 1, f, f);
+    burn::tensor::activation::silu(gate) * up
+}
+
+/// Inverted dropout: zeroes each element with probability `p`, scales the others by `1 / (1 - p)`. Which ones is a pure function of `counter` and
+/// the element's index. Returns `x` where `p` is 0.
+///
+/// # Panics
+/// If `p` is not in [0, 1).
+pub fn dropout<const D: usize>(x: Tensor<D>, p: f64, counter: Counter) -> Tensor<D> {
+    assert!((0.0..1.0).contains(&p), "dropout: probability {p} is not in [0, 1)");
+    if p == 0.0 {
+        return x;
+    }
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_dropout(x.into_dispatch(), Dropout { p: p as f32, counter }));
+    }
+    let dims = x.dims();
+    let mut mask = buffer(dims.iter().product());
+    activation::dropout(&vec![1.0; mask.len()], p as f32, counter, &mut mask);
+    x.clone() * Tensor::from_data(TensorData::new(mask, dims.to_vec()), &x.device())
+}
+
+/// See [`gelu`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gelu;
+/// See [`swiglu`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SwiGlu;
+/// See [`dropout`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dropout {
+    p: f32,
+    counter: Counter,
+}
+
+impl Vjp<1> for Gelu {
+    fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let shape = dims::<B>(&x);
+        let x = B::values(x);
+        let mut out = buffer(x.as_ref().len());
+        activation::gelu(x.as_ref(), &mut out);
+        B::tensor(out, &shape)
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        [x]: [FloatTensor<B>; 1],
+        grad: FloatTensor<B>,
+        _: [bool; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        let shape = dims::<B>(&x);
+        let (x, grad) = (B::values(x), B::values(grad));
+        let mut dx = buffer(x.as_ref().len());
+        activation::gelu_backward(x.as_ref(), grad.as_ref(), &mut dx);
+        [Some(B::tensor(dx, &shape))]
+    }
+}
+
+impl Vjp<1> for SwiGlu {
+    fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let mut shape = dims::<B>(&x);
+        let x = B::values(x);
+        let f = halve_last(&mut shape);
+        let mut out = buffer(x.as_ref().len() / 2);
+        activation::swiglu(x.as_ref(), f, &mut out);
+        B::tensor(out, &shape)
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        [x]: [FloatTensor<B>; 1],
+        grad: FloatTensor<B>,
+        _: [bool; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        let shape = dims::<B>(&x);
+        let f = halve_last(&mut shape.clone());
+        let (x, grad) = (B::values(x), B::values(grad));
+        let mut dx = buffer(x.as_ref().len());
+        activation::swiglu_backward(x.as_ref(), f, grad.as_ref(), &mut dx);
+        [Some(B::tensor(dx, &shape))]
+    }
+}
+
+fn halve_last(shape: &mut [usize]) -> usize {
+    match shape.last_mut() {
+        Some(last) => {
+            *last /= 2;
+            *last
+        }
+        None => 0,
+    }
+}
+
+impl Vjp<1> for Dropout {
+    fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let shape = dims::<B>(&x);
+        let x = B::values(x);
+        let mut out = buffer(x.as_ref().len());
+        activation::dropout(x.as_ref(), self.p, self.counter, &mut out);
+        B::tensor(out, &shape)
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        _: [FloatTensor<B>; 1],
+        grad: FloatTensor<B>,
+        _: [bool; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        [Some(self.forward::<B>([grad]))]
+    }
+}

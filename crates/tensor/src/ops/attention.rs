@@ -1,0 +1,137 @@
+//! Causal attention with grouped heads, segments and rotary positions.
+
+use std::sync::Arc;
+
+use burn::backend::Dispatch;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{Tensor, activation};
+
+use super::extension::FusedOps;
+use super::sequence::{RopeTable, Sequence, rotate};
+use super::vjp::{Vjp, buffer, dims};
+use crate::adapter::HostBackend;
+use crate::device::is_fused;
+use crate::kernels::attention as kernel;
+
+/// Heads of one attention layer.
+#[derive(Clone, Debug)]
+pub struct AttentionConfig {
+    /// H
+    pub n_heads: usize,
+    /// K; divides H. Each key-value head serves H / K query heads (Ainslie et al., arXiv:2305.13245).
+    pub n_kv_heads: usize,
+    /// E
+    pub head_dim: usize,
+    /// Rotations of queries and keys, if positions are rotary.
+    pub rope: Option<Arc<RopeTable>>,
+}
+
+impl AttentionConfig {
+    /// Width of packed rows `[q | k | v]`: `(H + 2 K) E`.
+    pub fn qkv_width(&self) -> usize {
+        (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    }
+}
+
+/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself. No T x T matrix is kept on the fused backends.
+///
+/// # Shapes
+/// - `qkv`: `[B, T, (H + 2 K) E]`; output `[B, T, H E]`
+///
+/// # Panics
+/// If the shapes do not fit, or a position is beyond the rotary table.
+pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
+    let [batch, tokens, width] = qkv.dims();
+    let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
+    assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
+    assert_eq!(width, config.qkv_width(), "attention: [q | k | v] of {h} + 2 * {k} heads of {e}, got width {width}");
+    assert!(
+        batch == sequence.batch() && tokens == sequence.tokens(),
+        "attention: input [{batch}, {tokens}], sequence [{}, {}]",
+        sequence.batch(),
+        sequence.tokens()
+    );
+    if let Some(rope) = &config.rope {
+        let last = sequence.positions().iter().max().copied().unwrap_or(0) as usize;
+        assert!(
+            last < rope.positions(),
+            "attention: position {last} is beyond the rotary table of {}",
+            rope.positions()
+        );
+        assert_eq!(rope.half() * 2, e, "attention: rotary table for heads of {}, got {e}", rope.half() * 2);
+    }
+    if is_fused(&qkv.device()) {
+        let op = Attention { config: config.clone(), sequence: sequence.clone() };
+        return Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), op));
+    }
+    let device = qkv.device();
+    let heads = |first: usize, n: usize| {
+        let part = qkv.clone().narrow(2, first * e, n * e);
+        part.reshape([batch, tokens, n, e]).swap_dims(1, 2)
+    };
+    let (mut q, mut key) = (heads(0, h), heads(h, k));
+    let v = heads(h + k, k);
+    if let Some(rope) = &config.rope {
+        let rotation = sequence.rotation(rope, &device);
+        q = rotate(q, rotation.clone());
+        key = rotate(key, rotation);
+    }
+    // The H / K query heads of a group are rows of one product: [B, K, (H / K) T, E].
+    let g = h / k;
+    let q = q.reshape([batch, k, g * tokens, e]);
+    let scores = q.matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
+    let scores = scores.reshape([batch, h, tokens, tokens]);
+    // Large, but finite: a row of -inf would turn into NaN.
+    let p = activation::softmax(scores.mask_fill(sequence.mask(&device).expand([batch, h, tokens, tokens]), -1e30), 3);
+    let out = p.reshape([batch, k, g * tokens, tokens]).matmul(v);
+    out.reshape([batch, h, tokens, e]).swap_dims(1, 2).reshape([batch, tokens, h * e])
+}
+
+/// See [`attention`].
+#[derive(Clone, Debug)]
+pub(crate) struct Attention {
+    config: AttentionConfig,
+    sequence: Sequence,
+}
+
+impl Attention {
+    fn shape(&self) -> kernel::Shape<'_> {
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, rope } = &self.config;
+        kernel::Shape {
+            batch: self.sequence.batch(),
+            tokens: self.sequence.tokens(),
+            heads: *n_heads,
+            kv_heads: *n_kv_heads,
+            head_dim: *head_dim,
+            starts: self.sequence.starts(),
+            rope: rope.as_deref().map(|table| {
+                let (cos, sin) = table.tables();
+                kernel::Rope { cos, sin, positions: self.sequence.positions() }
+            }),
+        }
+    }
+}
+
+impl Vjp<1> for Attention {
+    fn forward<B: HostBackend>(&self, [qkv]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let shape = self.shape();
+        let qkv = B::values(qkv);
+        let width = shape.heads * shape.head_dim;
+        let mut out = buffer(shape.batch * shape.tokens * width);
+        kernel::attention(qkv.as_ref(), shape, &mut out);
+        B::tensor(out, &[shape.batch, shape.tokens, width])
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        [qkv]: [FloatTensor<B>; 1],
+        grad: FloatTensor<B>,
+        _: [bool; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        let dims = dims::<B>(&qkv);
+        let (qkv, grad) = (B::values(qkv), B::values(grad));
+        let mut dqkv = buffer(qkv.as_ref().len());
+        kernel::attention_backward(qkv.as_ref(), grad.as_ref(), self.shape(), &mut dqkv);
+        [Some(B::tensor(dqkv, &dims))]
+    }
+}

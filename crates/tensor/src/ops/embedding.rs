@@ -1,0 +1,66 @@
+//! Rows of a table.
+
+use std::sync::Arc;
+
+use burn::backend::Dispatch;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{Int, Tensor, TensorData};
+
+use super::extension::FusedOps;
+use super::vjp::{Vjp, buffer, dims};
+use crate::adapter::HostBackend;
+use crate::device::is_fused;
+use crate::kernels::embedding as kernel;
+
+/// `table[ids]` as `[B, T, D]`.
+///
+/// # Shapes
+/// - `table`: `[V, D]`, `ids`: `B * T` values
+///
+/// # Panics
+/// If an id is not in the table, or there are not `batch * tokens` ids.
+pub fn embedding(table: Tensor<2>, ids: Arc<[i32]>, batch: usize, tokens: usize) -> Tensor<3> {
+    let [v, d] = table.dims();
+    assert_eq!(ids.len(), batch * tokens, "embedding: {} ids for {batch} rows of {tokens} tokens", ids.len());
+    if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= v) {
+        panic!("embedding: id {bad} is not in the table of {v} rows");
+    }
+    if is_fused(&table.device()) {
+        let op = Embedding { ids, batch, tokens };
+        return Tensor::from_dispatch(Dispatch::fused_embedding(table.into_dispatch(), op));
+    }
+    let data = TensorData::new(ids.to_vec(), [batch * tokens]);
+    let ids = Tensor::<1, Int>::from_data(data, &table.device());
+    table.select(0, ids).reshape([batch, tokens, d])
+}
+
+/// See [`embedding`].
+#[derive(Clone, Debug)]
+pub(crate) struct Embedding {
+    ids: Arc<[i32]>,
+    batch: usize,
+    tokens: usize,
+}
+
+impl Vjp<1> for Embedding {
+    fn forward<B: HostBackend>(&self, [table]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let d = dims::<B>(&table)[1];
+        let table = B::values(table);
+        let mut out = buffer(self.ids.len() * d);
+        kernel::gather(table.as_ref(), d, &self.ids, &mut out);
+        B::tensor(out, &[self.batch, self.tokens, d])
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        [table]: [FloatTensor<B>; 1],
+        grad: FloatTensor<B>,
+        _: [bool; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        let shape = dims::<B>(&table);
+        let grad = B::values(grad);
+        let mut dtable = buffer(shape[0] * shape[1]);
+        kernel::scatter_add(grad.as_ref(), shape[1], &self.ids, &mut dtable);
+        [Some(B::tensor(dtable, &shape))]
+    }
+}

@@ -1,0 +1,138 @@
+//! The fused operations as an extension of burn's backends: routing alone, the work is in [`Vjp`](super::vjp::Vjp) implementations.
+
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, backend_extension};
+
+use super::activation::{Dropout, Gelu, SwiGlu};
+use super::attention::Attention;
+use super::cross_entropy;
+use super::embedding::Embedding;
+use super::linear::{Linear, LinearBias};
+use super::norm::{Norm, NormBias};
+use super::vjp::{Vjp, apply};
+use crate::adapter::HostBackend;
+
+#[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"), Autodiff)]
+#[allow(missing_docs)]
+pub(crate) trait FusedOps: Backend {
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self>;
+    fn fused_linear_bias(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
+    fn fused_norm_bias(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        op: NormBias,
+    ) -> FloatTensor<Self>;
+    fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self>;
+    fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self>;
+    fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self>;
+    fn fused_linear_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+        scale: f32,
+    ) -> FloatTensor<Self>;
+}
+
+macro_rules! host_backend {
+    ($feature:literal, $backend:ident) => {
+        #[cfg(feature = $feature)]
+        impl FusedOps for burn::backend::$backend {
+            fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self> {
+                op.forward::<Self>([x, w])
+            }
+            fn fused_linear_bias(
+                x: FloatTensor<Self>,
+                w: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+            ) -> FloatTensor<Self> {
+                LinearBias.forward::<Self>([x, w, b])
+            }
+            fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
+                op.forward::<Self>([x, w])
+            }
+            fn fused_norm_bias(
+                x: FloatTensor<Self>,
+                w: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                op: NormBias,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([x, w, b])
+            }
+            fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                Gelu.forward::<Self>([x])
+            }
+            fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                SwiGlu.forward::<Self>([x])
+            }
+            fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self> {
+                op.forward::<Self>([x])
+            }
+            fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
+                op.forward::<Self>([qkv])
+            }
+            fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
+                op.forward::<Self>([table])
+            }
+            fn fused_linear_cross_entropy(
+                hidden: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                targets: Arc<[i32]>,
+                scale: f32,
+            ) -> FloatTensor<Self> {
+                cross_entropy::forward::<Self>(hidden, weight, &targets, scale)
+            }
+        }
+    };
+}
+host_backend!("ndarray", NdArray);
+host_backend!("flex", Flex);
+
+impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self> {
+        apply::<B, C, _, 2>(op, [x, w])
+    }
+    fn fused_linear_bias(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        apply::<B, C, _, 3>(LinearBias, [x, w, b])
+    }
+    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
+        apply::<B, C, _, 2>(op, [x, w])
+    }
+    fn fused_norm_bias(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        op: NormBias,
+    ) -> FloatTensor<Self> {
+        apply::<B, C, _, 3>(op, [x, w, b])
+    }
+    fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(Gelu, [x])
+    }
+    fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(SwiGlu, [x])
+    }
+    fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [x])
+    }
+    fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [qkv])
+    }
+    fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [table])
+    }
+    fn fused_linear_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: Arc<[i32]>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        cross_entropy::apply::<B, C>(hidden, weight, targets, scale)
+    }
+}

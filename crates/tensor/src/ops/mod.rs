@@ -1,0 +1,25 @@
+//! Differentiable operations for transformers.
+//!
+//! On the CPU backends each is one fused operation of a burn backend extension with a handwritten backward; on every other device it is
+//! composed of burn's own operations. Shapes: `B` batch rows, `T` tokens, `D` model width, `H` heads, `K` key-value heads, `E` head width,
+//! `V` vocabulary.
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod extension;
+mod linear;
+mod norm;
+mod optim;
+mod sequence;
+mod vjp;
+
+pub use activation::{dropout, gelu, swiglu};
+pub use attention::{AttentionConfig, attention};
+pub use cross_entropy::linear_cross_entropy;
+pub use embedding::embedding;
+pub use linear::{linear, linear_transposed};
+pub use norm::{layer_norm, rms_norm};
+pub use optim::{AdamWHyper, adamw, sum_of_squares};
+pub use sequence::{RopeTable, Sequence};

@@ -1,0 +1,118 @@
+//! The plain references of the fused operations: double precision, no blocks, no tricks. Their gradients are finite differences.
+
+/// `[n, i] x [i, o] + b`
+pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, i: usize, o: usize) -> Vec<f64> {
+    let mut y = Vec::new();
+    for row in x.chunks(i) {
+        for c in 0..o {
+            let dot: f64 = (0..i).map(|k| row[k] * w[k * o + c]).sum();
+            y.push(dot + b.map_or(0.0, |b| b[c]));
+        }
+    }
+    y
+}
+
+/// `[o, i]` from `[i, o]`
+pub fn transpose(w: &[f64], i: usize, o: usize) -> Vec<f64> {
+    (0..o).flat_map(|c| (0..i).map(move |k| w[k * o + c])).collect()
+}
+
+/// LayerNorm where `center`, RMSNorm otherwise.
+pub fn norm(x: &[f64], w: &[f64], b: Option<&[f64]>, center: bool, eps: f64) -> Vec<f64> {
+    let d = w.len();
+    let mut y = Vec::new();
+    for row in x.chunks(d) {
+        let mean = if center { row.iter().sum::<f64>() / d as f64 } else { 0.0 };
+        let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64;
+        for k in 0..d {
+            y.push((row[k] - mean) / (var + eps).sqrt() * w[k] + b.map_or(0.0, |b| b[k]));
+        }
+    }
+    y
+}
+
+/// GELU, tanh form.
+pub fn gelu(x: &[f64]) -> Vec<f64> {
+    let c = (2.0 / std::f64::consts::PI).sqrt();
+    x.iter().map(|&x| 0.5 * x * (1.0 + (c * (x + 0.044715 * x.powi(3))).tanh())).collect()
+}
+
+/// `silu(gate) * up`, rows `[gate | up]` of `2 f`.
+pub fn swiglu(x: &[f64], f: usize) -> Vec<f64> {
+    x.chunks(2 * f).flat_map(|r| (0..f).map(|k| r[k] / (1.0 + (-r[k]).exp()) * r[f + k])).collect()
+}
+
+/// One attention layer: shapes, position and segment of each token, base of the rotation.
+pub struct Attention<'a> {
+    pub tokens: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub positions: &'a [i32],
+    pub segments: &'a [i32],
+    pub theta: Option<f64>,
+}
+
+impl Attention<'_> {
+    /// `[B, T, H E]` from `[B, T, (H + 2 K) E]`
+    pub fn forward(&self, qkv: &[f64]) -> Vec<f64> {
+        let Attention { tokens: t, heads: h, kv_heads: k, head_dim: e, .. } = *self;
+        let w = (h + 2 * k) * e;
+        let batch = qkv.len() / (t * w);
+        let vector = |b: usize, i: usize, head: usize, rotate: bool| -> Vec<f64> {
+            let at = (b * t + i) * w + head * e;
+            let x = &qkv[at..at + e];
+            let Some(theta) = self.theta.filter(|_| rotate) else { return x.to_vec() };
+            let half = e / 2;
+            (0..e)
+                .map(|j| {
+                    let angle = f64::from(self.positions[b * t + i]) * theta.powf(-2.0 * (j % half) as f64 / e as f64);
+                    let partner = if j < half { -x[j + half] } else { x[j - half] };
+                    x[j] * angle.cos() + partner * angle.sin()
+                })
+                .collect()
+        };
+        let mut out = vec![0.0; batch * t * h * e];
+        for b in 0..batch {
+            for head in 0..h {
+                let kv = head / (h / k);
+                for i in 0..t {
+                    let q = vector(b, i, head, true);
+                    let seen: Vec<usize> =
+                        (0..=i).filter(|&j| self.segments[b * t + j] == self.segments[b * t + i]).collect();
+                    let scores: Vec<f64> = seen
+                        .iter()
+                        .map(|&j| {
+                            let key = vector(b, j, h + kv, true);
+                            q.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (e as f64).sqrt()
+                        })
+                        .collect();
+                    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+                    for (&j, s) in seen.iter().zip(&scores) {
+                        let p = (s - top).exp() / total;
+                        let v = vector(b, j, h + k + kv, false);
+                        for c in 0..e {
+                            out[((b * t + i) * h + head) * e + c] += p * v[c];
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+/// `scale * sum -log softmax(h w^T)[target]` over targets that are not negative; `w` is `[v, d]`.
+pub fn linear_cross_entropy(hidden: &[f64], w: &[f64], d: usize, targets: &[i32], scale: f64) -> Vec<f64> {
+    let mut total = 0.0;
+    for (row, &target) in hidden.chunks(d).zip(targets) {
+        if target >= 0 {
+            let logits: Vec<f64> = w.chunks(d).map(|w| row.iter().zip(w).map(|(a, b)| a * b).sum()).collect();
+            let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
+            total += top + sum.ln() - logits[target as usize];
+        }
+    }
+    vec![total * scale]
+}
