@@ -26,7 +26,8 @@ pub enum CheckpointError {
         source: io::Error,
     },
 
-    /// The disk, a quota or a limit on file sizes was reached while writing. The unfinished checkpoint has been removed.
+    /// The disk, a quota or a limit on file sizes was reached while writing. The unfinished checkpoint has been
+    /// removed.
     #[error("no room for the checkpoint {}: it needs at least {}, {}; the unfinished checkpoint was removed and earlier \
              ones are untouched; {}", path.display(), bytes(*needed), free_text(*free), advice(source))]
     Full {

@@ -103,54 +103,51 @@ pub(super) fn create_all(dir: &Path) -> Result<(), CheckpointError> {
 
 /// Creates the folder to write `step` in, and locks it for as long as the returned file is open.
 ///
-/// The lock tells [`clean`] in any other process, also one in another container on the same disk, that the folder is in use; the
-/// operating system drops it when this process dies, however it dies. `None` where folders cannot be locked.
+/// The lock tells [`clean`] in any other process, also one in another container on the same disk, that the folder is in
+/// use; the operating system drops it when this process dies, however it dies. `None` where folders cannot be locked.
 pub(super) fn create_temp(dir: &Path, step: u64) -> Result<(PathBuf, Option<File>), CheckpointError> {
     let path = temp_path(dir, step);
-    loop {
+    // Another process that cleans up may hold the lock of a new folder for a moment; another writer holds it for long.
+    for _ in 0..50 {
         match fs::create_dir(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 // A dead process had our number, which is common in containers, or this process writes the step twice.
-                if !is_abandoned(&path, true) {
-                    return Err(CheckpointError::invalid(
-                        "create the folder",
-                        &path,
-                        "one writer for this step",
-                        "a second one while the first is open",
-                    ));
+                match take_abandoned(&path, true) {
+                    Some(_lock) => remove(&path).map_err(CheckpointError::io("remove the leftover", &path))?,
+                    None => std::thread::sleep(Duration::from_millis(5)),
                 }
-                remove(&path).map_err(CheckpointError::io("remove the leftover", &path))?;
                 continue;
             }
             Err(error) => return Err(CheckpointError::io("create the folder", &path)(error)),
         }
-        let Ok(file) = File::open(&path) else {
-            // Removed by a process that cleans up, or a system that cannot open folders.
-            if path.is_dir() {
-                return Ok((path, None));
-            }
-            continue;
-        };
-        match file.try_lock() {
-            Ok(()) if path.is_dir() => return Ok((path, Some(file))),
-            // Another process cleaned up between the two lines above. It will be done at once.
-            Ok(()) | Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
-            Err(TryLockError::Error(_)) => return Ok((path, None)),
+        match File::open(&path).map(|file| (file.try_lock(), file)) {
+            // Unless a process that cleans up had removed it before it was locked.
+            Ok((Ok(()), file)) if path.is_dir() => return Ok((path, Some(file))),
+            Ok((Ok(()) | Err(TryLockError::WouldBlock), _)) => {}
+            Ok((Err(TryLockError::Error(_)), _)) => return Ok((path, None)),
+            Err(_) if path.is_dir() => return Ok((path, None)),
+            Err(_) => {}
         }
     }
+    Err(CheckpointError::invalid(
+        "create the folder",
+        &path,
+        "one writer of this step",
+        "a second one, the first is open",
+    ))
 }
 
-/// Whether nobody writes in the folder any more. `ours`: its name has the number of this process.
-fn is_abandoned(path: &Path, ours: bool) -> bool {
-    match File::open(path).map(|file| file.try_lock()) {
-        Ok(Ok(())) => true,
-        Ok(Err(TryLockError::WouldBlock)) => false,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
-        Ok(Err(TryLockError::Error(_))) | Err(_) => {
+/// `Some` if nobody writes in the folder any more; its lock, where there is one, is to be held while it is removed, so
+/// that a writer that has just created it waits. `ours`: its name has the number of this process.
+fn take_abandoned(path: &Path, ours: bool) -> Option<Option<File>> {
+    match File::open(path).map(|file| (file.try_lock(), file)) {
+        Ok((Ok(()), file)) => Some(Some(file)),
+        Ok((Err(TryLockError::WouldBlock), _)) => None,
+        Ok((Err(TryLockError::Error(_)), _)) | Err(_) => {
             let modified = fs::metadata(path).and_then(|m| m.modified()).ok();
             let age = modified.and_then(|time| SystemTime::now().duration_since(time).ok());
-            ours || age.is_some_and(|age| age > ABANDONED_AFTER)
+            (ours || age.is_some_and(|age| age > ABANDONED_AFTER)).then_some(None)
         }
     }
 }
@@ -164,7 +161,7 @@ pub(super) fn clean(dir: &Path) {
             Kind::Finished => {}
             Kind::Gone => drop(remove(&path)),
             Kind::Temp => {
-                if is_abandoned(&path, false) {
+                if let Some(_lock) = take_abandoned(&path, false) {
                     drop(remove(&path));
                 }
             }

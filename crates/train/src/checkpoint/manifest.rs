@@ -85,14 +85,15 @@ impl Manifest {
     }
 
     fn parse(path: &Path, text: &[u8]) -> Result<Self, CheckpointError> {
-        if let Ok(found) = serde_json::from_slice::<Version>(text) {
-            if found.format == FORMAT && found.version > VERSION {
-                return Err(CheckpointError::WrongKind {
-                    path: path.to_owned(),
-                    expected: format!("a checkpoint of version {VERSION} or before"),
-                    got: format!("version {}, of a newer Firebox: update Firebox to read it", found.version),
-                });
-            }
+        if let Ok(found) = serde_json::from_slice::<Version>(text)
+            && found.format == FORMAT
+            && found.version > VERSION
+        {
+            return Err(CheckpointError::WrongKind {
+                path: path.to_owned(),
+                expected: format!("a checkpoint of version {VERSION} or before"),
+                got: format!("version {}, of a newer Firebox: update Firebox to read it", found.version),
+            });
         }
         let manifest: Self = serde_json::from_slice(text)
             .map_err(|error| CheckpointError::torn(path, "a manifest", format!("text that is none ({error})")))?;

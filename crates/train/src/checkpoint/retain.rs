@@ -44,16 +44,15 @@ pub fn prune(dir: impl AsRef<Path>, keep_last: usize, keep_best: bool) -> Result
         }
     }
 
-    let checkpoints: Vec<&Checkpoint> = whole.iter().map(|(_, checkpoint)| checkpoint).collect();
-    let mut keep = choose(&checkpoints, keep_last, keep_best);
-    // Sizes do not show every damage. Read from the newest on until one that stays is proven; usually that is the one just
-    // written, whose bytes are still in memory. If none of the chosen is whole, an older one stays that is.
-    let chosen = whole.iter().filter(|(entry, _)| keep.contains(&entry.step));
-    let others = whole.iter().filter(|(entry, _)| !keep.contains(&entry.step));
-    let proven = chosen.chain(others).find(|(entry, _)| open_entry(entry, Verify::Hashes).is_ok());
-    match proven.map(|(entry, _)| entry.step) {
-        Some(step) => keep.insert(step),
-        None => return Ok(Pruned { kept: whole.iter().rev().map(|(entry, _)| entry.step).collect(), ..pruned }),
+    // Sizes do not show every damage: nothing goes before one of those that stay has been read and found whole. Usually
+    // that is the one just written, whose bytes are still in memory.
+    let keep = loop {
+        let keep = choose(whole.iter().map(|(_, checkpoint)| checkpoint), keep_last, keep_best);
+        let Some(first) = whole.iter().position(|(entry, _)| keep.contains(&entry.step)) else { break keep };
+        match open_entry(&whole[first].0, Verify::Hashes) {
+            Ok(_) => break keep,
+            Err(reason) => pruned.skipped.push(Skipped { path: whole.remove(first).0.path, reason }),
+        }
     };
 
     for (entry, _) in whole.into_iter().rev() {
@@ -67,10 +66,14 @@ pub fn prune(dir: impl AsRef<Path>, keep_last: usize, keep_best: bool) -> Result
     Ok(pruned)
 }
 
-/// The steps to keep of `checkpoints`, which are in order from the newest on.
-fn choose(checkpoints: &[&Checkpoint], keep_last: usize, keep_best: bool) -> BTreeSet<u64> {
-    let rated = checkpoints.iter().filter_map(|c| Some((c.metric()?, c.step())));
+/// The steps to keep of `checkpoints`, which come in order from the newest on.
+fn choose<'a>(
+    checkpoints: impl Iterator<Item = &'a Checkpoint> + Clone,
+    keep_last: usize,
+    keep_best: bool,
+) -> BTreeSet<u64> {
+    let rated = checkpoints.clone().filter_map(|c| Some((c.metric()?, c.step())));
     let best = rated.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).filter(|_| keep_best);
     let last = if best.is_none() { keep_last.max(1) } else { keep_last };
-    checkpoints.iter().take(last).map(|c| c.step()).chain(best.map(|(_, step)| step)).collect()
+    checkpoints.take(last).map(Checkpoint::step).chain(best.map(|(_, step)| step)).collect()
 }

@@ -84,9 +84,9 @@ pub(super) fn header(
             Some(end) => end,
             None => return invalid("a size in whole bytes that fits in memory", format!("{spec:?}")),
         };
-        // PyTorch and NumPy read a tensor in place only if it lies at a multiple of its element's size. The format allows
-        // no gaps, so the order must provide for that.
-        if offset % spec.dtype.bitsize().div_ceil(8) != 0 {
+        // PyTorch and NumPy read a tensor in place only if it lies at a multiple of its element's size. The format
+        // allows no gaps, so the order must provide for that.
+        if !offset.is_multiple_of(spec.dtype.bitsize().div_ceil(8)) {
             return invalid("tensors of wide types before those of narrow ones", format!("{spec:?} at byte {offset}"));
         }
         if spec.name == METADATA {
@@ -298,7 +298,8 @@ impl TensorFile {
         self.index.contains_key(name)
     }
 
-    /// The text that the writer of the file kept beside the tensors. Where several files have the same key, the first counts.
+    /// The text that the writer of the file kept beside the tensors. Where several files have the same key, the first
+    /// counts.
     pub fn metadata(&self) -> BTreeMap<&str, &str> {
         let texts = self.shards.iter().rev().filter_map(|shard| shard.metadata.metadata().as_ref());
         texts.flatten().map(|(key, value)| (key.as_str(), value.as_str())).collect()

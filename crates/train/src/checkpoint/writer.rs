@@ -13,12 +13,12 @@ use super::folder;
 use super::manifest::{FileEntry, MANIFEST, Manifest, check_name, hex};
 use super::tensors::{TensorSpec, header};
 
-/// Writes and hashes go in pieces of this size: large enough for the disk, small enough to be still in the cache when the
-/// hash has read it.
+/// Writes and hashes go in pieces of this size: large enough for the disk, small enough to be still in the cache when
+/// the hash has read it.
 const PIECE: usize = 1 << 20;
 
-/// Writes one checkpoint. Nothing of it is visible until [`finish`](Self::finish) returns; dropped before that, or after
-/// any error, it leaves nothing behind.
+/// Writes one checkpoint. Nothing of it is visible until [`finish`](Self::finish) returns; dropped before that, or
+/// after any error, it leaves nothing behind.
 #[derive(Debug)]
 pub struct Writer {
     dir: PathBuf,
@@ -69,14 +69,14 @@ impl Writer {
 
     /// Writes a safetensors file with the tensors `specs`, whose bytes `data` gives in the same order.
     ///
-    /// `data` is asked for a tensor only when the one before is written and dropped, so a lazy iterator keeps at most one in
-    /// memory. An iterator that cannot go on just ends: that is an error here, and leaves no checkpoint. `metadata` is text kept
-    /// in the file's header, such as `format = "pt"` for readers of Hugging Face.
+    /// `data` is asked for a tensor only when the one before is written and dropped, so a lazy iterator keeps at most
+    /// one in memory. An iterator that cannot go on just ends: that is an error here, and leaves no checkpoint.
+    /// `metadata` is text kept in the file's header, such as `format = "pt"` for readers of Hugging Face.
     ///
     /// # Errors
     ///
-    /// If names repeat, a type narrower than the next tensor's would misalign that, the bytes do not fit the shapes, there
-    /// are fewer or more tensors than specs, or the disk fails.
+    /// If names repeat, a type narrower than the next tensor's would misalign that, the bytes do not fit the shapes,
+    /// there are fewer or more tensors than specs, or the disk fails.
     pub fn tensors<I>(
         &mut self,
         name: &str,
@@ -177,8 +177,8 @@ impl Writer {
     /// Flushes everything, writes the manifest, gives the folder its name `step-N`, and returns its path. A former
     /// checkpoint of the same step is replaced.
     ///
-    /// `metric` is what [`find_best`](super::find_best) and [`prune`](super::prune) minimize: the validation loss. One that
-    /// is not finite counts as none.
+    /// `metric` is what [`find_best`](super::find_best) and [`prune`](super::prune) minimize: the validation loss. One
+    /// that is not finite counts as none.
     ///
     /// # Errors
     ///
