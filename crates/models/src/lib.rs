@@ -1,1 +1,27 @@
-//! firebox-models
+//! # firebox-models
+//!
+//! Transformer models for training on [burn](https://burn.dev), written for one device and nothing else: no ranks, no files, no flags.
+//! A model is a list of [stages](Staged), so that whoever drives it decides what is kept, recomputed, sharded or sent.
+//!
+//! - [`decoder`]: one configurable causal decoder that covers GPT-2 and Llama, from 1M to 70B parameters, with its KV cache and the names and
+//!   layouts under which Hugging Face stores it.
+//!
+//! ```
+//! use firebox_models::decoder::{Decoder, DecoderConfig, presets};
+//! use firebox_models::{Staged, TokenBatch};
+//! use firebox_tensor::device::Backend;
+//!
+//! let device = Backend::NdArray.device()?.autodiff();
+//! let config = DecoderConfig { vocab_size: 64, context: 16, ..presets::depth(2, 64) };
+//! let model = Decoder::new(&config, 1337, &device)?;
+//! let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
+//! let loss = model.loss(&batch, 0);
+//! let grads = loss.backward();
+//! assert!(model.embed.weight.val().grad(&grads).is_some());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod decoder;
+mod stage;
+
+pub use stage::{Flow, Staged, TokenBatch};

@@ -7,7 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, activation};
 
 use super::extension::FusedOps;
-use super::sequence::{RopeTable, Sequence, rotate};
+use super::sequence::{RopeTable, Sequence, rotate_half};
 use super::vjp::{Vjp, buffer, dims};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
@@ -73,8 +73,8 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
     let v = heads(h + k, k);
     if let Some(rope) = &config.rope {
         let rotation = sequence.rotation(rope, &device);
-        q = rotate(q, rotation.clone());
-        key = rotate(key, rotation);
+        q = rotate_half(q, rotation.clone());
+        key = rotate_half(key, rotation);
     }
     // The H / K query heads of a group are rows of one product: [B, K, (H / K) T, E].
     let g = h / k;

@@ -22,4 +22,4 @@ pub use embedding::embedding;
 pub use linear::{linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{AdamWHyper, adamw, sum_of_squares};
-pub use sequence::{RopeTable, Sequence};
+pub use sequence::{RopeTable, Sequence, rotate_half};

@@ -159,8 +159,8 @@ impl RopeTable {
     }
 }
 
-/// Rotates the pairs (j, j + E/2) of `x [B, H, T, E]` by `[cos, sin]` of `[B, 1, T, E / 2]`.
-pub(crate) fn rotate(x: Tensor<4>, [cos, sin]: [Tensor<4>; 2]) -> Tensor<4> {
+/// Rotates the pairs (j, j + E/2) of `x [B, H, T, E]` by `[cos, sin]` of `[B, 1, T, E / 2]` (see [`RopeTable::at`]).
+pub fn rotate_half(x: Tensor<4>, [cos, sin]: [Tensor<4>; 2]) -> Tensor<4> {
     let half = x.dims()[3] / 2;
     let a = x.clone().narrow(3, 0, half);
     let b = x.narrow(3, half, half);

@@ -1,0 +1,172 @@
+//! The shape of a decoder.
+
+use serde::{Deserialize, Serialize};
+
+/// A decoder's shape; every value is resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DecoderConfig {
+    /// V: number of tokens.
+    pub vocab_size: usize,
+    /// D: width of the residual stream.
+    pub d_model: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// H: query heads; divides D unless `head_dim` is given.
+    pub n_heads: usize,
+    /// K: key-value heads; divides H.
+    pub n_kv_heads: usize,
+    /// E: width of a head.
+    pub head_dim: usize,
+    /// F: width of the feed-forward layer.
+    pub d_ff: usize,
+    /// Tokens per row: the longest sequence.
+    pub context: usize,
+    /// Normalization before each part and at the end.
+    pub norm: NormKind,
+    /// Added to the variance.
+    pub norm_eps: f64,
+    /// Feed-forward layer.
+    pub feed_forward: FeedForward,
+    /// How positions enter.
+    pub positions: Positions,
+    /// Whether linear layers and LayerNorm have biases.
+    pub bias: bool,
+    /// Whether the head's weight is the embedding's.
+    pub tied: bool,
+    /// Probability of dropping an element after the embedding and before each residual addition.
+    pub dropout: f64,
+    /// Standard deviation of initial weights; those that write to the residual stream get `init_std / sqrt(2 n_layers)` (GPT-2, section 2.3).
+    pub init_std: f64,
+}
+
+/// A normalization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// LayerNorm.
+    LayerNorm,
+    /// RMSNorm.
+    RmsNorm,
+}
+
+/// A feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForward {
+    /// Linear, GELU (tanh form), linear.
+    Gelu,
+    /// `silu(x gate) * (x up)`, linear.
+    SwiGlu,
+}
+
+/// How positions enter.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// A learned vector per position, added to the embedding.
+    Learned,
+    /// Rotary (rotate-half, as Hugging Face's Llama).
+    Rotary {
+        /// Base of the angles.
+        theta: f64,
+    },
+}
+
+/// A shape that no decoder can have.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("decoder config: {field} = {got}: {expected}")]
+pub struct ConfigError {
+    /// The value at fault.
+    pub field: &'static str,
+    /// What it is.
+    pub got: String,
+    /// What it should be.
+    pub expected: String,
+}
+
+impl DecoderConfig {
+    /// Checks that the shape is possible.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first value that is not.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let fail = |field, got: String, expected: String| Err(ConfigError { field, got, expected });
+        let positive = [
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("n_layers", self.n_layers),
+            ("n_heads", self.n_heads),
+            ("n_kv_heads", self.n_kv_heads),
+            ("head_dim", self.head_dim),
+            ("d_ff", self.d_ff),
+            ("context", self.context),
+        ];
+        for (field, value) in positive {
+            if value == 0 {
+                return fail(field, value.to_string(), "must be at least 1".into());
+            }
+            if value > i32::MAX as usize {
+                return fail(field, value.to_string(), format!("must be at most {}", i32::MAX));
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            return fail("n_kv_heads", self.n_kv_heads.to_string(), format!("must divide n_heads = {}", self.n_heads));
+        }
+        if let Positions::Rotary { theta } = self.positions {
+            if !self.head_dim.is_multiple_of(2) {
+                return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
+            }
+            if !(theta.is_finite() && theta > 0.0) {
+                return fail("positions.rotary.theta", theta.to_string(), "must be positive".into());
+            }
+        }
+        if !(self.norm_eps.is_finite() && self.norm_eps > 0.0) {
+            return fail("norm_eps", self.norm_eps.to_string(), "must be positive".into());
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return fail("dropout", self.dropout.to_string(), "must be in [0, 1)".into());
+        }
+        if !(self.init_std.is_finite() && self.init_std > 0.0) {
+            return fail("init_std", self.init_std.to_string(), "must be positive".into());
+        }
+        Ok(())
+    }
+
+    /// Width of the packed projection `[q | k | v]`.
+    pub fn qkv_width(&self) -> usize {
+        (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    }
+
+    /// Width of the first feed-forward projection: `[gate | up]` for SwiGLU.
+    pub fn ff_in_width(&self) -> usize {
+        match self.feed_forward {
+            FeedForward::Gelu => self.d_ff,
+            FeedForward::SwiGlu => 2 * self.d_ff,
+        }
+    }
+
+    /// Number of parameters, without making the model.
+    pub fn num_params(&self) -> usize {
+        let d = self.d_model;
+        let bias = |n: usize| if self.bias { n } else { 0 };
+        let norm = d + if self.norm == NormKind::LayerNorm { bias(d) } else { 0 };
+        let linear = |i: usize, o: usize| i * o + bias(o);
+        let attention = linear(d, self.qkv_width()) + linear(self.n_heads * self.head_dim, d);
+        let mlp = linear(d, self.ff_in_width()) + linear(self.d_ff, d);
+        let tables = self.vocab_size * d * if self.tied { 1 } else { 2 };
+        let positions = if self.positions == Positions::Learned { self.context * d } else { 0 };
+        tables + positions + self.n_layers * (attention + mlp + 2 * norm) + norm
+    }
+
+    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses, and 12 H E T per layer
+    /// for attention (Chowdhery et al., arXiv:2204.02311, appendix B), halved because a causal query sees half of the tokens.
+    pub fn flops_per_token(&self) -> f64 {
+        let d = self.d_model;
+        let per_layer =
+            d * self.qkv_width() + self.n_heads * self.head_dim * d + d * self.ff_in_width() + self.d_ff * d;
+        let weights = self.n_layers * per_layer + self.vocab_size * d;
+        let attention = 6 * self.n_layers * self.n_heads * self.head_dim * self.context;
+        (6 * weights + attention) as f64
+    }
+}

@@ -1,0 +1,511 @@
+//! Names, layouts and configs of Hugging Face's GPT-2 and Llama.
+//!
+//! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
+//! only maps values in memory: files belong to whoever reads and writes them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+
+/// Which of the two families a decoder is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// `GPT2LMHeadModel`
+    Gpt2,
+    /// `LlamaForCausalLM`
+    Llama,
+    /// Neither: Firebox's own names and config, for combinations that Hugging Face has no class for.
+    Firebox,
+}
+
+/// Why a `config.json` cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HfError {
+    /// It is of an architecture that this decoder does not cover.
+    #[error(
+        "config.json: architecture `{got}` is not one of gpt2, llama, firebox: this checkpoint cannot be loaded as a decoder"
+    )]
+    Architecture {
+        /// Its `model_type`.
+        got: String,
+    },
+    /// A key is missing or of the wrong type.
+    #[error("config.json: `{key}`: expected {expected}, got {got}")]
+    Key {
+        /// The key.
+        key: String,
+        /// What it should hold.
+        expected: &'static str,
+        /// What it holds.
+        got: String,
+    },
+    /// A feature that the decoder lacks.
+    #[error("config.json: `{key}` = {got} is not supported")]
+    Unsupported {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        got: String,
+    },
+    /// A shape that is impossible.
+    #[error("config.json: {0}")]
+    Shape(#[from] super::config::ConfigError),
+}
+
+/// One tensor of a file and the columns (of an `[in, out]` weight, or entries of a vector) of the decoder's parameter that it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Name in the file.
+    pub name: String,
+    /// Shape in the file.
+    pub shape: Vec<usize>,
+    /// First column and number of columns in the parameter; everything where the parameter is one piece.
+    pub columns: (usize, usize),
+    /// Whether the file's matrix is `[out, in]`.
+    pub transposed: bool,
+}
+
+/// A parameter of the decoder and the tensors that make it up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Path in the module, joined by dots.
+    pub param: String,
+    /// Shape in the module.
+    pub shape: Vec<usize>,
+    /// Tensors of the file.
+    pub pieces: Vec<Piece>,
+}
+
+impl Family {
+    /// The family that describes `config` exactly.
+    pub fn of(config: &DecoderConfig) -> Self {
+        let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
+        let gpt2 = config.norm == NormKind::LayerNorm
+            && config.feed_forward == FeedForward::Gelu
+            && config.positions == Positions::Learned
+            && config.bias
+            && full_heads;
+        let llama = config.norm == NormKind::RmsNorm
+            && config.feed_forward == FeedForward::SwiGlu
+            && matches!(config.positions, Positions::Rotary { .. })
+            && !config.bias;
+        match (gpt2, llama) {
+            (true, _) => Family::Gpt2,
+            (_, true) => Family::Llama,
+            _ => Family::Firebox,
+        }
+    }
+
+    /// Every parameter of the decoder in order, with the tensors that it is stored as.
+    pub fn entries(self, config: &DecoderConfig) -> Vec<Entry> {
+        let mut table = Table { family: self, entries: vec![] };
+        let (d, v) = (config.d_model, config.vocab_size);
+        let norm_bias = config.bias && config.norm == NormKind::LayerNorm;
+        table.whole("embed.weight", &[v, d], ["transformer.wte.weight", "model.embed_tokens.weight"]);
+        if config.positions == Positions::Learned {
+            table.whole(
+                "positions.weight",
+                &[config.context, d],
+                ["transformer.wpe.weight", "model.embed_positions.weight"],
+            );
+        }
+        for i in 0..config.n_layers {
+            let (ours, gpt2, llama) =
+                (format!("blocks.{i}"), format!("transformer.h.{i}"), format!("model.layers.{i}"));
+            let name = |ours_: &str, gpt2_: &str, llama_: &str| {
+                (format!("{ours}.{ours_}"), [format!("{gpt2}.{gpt2_}"), format!("{llama}.{llama_}")])
+            };
+            table.norm(name("attn_norm", "ln_1", "input_layernorm"), d, norm_bias);
+            let (h, k) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+            let qkv = [("self_attn.q_proj", h), ("self_attn.k_proj", k), ("self_attn.v_proj", k)];
+            table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.bias);
+            table.linear(name("attn.out", "attn.c_proj", ""), h, &llama, &[("self_attn.o_proj", d)], config.bias);
+            table.norm(name("mlp_norm", "ln_2", "post_attention_layernorm"), d, norm_bias);
+            let input: &[_] = match config.feed_forward {
+                FeedForward::SwiGlu => &[("mlp.gate_proj", config.d_ff), ("mlp.up_proj", config.d_ff)],
+                FeedForward::Gelu => &[("mlp.up_proj", config.d_ff)],
+            };
+            table.linear(name("mlp.input", "mlp.c_fc", ""), d, &llama, input, config.bias);
+            table.linear(
+                name("mlp.output", "mlp.c_proj", ""),
+                config.d_ff,
+                &llama,
+                &[("mlp.down_proj", d)],
+                config.bias,
+            );
+        }
+        table.norm(("norm".into(), ["transformer.ln_f".into(), "model.norm".into()]), d, norm_bias);
+        if !config.tied {
+            table.whole("head.weight", &[v, d], ["lm_head.weight", "lm_head.weight"]);
+        }
+        table.entries
+    }
+
+    /// The `config.json` of `config`.
+    pub fn config_json(self, config: &DecoderConfig) -> Value {
+        match self {
+            Family::Gpt2 => json!({
+                "architectures": ["GPT2LMHeadModel"],
+                "model_type": "gpt2",
+                "vocab_size": config.vocab_size,
+                "n_positions": config.context,
+                "n_embd": config.d_model,
+                "n_layer": config.n_layers,
+                "n_head": config.n_heads,
+                "n_inner": config.d_ff,
+                "activation_function": "gelu_new",
+                "layer_norm_epsilon": config.norm_eps,
+                "tie_word_embeddings": config.tied,
+                "resid_pdrop": config.dropout,
+                "embd_pdrop": config.dropout,
+                "attn_pdrop": 0.0,
+                "initializer_range": config.init_std,
+                "torch_dtype": "float32",
+            }),
+            Family::Llama => {
+                let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
+                json!({
+                    "architectures": ["LlamaForCausalLM"],
+                    "model_type": "llama",
+                    "vocab_size": config.vocab_size,
+                    "hidden_size": config.d_model,
+                    "intermediate_size": config.d_ff,
+                    "num_hidden_layers": config.n_layers,
+                    "num_attention_heads": config.n_heads,
+                    "num_key_value_heads": config.n_kv_heads,
+                    "head_dim": config.head_dim,
+                    "max_position_embeddings": config.context,
+                    "rms_norm_eps": config.norm_eps,
+                    "rope_theta": theta,
+                    "hidden_act": "silu",
+                    "attention_bias": false,
+                    "mlp_bias": false,
+                    "tie_word_embeddings": config.tied,
+                    "initializer_range": config.init_std,
+                    "torch_dtype": "float32",
+                })
+            }
+            Family::Firebox => json!({
+                "architectures": ["FireboxDecoder"],
+                "model_type": "firebox",
+                "decoder": config,
+            }),
+        }
+    }
+}
+
+/// Reads a `config.json`.
+///
+/// # Errors
+/// [`HfError`] names the key at fault.
+pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
+    let keys = Keys(json.as_object().ok_or_else(|| HfError::Key {
+        key: "(file)".into(),
+        expected: "an object",
+        got: kind(json),
+    })?);
+    let model_type = keys.0.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
+    let (family, config) = match model_type {
+        "gpt2" => (Family::Gpt2, keys.gpt2()?),
+        "llama" => (Family::Llama, keys.llama()?),
+        "firebox" => {
+            let decoder = keys.0.get("decoder").cloned().unwrap_or(Value::Null);
+            let config = serde_json::from_value(decoder).map_err(|e| HfError::Key {
+                key: "decoder".into(),
+                expected: "a decoder's shape",
+                got: e.to_string(),
+            })?;
+            (Family::Firebox, config)
+        }
+        other => return Err(HfError::Architecture { got: other.to_string() }),
+    };
+    config.validate()?;
+    Ok((family, config))
+}
+
+struct Keys<'a>(&'a Map<String, Value>);
+
+impl Keys<'_> {
+    fn get<T>(
+        &self,
+        key: &str,
+        expected: &'static str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, HfError> {
+        match self.0.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match read(value) {
+                Some(v) => Ok(Some(v)),
+                None => Err(HfError::Key { key: key.into(), expected, got: value.to_string() }),
+            },
+        }
+    }
+
+    fn count_or(&self, key: &str) -> Result<Option<usize>, HfError> {
+        self.get(key, "a count", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    fn count(&self, key: &str) -> Result<usize, HfError> {
+        self.count_or(key)?.ok_or_else(|| HfError::Key { key: key.into(), expected: "a count", got: "nothing".into() })
+    }
+
+    fn number_or(&self, key: &str, default: f64) -> Result<f64, HfError> {
+        Ok(self.get(key, "a number", Value::as_f64)?.unwrap_or(default))
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool, HfError> {
+        Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(default))
+    }
+
+    fn only(&self, key: &'static str, supported: &[&str]) -> Result<(), HfError> {
+        match self.0.get(key) {
+            Some(Value::String(s)) if !supported.contains(&s.as_str()) => {
+                Err(HfError::Unsupported { key, got: s.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn gpt2(&self) -> Result<DecoderConfig, HfError> {
+        self.only("activation_function", &["gelu_new", "gelu_pytorch_tanh"])?;
+        let (d_model, n_heads) = (self.count("n_embd")?, self.count("n_head")?);
+        if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
+            return Err(HfError::Key {
+                key: "n_head".into(),
+                expected: "a divisor of n_embd",
+                got: n_heads.to_string(),
+            });
+        }
+        Ok(DecoderConfig {
+            vocab_size: self.count("vocab_size")?,
+            d_model,
+            n_layers: self.count("n_layer")?,
+            n_heads,
+            n_kv_heads: n_heads,
+            head_dim: d_model / n_heads,
+            d_ff: self.count_or("n_inner")?.unwrap_or(4 * d_model),
+            context: self.count("n_positions")?,
+            norm: NormKind::LayerNorm,
+            norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
+            feed_forward: FeedForward::Gelu,
+            positions: Positions::Learned,
+            bias: true,
+            tied: self.flag_or("tie_word_embeddings", true)?,
+            dropout: self.number_or("resid_pdrop", 0.1)?,
+            init_std: self.number_or("initializer_range", 0.02)?,
+        })
+    }
+
+    fn llama(&self) -> Result<DecoderConfig, HfError> {
+        self.only("hidden_act", &["silu", "swish"])?;
+        for key in ["attention_bias", "mlp_bias"] {
+            if self.flag_or(key, false)? {
+                return Err(HfError::Unsupported {
+                    key: if key == "mlp_bias" { "mlp_bias" } else { "attention_bias" },
+                    got: "true".into(),
+                });
+            }
+        }
+        // transformers 4 writes rope_theta and rope_scaling on top, transformers 5 both inside rope_parameters.
+        let rope = self.0.get("rope_parameters").and_then(Value::as_object);
+        let scaling = self.0.get("rope_scaling").and_then(Value::as_object).or(rope);
+        if let Some(kind) = scaling.and_then(|s| s.get("rope_type").or(s.get("type"))).and_then(Value::as_str)
+            && kind != "default"
+        {
+            return Err(HfError::Unsupported { key: "rope_scaling", got: kind.to_string() });
+        }
+        let theta = match rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64) {
+            Some(theta) => theta,
+            None => self.number_or("rope_theta", 10_000.0)?,
+        };
+        let (d_model, n_heads) = (self.count("hidden_size")?, self.count("num_attention_heads")?);
+        Ok(DecoderConfig {
+            vocab_size: self.count("vocab_size")?,
+            d_model,
+            n_layers: self.count("num_hidden_layers")?,
+            n_heads,
+            n_kv_heads: self.count_or("num_key_value_heads")?.unwrap_or(n_heads),
+            head_dim: self.count_or("head_dim")?.unwrap_or(d_model / n_heads.max(1)),
+            d_ff: self.count("intermediate_size")?,
+            context: self.count_or("max_position_embeddings")?.unwrap_or(2048),
+            norm: NormKind::RmsNorm,
+            norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
+            feed_forward: FeedForward::SwiGlu,
+            positions: Positions::Rotary { theta },
+            bias: false,
+            tied: self.flag_or("tie_word_embeddings", false)?,
+            dropout: 0.0,
+            init_std: self.number_or("initializer_range", 0.02)?,
+        })
+    }
+}
+
+fn kind(value: &Value) -> String {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a flag",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+    .into()
+}
+
+/// Collects entries: for every parameter its names in GPT-2's and in Llama's files.
+struct Table {
+    family: Family,
+    entries: Vec<Entry>,
+}
+
+impl Table {
+    fn whole(&mut self, param: &str, shape: &[usize], names: [&str; 2]) {
+        let name = match self.family {
+            Family::Gpt2 => names[0],
+            Family::Llama => names[1],
+            Family::Firebox => param,
+        };
+        let columns = (0, shape[shape.len() - 1]);
+        let piece = Piece { name: name.into(), shape: shape.into(), columns, transposed: false };
+        self.entries.push(Entry { param: param.into(), shape: shape.into(), pieces: vec![piece] });
+    }
+
+    fn norm(&mut self, (ours, [gpt2, llama]): (String, [String; 2]), d: usize, bias: bool) {
+        for part in ["weight", "bias"].into_iter().take(if bias { 2 } else { 1 }) {
+            let [gpt2, llama] = [&gpt2, &llama].map(|n| format!("{n}.{part}"));
+            self.whole(&format!("{ours}.{part}"), &[d], [&gpt2, &llama]);
+        }
+    }
+
+    /// A linear layer: one matrix `[in, out]` in GPT-2's files (Conv1D), `[out, in]` per part in Llama's.
+    fn linear(
+        &mut self,
+        (ours, [gpt2, _]): (String, [String; 2]),
+        inputs: usize,
+        llama: &str,
+        parts: &[(&str, usize)],
+        bias: bool,
+    ) {
+        let outputs: usize = parts.iter().map(|(_, n)| n).sum();
+        if self.family != Family::Llama {
+            self.whole(&format!("{ours}.weight"), &[inputs, outputs], [&format!("{gpt2}.weight"), ""]);
+            if bias {
+                self.whole(&format!("{ours}.bias"), &[outputs], [&format!("{gpt2}.bias"), ""]);
+            }
+            return;
+        }
+        let mut first = 0;
+        let mut pieces = vec![];
+        for &(part, n) in parts {
+            let name = format!("{llama}.{part}.weight");
+            pieces.push(Piece { name, shape: vec![n, inputs], columns: (first, n), transposed: true });
+            first += n;
+        }
+        self.entries.push(Entry { param: format!("{ours}.weight"), shape: vec![inputs, outputs], pieces });
+    }
+}
+
+impl Entry {
+    /// The file's tensor `piece` from the parameter's values.
+    ///
+    /// # Panics
+    /// If `values` is not of the entry's shape.
+    pub fn split(&self, values: &[f32], piece: &Piece) -> Vec<f32> {
+        let width = self.shape[self.shape.len() - 1];
+        assert_eq!(values.len(), self.shape.iter().product::<usize>(), "{}: values of another shape", self.param);
+        let (first, n) = piece.columns;
+        let rows = values.chunks_exact(width).map(|row| &row[first..first + n]);
+        if !piece.transposed {
+            return rows.flatten().copied().collect();
+        }
+        let height = self.shape[0];
+        let mut out = vec![0.0; n * height];
+        for (r, row) in rows.enumerate() {
+            for (c, v) in row.iter().enumerate() {
+                out[c * height + r] = *v;
+            }
+        }
+        out
+    }
+
+    /// Writes the file's tensor `piece` into the parameter's values; the inverse of [`split`](Self::split).
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn join(&self, values: &mut [f32], piece: &Piece, tensor: &[f32]) {
+        let width = self.shape[self.shape.len() - 1];
+        let (first, n) = piece.columns;
+        let height = values.len() / width;
+        assert_eq!(tensor.len(), n * height, "{}: tensor of another shape", piece.name);
+        for (r, row) in values.chunks_exact_mut(width).enumerate() {
+            for c in 0..n {
+                row[first + c] = if piece.transposed { tensor[c * height + r] } else { tensor[r * n + c] };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::decoder::presets;
+
+    #[test]
+    fn configs_round_trip() {
+        for (name, config) in presets::all() {
+            let family = Family::of(&config);
+            let (parsed_family, mut parsed) = parse_config(&family.config_json(&config)).unwrap();
+            assert_eq!(family, parsed_family, "{name}");
+            parsed.dropout = config.dropout;
+            assert_eq!(parsed, config, "{name}");
+        }
+    }
+
+    #[test]
+    fn entries_cover_every_parameter_once() {
+        for (name, config) in presets::all() {
+            for family in [Family::of(&config), Family::Firebox] {
+                let entries = family.entries(&config);
+                let elements: usize = entries.iter().map(|e| e.shape.iter().product::<usize>()).sum();
+                assert_eq!(elements, config.num_params(), "{name}");
+                for e in &entries {
+                    let pieces: usize = e.pieces.iter().map(|p| p.shape.iter().product::<usize>()).sum();
+                    assert_eq!(pieces, e.shape.iter().product::<usize>(), "{name} {}", e.param);
+                    assert_eq!(e.pieces.iter().map(|p| p.columns.1).sum::<usize>(), e.shape[e.shape.len() - 1]);
+                }
+                let mut names: Vec<_> = entries.iter().flat_map(|e| e.pieces.iter().map(|p| &p.name)).collect();
+                names.sort();
+                names.dedup();
+                assert_eq!(names.len(), entries.iter().map(|e| e.pieces.len()).sum::<usize>(), "{name}: names repeat");
+            }
+        }
+    }
+
+    #[test]
+    fn split_and_join_are_inverse() {
+        let config = presets::named("llama-30m").unwrap();
+        let entry = Family::Llama.entries(&config).into_iter().find(|e| e.param == "blocks.1.attn.qkv.weight").unwrap();
+        assert_eq!(entry.pieces.len(), 3);
+        let values: Vec<f32> = (0..entry.shape.iter().product::<usize>()).map(|i| i as f32).collect();
+        let mut back = vec![0.0; values.len()];
+        for piece in &entry.pieces {
+            entry.join(&mut back, piece, &entry.split(&values, piece));
+        }
+        assert_eq!(back, values);
+        let q = entry.split(&values, &entry.pieces[0]);
+        assert_eq!(q[1] as usize, entry.shape[1], "transposed: the second value is one row further down");
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        let error = |json: Value| parse_config(&json).unwrap_err().to_string();
+        assert!(error(json!({"model_type": "bert"})).contains("bert"));
+        assert!(error(json!({"model_type": "gpt2", "n_embd": 8, "n_head": 3})).contains("n_head"));
+        assert!(error(json!({"model_type": "gpt2", "n_embd": "wide"})).contains("n_embd"));
+        assert!(error(json!({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}})).contains("yarn"));
+        assert!(error(json!([])).contains("object"));
+    }
+}

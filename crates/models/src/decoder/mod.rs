@@ -1,0 +1,11 @@
+//! A causal decoder: GPT-2 (Radford et al., 2019) and Llama (Touvron et al., arXiv:2302.13971) by configuration.
+
+mod cache;
+mod config;
+pub mod hf;
+mod model;
+pub mod presets;
+
+pub use cache::KvCache;
+pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};

@@ -1,0 +1,305 @@
+//! The decoder's modules and its forward pass, for one device.
+//!
+//! Shapes: `B` batch rows, `T` tokens, `D` model width, `H` heads, `K` key-value heads, `E` head width, `F` feed-forward width, `V` vocabulary.
+//!
+//! Deliberate differences from the reference implementations: q, k and v are one packed projection, and so are gate and up of SwiGLU (one product
+//! instead of three or two); linear weights are `[in, out]` as in GPT-2's files; residual dropout alone, none on attention probabilities.
+
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use firebox_tensor::ops::{self, AttentionConfig, RopeTable};
+use firebox_tensor::random::{Counter, Purpose, normal};
+
+use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+use crate::stage::{Flow, Staged, TokenBatch};
+
+/// The decoder: embedding, blocks, final norm, head.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding, `[V, D]`; also the head where it is tied.
+    pub embed: Embedding,
+    /// Position embedding, `[context, D]`, unless positions are rotary.
+    pub positions: Option<Embedding>,
+    /// The blocks.
+    pub blocks: Vec<Block>,
+    /// Final norm.
+    pub norm: Norm,
+    /// Head, `[V, D]`, unless it is tied.
+    pub head: Option<Embedding>,
+    #[module(skip)]
+    context: Context,
+}
+
+/// What every stage needs besides parameters.
+#[derive(Clone, Debug)]
+struct Context {
+    config: DecoderConfig,
+    attention: AttentionConfig,
+    seed: u64,
+}
+
+/// A table of `D`-wide rows.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// `[rows, D]`
+    pub weight: Param<Tensor<2>>,
+}
+
+/// `x weight + bias`
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// `[in, out]`
+    pub weight: Param<Tensor<2>>,
+    /// `[out]`
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+/// LayerNorm or RMSNorm.
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// `[D]`
+    pub weight: Param<Tensor<1>>,
+    /// `[D]`
+    pub bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    kind: NormKind,
+    #[module(skip)]
+    eps: f64,
+}
+
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Norm before attention.
+    pub attn_norm: Norm,
+    /// Attention.
+    pub attn: Attention,
+    /// Norm before the feed-forward layer.
+    pub mlp_norm: Norm,
+    /// Feed-forward layer.
+    pub mlp: Mlp,
+}
+
+/// Projections around attention.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `D -> (H + 2 K) E`, columns `[q | k | v]`.
+    pub qkv: Linear,
+    /// `H E -> D`
+    pub out: Linear,
+}
+
+/// Projections around the activation.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `D -> F`, or `D -> 2 F` with columns `[gate | up]`.
+    pub input: Linear,
+    /// `F -> D`
+    pub output: Linear,
+    #[module(skip)]
+    kind: FeedForward,
+}
+
+/// Makes initial parameters: counted normals keyed by the parameter's name, so that they depend on nothing else.
+struct Init<'a> {
+    counter: Counter,
+    device: &'a Device,
+}
+
+impl Init<'_> {
+    fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
+        let counter = self.counter.fork(name);
+        let values: Vec<f32> =
+            (0..(shape[0] * shape[1]) as u64).map(|i| (f64::from(normal(counter, i)) * std) as f32).collect();
+        param(Tensor::from_data(TensorData::new(values, shape), self.device))
+    }
+
+    fn constant(&self, n: usize, value: f32) -> Param<Tensor<1>> {
+        param(Tensor::full([n], value, self.device))
+    }
+
+    fn embedding(&self, name: &str, rows: usize, d: usize, std: f64) -> Embedding {
+        Embedding { weight: self.matrix(name, [rows, d], std) }
+    }
+
+    fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
+        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(shape[1], 0.0)) }
+    }
+
+    fn norm(&self, config: &DecoderConfig) -> Norm {
+        let bias = config.bias && config.norm == NormKind::LayerNorm;
+        Norm {
+            weight: self.constant(config.d_model, 1.0),
+            bias: bias.then(|| self.constant(config.d_model, 0.0)),
+            kind: config.norm,
+            eps: config.norm_eps,
+        }
+    }
+
+    fn block(&self, i: usize, config: &DecoderConfig) -> Block {
+        let DecoderConfig { d_model: d, init_std: std, bias, .. } = *config;
+        let residual_std = std / (2.0 * config.n_layers as f64).sqrt();
+        let name = |part: &str| format!("blocks.{i}.{part}");
+        let heads = config.n_heads * config.head_dim;
+        Block {
+            attn_norm: self.norm(config),
+            attn: Attention {
+                qkv: self.linear(&name("attn.qkv"), [d, config.qkv_width()], std, bias),
+                out: self.linear(&name("attn.out"), [heads, d], residual_std, bias),
+            },
+            mlp_norm: self.norm(config),
+            mlp: Mlp {
+                input: self.linear(&name("mlp.input"), [d, config.ff_in_width()], std, bias),
+                output: self.linear(&name("mlp.output"), [config.d_ff, d], residual_std, bias),
+                kind: config.feed_forward,
+            },
+        }
+    }
+}
+
+fn param<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    Param::from_tensor(tensor)
+}
+
+impl Decoder {
+    /// A model with initial parameters that are a pure function of (seed, name, index), the same on every backend.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for an impossible shape.
+    pub fn new(config: &DecoderConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device };
+        let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
+        let rope = match config.positions {
+            Positions::Rotary { theta } => Some(Arc::new(RopeTable::new(theta, config.head_dim, config.context))),
+            Positions::Learned => None,
+        };
+        Ok(Self {
+            embed: init.embedding("embed", v, d, std),
+            positions: rope.is_none().then(|| init.embedding("positions", config.context, d, std)),
+            blocks: (0..config.n_layers).map(|i| init.block(i, config)).collect(),
+            norm: init.norm(config),
+            head: (!config.tied).then(|| init.embedding("head", v, d, std)),
+            context: Context {
+                config: config.clone(),
+                attention: AttentionConfig {
+                    n_heads: config.n_heads,
+                    n_kv_heads: config.n_kv_heads,
+                    head_dim: config.head_dim,
+                    rope,
+                },
+                seed,
+            },
+        })
+    }
+
+    /// Its shape.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.context.config
+    }
+
+    pub(crate) fn attention_config(&self) -> &AttentionConfig {
+        &self.context.attention
+    }
+
+    /// The head's weight, `[V, D]`.
+    pub(crate) fn head_weight(&self) -> Tensor<2> {
+        self.head.as_ref().unwrap_or(&self.embed).weight.val()
+    }
+
+    /// Hidden states after the final norm, `[B, T, D]`.
+    ///
+    /// # Panics
+    /// If a row is longer than the context, or an id is not in the vocabulary.
+    pub fn hidden(&self, batch: &TokenBatch) -> Tensor<3> {
+        let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, 0));
+        self.norm.forward(flow.hidden())
+    }
+
+    /// Logits of every position, `[B, T, V]`. For evaluation: no dropout on a device without gradients.
+    ///
+    /// # Panics
+    /// As [`hidden`](Self::hidden).
+    pub fn logits(&self, batch: &TokenBatch) -> Tensor<3> {
+        ops::linear_transposed(self.hidden(batch), self.head_weight())
+    }
+
+    /// Embeds the tokens, with their positions where those are learned.
+    pub(crate) fn embed_tokens(&self, inputs: Arc<[i32]>, positions: &[i32], batch: usize, tokens: usize) -> Tensor<3> {
+        let x = ops::embedding(self.embed.weight.val(), inputs, batch, tokens);
+        match &self.positions {
+            Some(table) => x + ops::embedding(table.weight.val(), positions.into(), batch, tokens),
+            None => x,
+        }
+    }
+
+    /// Dropout of (step, place), where gradients are made.
+    fn drop(&self, x: Tensor<3>, step: u64, place: &str) -> Tensor<3> {
+        let p = self.context.config.dropout;
+        if p == 0.0 || !x.device().is_autodiff() {
+            return x;
+        }
+        ops::dropout(x, p, Counter::new(self.context.seed, Purpose::Dropout, step).fork(place))
+    }
+}
+
+impl Staged for Decoder {
+    /// Embedding, one per block, head.
+    fn n_stages(&self) -> usize {
+        self.blocks.len() + 2
+    }
+
+    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: u64) -> Flow {
+        let sequence = &batch.sequence;
+        if i == 0 {
+            let x = self.embed_tokens(batch.inputs.clone(), sequence.positions(), sequence.batch(), sequence.tokens());
+            return Flow::Hidden(self.drop(x, step, "embed"));
+        }
+        let x = flow.hidden();
+        let Some(block) = self.blocks.get(i - 1) else {
+            let [b, t, d] = x.dims();
+            let x = self.norm.forward(x).reshape([b * t, d]);
+            return Flow::Loss(ops::linear_cross_entropy(
+                x,
+                self.head_weight(),
+                batch.targets.clone(),
+                batch.loss_scale,
+            ));
+        };
+        let qkv = block.attn.qkv.forward(block.attn_norm.forward(x.clone()));
+        let y = block.attn.out.forward(ops::attention(qkv, &self.context.attention, sequence));
+        let x = x + self.drop(y, step, &format!("attn.{i}"));
+        let y = block.mlp.forward(block.mlp_norm.forward(x.clone()));
+        Flow::Hidden(x + self.drop(y, step, &format!("mlp.{i}")))
+    }
+}
+
+impl Linear {
+    /// `[.., in] -> [.., out]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        ops::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+    }
+}
+
+impl Norm {
+    /// `[.., D] -> [.., D]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self.kind {
+            NormKind::LayerNorm => ops::layer_norm(x, self.weight.val(), self.bias.as_ref().map(Param::val), self.eps),
+            NormKind::RmsNorm => ops::rms_norm(x, self.weight.val(), self.eps),
+        }
+    }
+}
+
+impl Mlp {
+    /// `[.., D] -> [.., D]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let x = self.input.forward(x);
+        self.output.forward(match self.kind {
+            FeedForward::Gelu => ops::gelu(x),
+            FeedForward::SwiGlu => ops::swiglu(x),
+        })
+    }
+}

@@ -1,0 +1,79 @@
+//! A model as a list of stages.
+
+use std::sync::Arc;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use firebox_tensor::ops::Sequence;
+
+/// A batch of token rows `[B, T]` as models take it.
+#[derive(Clone, Debug)]
+pub struct TokenBatch {
+    /// Token ids, `[B, T]`.
+    pub inputs: Arc<[i32]>,
+    /// What follows each token, `[B, T]`; negative where nothing is to be predicted.
+    pub targets: Arc<[i32]>,
+    /// Positions and segments.
+    pub sequence: Sequence,
+    /// What the summed loss is multiplied by: one over the number of targets of the whole batch of which this is a part.
+    pub loss_scale: f64,
+}
+
+impl TokenBatch {
+    /// A batch whose loss is the mean over its own targets.
+    pub fn new(inputs: Vec<i32>, targets: Vec<i32>, sequence: Sequence) -> Self {
+        let count = targets.iter().filter(|&&t| t >= 0).count();
+        Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale: 1.0 / count.max(1) as f64 }
+    }
+
+    /// Rows of one segment each, at positions `0..tokens`.
+    pub fn plain(batch: usize, tokens: usize, inputs: Vec<i32>, targets: Vec<i32>) -> Self {
+        Self::new(inputs, targets, Sequence::plain(batch, tokens))
+    }
+}
+
+/// What flows from stage to stage.
+#[derive(Clone, Debug)]
+pub enum Flow {
+    /// Nothing yet: the first stage reads the batch.
+    Start,
+    /// Hidden states, `[B, T, D]`.
+    Hidden(Tensor<3>),
+    /// The loss, `[1]`: the last stage's output.
+    Loss(Tensor<1>),
+}
+
+impl Flow {
+    /// The hidden states.
+    ///
+    /// # Panics
+    /// If this is something else: stages were run out of order.
+    #[track_caller]
+    pub fn hidden(self) -> Tensor<3> {
+        match self {
+            Flow::Hidden(x) => x,
+            other => panic!("expected hidden states, got {other:?}: run the stages in order"),
+        }
+    }
+}
+
+/// A model that runs as a list of stages: embedding, blocks, head with loss. Whoever drives it owns every decision on memory and parallelism.
+pub trait Staged: Module {
+    /// Number of stages.
+    fn n_stages(&self) -> usize;
+
+    /// Runs stage `i` of training step `step` (which counts dropout's randomness).
+    ///
+    /// # Panics
+    /// If `flow` is not what the stage before it returns.
+    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: u64) -> Flow;
+
+    /// The loss `[1]` of a batch: all stages in order.
+    fn loss(&self, batch: &TokenBatch, step: u64) -> Tensor<1> {
+        let flow = (0..self.n_stages()).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, step));
+        match flow {
+            Flow::Loss(loss) => loss,
+            other => panic!("the last stage must give the loss, got {other:?}"),
+        }
+    }
+}
