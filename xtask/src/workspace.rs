@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cargo_metadata::{Metadata, MetadataCommand};
 
+use crate::cargo::output;
 use crate::error::{Error, Result};
 
 /// The workspace that this xtask belongs to.
@@ -30,10 +31,15 @@ impl Workspace {
         Ok(Self { target: members.target_directory.clone().into(), root, members })
     }
 
-    /// The whole dependency graph as `Cargo.lock` pins it.
+    /// The dependency graph as `Cargo.lock` pins it, with default features, for this machine: what a build has
+    /// downloaded anyway.
     pub fn graph(&self) -> Result<Metadata> {
+        let mut options = vec!["--locked".to_owned()];
+        if let Some(host) = output("rustc", &["-vV"]).as_deref().and_then(host) {
+            options.extend(["--filter-platform".to_owned(), host.to_owned()]);
+        }
         metadata(&self.root, |command| {
-            command.other_options(["--locked".to_owned()]).features(cargo_metadata::CargoOpt::AllFeatures);
+            command.other_options(options);
         })
     }
 
@@ -50,4 +56,22 @@ fn metadata(root: &Path, adjust: impl FnOnce(&mut MetadataCommand)) -> Result<Me
     command.manifest_path(&manifest).verbose(true);
     adjust(&mut command);
     command.exec().map_err(|source| Error::Metadata { manifest, source: Box::new(source) })
+}
+
+/// The target triple that `rustc -vV` builds for by default.
+fn host(version: &str) -> Option<&str> {
+    version.lines().find_map(|line| line.strip_prefix("host: "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_is_read_from_rustc() {
+        let version =
+            "rustc 1.95.0 (59807616e 2026-04-14)\nbinary: rustc\nhost: aarch64-apple-darwin\nLLVM version: 22\n";
+        assert_eq!(host(version), Some("aarch64-apple-darwin"));
+        assert_eq!(host("rustc 1.95.0"), None);
+    }
 }

@@ -186,7 +186,7 @@ mod tests {
     fn a_bad_manifest_is_told_each_fault() {
         let manifest = r#"
             [package]
-            description = "TODO"
+            description = "Data crate"
             [dependencies]
             serde = "1"
             [dev-dependencies]

@@ -98,7 +98,8 @@ pub fn run_all(workspace: &Workspace) -> Result<Vec<Check>> {
 fn fast(workspace: &Workspace) -> Result<Vec<Check>> {
     let files = text_files(&workspace.root)?;
     let mut format = cargo(workspace);
-    format.args(["fmt", "--all", "--check"]);
+    // The names of the files are enough: `cargo fmt` repairs them.
+    format.args(["fmt", "--all", "--", "--check", "-l"]);
     Ok(vec![
         command("format", &mut format)?,
         found("layers", || layers::check(workspace))?,
@@ -181,10 +182,10 @@ pub fn text_files(root: &Path) -> Result<Vec<TextFile>> {
     Ok(files)
 }
 
-/// A known extension, or a script without one in a `.ci` folder.
+/// A known extension, or a script without one in the folder `.ci`.
 fn is_text(path: &Path) -> bool {
     match path.extension() {
         Some(extension) => TEXT.iter().any(|known| extension == *known),
-        None => path.parent().is_some_and(|folder| folder.ends_with(".ci")),
+        None => path.parent().and_then(Path::file_name).is_some_and(|folder| folder == ".ci"),
     }
 }
