@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use firebox_train::checkpoint::{CheckpointError, Writer, find_latest, prune};
+use firebox_train::checkpoint::{Checkpoint, CheckpointError, Writer, find_latest, prune};
 
-use super::{HELPER_DIR, consistent_value, helper, helper_dir, hidden, write};
+use super::{HELPER_DIR, consistent_value, helper, helper_dir, hidden, names, write};
 
 /// Numbers of the large tensor: a megabyte in two files, so that a kill often falls into the middle of one.
 const SCALE: usize = 150_000;
@@ -91,6 +91,12 @@ pub fn kill_many(dir: &Path, mode: Mode, kills: u64) {
             finished += 1;
         }
 
+        // Not only the newest: whatever bears the name of a checkpoint is one, also those that were being deleted.
+        for name in names(dir).iter().filter(|name| name.starts_with("step-")) {
+            if let Err(error) = Checkpoint::open(dir.join(name)) {
+                panic!("round {round}: {error}");
+            }
+        }
         in_the_middle += u64::from(!hidden(dir).is_empty());
         match find_latest(dir) {
             Ok(found) => {
