@@ -235,7 +235,7 @@ def adamw_fixture(out_dir):
         options = {k: v for k, v in case.items() if k != "lr"}
         optimizer = torch.optim.AdamW(params, lr=1.0, **options)
         for i, p in enumerate(params):
-            tensors[f"case.{c}.param.{i}.0"] = p
+            tensors[f"case.{c}.param.{i}.0"] = p.detach().clone()
         for step, lr in enumerate(case["lr"], start=1):
             optimizer.param_groups[0]["lr"] = lr
             for i, p in enumerate(params):
@@ -260,7 +260,7 @@ def adamw_fixture(out_dir):
             p.grad = grad.double()
         norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
         for i, p in enumerate(params):
-            tensors[f"clip.{c}.after.{i}"] = p.grad
+            tensors[f"clip.{c}.after.{i}"] = p.grad.clone()
         clips.append(dict(max_norm=max_norm, norm=norm.item()))
     save(out_dir / "adamw.safetensors", tensors, seed=7, cases=cases, clips=clips)
 

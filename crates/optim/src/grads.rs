@@ -1,0 +1,204 @@
+//! Gradients by parameter name: accumulation, global norm, clipping.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+use firebox_tensor::ops::sum_of_squares;
+
+/// Flat gradients (`[elements]`, without autodiff) by the name of their parameter, in the order of names.
+///
+/// A parameter that took no part in the loss has no entry. In a sum it counts as zero; the optimizer leaves it alone.
+#[derive(Debug, Clone, Default)]
+pub struct NamedGrads {
+    map: BTreeMap<String, Tensor<1>>,
+}
+
+/// Added to the norm in the factor of [`NamedGrads::clip_`], as in PyTorch's `clip_grad_norm_`.
+const CLIP_EPS: f64 = 1e-6;
+
+impl NamedGrads {
+    /// No gradients.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the gradients of the parameters of `module` out of what `backward` returned.
+    pub fn from_backward<M: Module>(module: &M, grads: &mut Gradients) -> Self {
+        struct Collector<'a> {
+            path: Vec<String>,
+            grads: &'a mut Gradients,
+            map: BTreeMap<String, Tensor<1>>,
+        }
+        impl ModuleVisitor for Collector<'_> {
+            fn enter_module(&mut self, name: &str, _container: &str) {
+                self.path.push(name.to_owned());
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.path.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if param.is_require_grad()
+                    && let Some(grad) = param.grad_remove(self.grads)
+                {
+                    let elements = grad.shape().num_elements();
+                    self.map.insert(self.path.join("."), grad.reshape([elements]));
+                }
+            }
+        }
+        let mut collector = Collector { path: vec![], grads, map: BTreeMap::new() };
+        module.visit(&mut collector);
+        Self { map: collector.map }
+    }
+
+    /// Sets the gradient of a parameter; returns the one it had.
+    pub fn insert(&mut self, name: impl Into<String>, grad: Tensor<1>) -> Option<Tensor<1>> {
+        self.map.insert(name.into(), grad)
+    }
+
+    /// Takes the gradient of a parameter out.
+    pub fn remove(&mut self, name: &str) -> Option<Tensor<1>> {
+        self.map.remove(name)
+    }
+
+    /// The gradient of a parameter.
+    pub fn get(&self, name: &str) -> Option<&Tensor<1>> {
+        self.map.get(name)
+    }
+
+    /// Names and gradients, in the order of names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
+        self.map.iter().map(|(name, grad)| (name.as_str(), grad))
+    }
+
+    /// How many parameters have a gradient.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether none has.
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// Adds other gradients, name by name, in place where nothing else holds them.
+    ///
+    /// # Panics
+    /// If two gradients of one name differ in length: they came from different modules.
+    pub fn add(&mut self, other: NamedGrads) {
+        for (name, grad) in other.map {
+            let sum = match self.map.remove(&name) {
+                Some(sum) => {
+                    assert_eq!(sum.dims(), grad.dims(), "gradients of `{name}` differ in length");
+                    sum + grad
+                }
+                None => grad,
+            };
+            self.map.insert(name, sum);
+        }
+    }
+
+    /// Replaces every gradient by `f(name, gradient)`, in the order of names: scaling, reduction over ranks.
+    pub fn map(&mut self, mut f: impl FnMut(&str, Tensor<1>) -> Tensor<1>) {
+        self.map = std::mem::take(&mut self.map)
+            .into_iter()
+            .map(|(name, grad)| {
+                let grad = f(&name, grad);
+                (name, grad)
+            })
+            .collect();
+    }
+
+    /// Multiplies every gradient by `factor`.
+    pub fn scale(&mut self, factor: f64) {
+        self.map(|_, grad| grad * factor);
+    }
+
+    /// The Euclidean norm of all gradients as one vector; NaN or infinite if any element is, or if a square overflows f32 (an
+    /// element beyond 1.8e19).
+    ///
+    /// The order of sums is fixed: the same gradients give the same bits. Reads one number per gradient back from the device, in
+    /// one transfer.
+    pub fn global_norm(&self) -> f64 {
+        self.reduce(sum_of_squares).sqrt()
+    }
+
+    /// Whether every element is finite. [`global_norm`](Self::global_norm) says nearly the same for free where it is computed anyway.
+    pub fn all_finite(&self) -> bool {
+        // Zero times a finite number is zero, times anything else NaN.
+        self.reduce(|grad| (grad * 0.0).sum()) == 0.0
+    }
+
+    /// Scales all gradients by `max_norm / (norm + 1e-6)` if that is below one, as PyTorch's `clip_grad_norm_`; returns the norm
+    /// before. Gradients whose norm is not finite are left as they are, for the caller to skip the step.
+    pub fn clip_(&mut self, max_norm: f64) -> f64 {
+        let norm = self.global_norm();
+        let factor = max_norm / (norm + CLIP_EPS);
+        if norm.is_finite() && factor < 1.0 {
+            self.scale(factor);
+        }
+        norm
+    }
+
+    /// Sums `f(gradient)` (`[1]` each) in double precision; one transfer from the device.
+    fn reduce(&self, f: impl Fn(Tensor<1>) -> Tensor<1>) -> f64 {
+        if self.map.is_empty() {
+            return 0.0;
+        }
+        let parts = self.map.values().map(|grad| f(grad.clone())).collect();
+        Tensor::cat(parts, 0).into_data().iter::<f32>().map(f64::from).sum()
+    }
+}
+
+impl FromIterator<(String, Tensor<1>)> for NamedGrads {
+    fn from_iter<I: IntoIterator<Item = (String, Tensor<1>)>>(iter: I) -> Self {
+        Self { map: iter.into_iter().collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+
+    use super::*;
+
+    fn grads(values: &[(&str, Vec<f32>)]) -> NamedGrads {
+        let device = Device::default();
+        values.iter().map(|(name, v)| (name.to_string(), Tensor::from_floats(v.as_slice(), &device))).collect()
+    }
+
+    #[test]
+    fn norm_is_accurate_over_many_elements() {
+        for n in [1, 4095, 4096, 4097, 8191, 8192, 1_000_003] {
+            let values: Vec<f32> = (0..n).map(|i| 1.0 + (i % 7) as f32 * 0.25).collect();
+            let expected = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+            let norm = grads(&[("a", values.clone()), ("b", values)]).global_norm();
+            assert!((norm / (expected * 2f64.sqrt()) - 1.0).abs() < 3e-7, "{n}: {norm}");
+        }
+        assert_eq!(NamedGrads::new().global_norm(), 0.0);
+    }
+
+    #[test]
+    fn sees_what_is_not_finite() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = vec![0.5; 5000];
+            values[4321] = bad;
+            let mut found = grads(&[("a", vec![1.0]), ("b", values)]);
+            assert!(!found.all_finite() && !found.global_norm().is_finite(), "{bad}");
+            assert!(!found.clip_(1.0).is_finite());
+            assert_eq!(found.get("a").unwrap().to_data().iter::<f32>().next(), Some(1.0), "left as it was");
+        }
+        assert!(grads(&[("a", vec![f32::MAX, -1e-38, 0.0])]).all_finite());
+    }
+
+    #[test]
+    fn adds_by_name() {
+        let mut sum = grads(&[("a", vec![1.0, 2.0]), ("b", vec![3.0])]);
+        sum.add(grads(&[("a", vec![10.0, 20.0]), ("c", vec![7.0])]));
+        sum.scale(0.5);
+        let read: Vec<(String, Vec<f32>)> =
+            sum.iter().map(|(n, g)| (n.to_owned(), g.to_data().iter().collect())).collect();
+        assert_eq!(read, [("a".into(), vec![5.5, 11.0]), ("b".into(), vec![1.5]), ("c".into(), vec![3.5])]);
+    }
+}

@@ -1,0 +1,297 @@
+//! Parameters by name: what a module has, which of it decays, and how an update goes through it.
+//!
+//! The name of a parameter is its path in the module as burn's visitors give it, joined by dots:
+//! `blocks.0.attn.qkv.weight`. It is the same in every process and after every restart, unlike burn's `ParamId`.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::OptimError;
+
+/// A float parameter of a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParamInfo {
+    /// Path in the module.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Whether it requires gradients.
+    pub trainable: bool,
+}
+
+impl ParamInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// The float parameters of a module in the module's order.
+///
+/// # Errors
+/// [`OptimError::DuplicateName`] if a path occurs twice.
+pub fn parameters<M: Module>(module: &M) -> Result<Vec<ParamInfo>, OptimError> {
+    Ok(located(module)?.into_iter().map(|(info, _)| info).collect())
+}
+
+/// The same, each with its device without gradients.
+pub(crate) fn located<M: Module>(module: &M) -> Result<Vec<(ParamInfo, Device)>, OptimError> {
+    let mut found = Vec::new();
+    visit_floats(module, &mut |name: &str, param: FloatParam<'_>| {
+        found.push((
+            ParamInfo { name: name.to_owned(), shape: param.shape, trainable: param.trainable },
+            param.device.clone().inner(),
+        ));
+    });
+    let mut names = BTreeSet::new();
+    for (info, _) in &found {
+        if !names.insert(info.name.as_str()) {
+            return Err(OptimError::DuplicateName { name: info.name.clone() });
+        }
+    }
+    Ok(found)
+}
+
+/// Which parameters weight decay pulls towards zero.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayRule {
+    /// Those of two or more dimensions: weights and embeddings, as in nanoGPT; not biases, not the gains of normalizations.
+    #[default]
+    Matrices,
+    /// Every parameter, as PyTorch's optimizers do unless told otherwise.
+    All,
+    /// None.
+    None,
+}
+
+impl DecayRule {
+    /// Whether a parameter of `rank` dimensions decays.
+    pub fn decays(self, rank: usize) -> bool {
+        match self {
+            DecayRule::Matrices => rank >= 2,
+            DecayRule::All => true,
+            DecayRule::None => false,
+        }
+    }
+}
+
+/// A module's parameters, each in exactly one group.
+///
+/// Printed at the start of a run: `decay: 26 tensors, 13.8M; no decay: 27 tensors, 21.9k`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecayGroups {
+    /// Trained with weight decay.
+    pub decay: Vec<ParamInfo>,
+    /// Trained without.
+    pub no_decay: Vec<ParamInfo>,
+    /// Not trained: they do not require gradients.
+    pub frozen: Vec<ParamInfo>,
+}
+
+impl DecayGroups {
+    /// Sorts the parameters of `module` by `rule`, and proves that the groups partition them: names differ, and the counts add up to
+    /// what burn counts by itself.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`], [`OptimError::NotAPartition`].
+    pub fn of<M: Module>(module: &M, rule: DecayRule) -> Result<Self, OptimError> {
+        let mut groups = Self { decay: vec![], no_decay: vec![], frozen: vec![] };
+        for info in parameters(module)? {
+            let group = match (info.trainable, rule.decays(info.shape.len())) {
+                (false, _) => &mut groups.frozen,
+                (true, true) => &mut groups.decay,
+                (true, false) => &mut groups.no_decay,
+            };
+            group.push(info);
+        }
+        let grouped = elements(&groups.decay) + elements(&groups.no_decay) + elements(&groups.frozen);
+        let total = module.num_params();
+        if grouped != total {
+            return Err(OptimError::NotAPartition { grouped, total });
+        }
+        Ok(groups)
+    }
+}
+
+impl fmt::Display for DecayGroups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let part = |group: &[ParamInfo]| {
+            let s = if group.len() == 1 { "" } else { "s" };
+            format!("{} tensor{s}, {}", group.len(), in_words(elements(group)))
+        };
+        write!(f, "decay: {}; no decay: {}", part(&self.decay), part(&self.no_decay))?;
+        if !self.frozen.is_empty() {
+            write!(f, "; frozen: {}", part(&self.frozen))?;
+        }
+        Ok(())
+    }
+}
+
+fn elements(group: &[ParamInfo]) -> usize {
+    group.iter().map(ParamInfo::elements).sum()
+}
+
+/// 13,800,000 as `13.8M`.
+fn in_words(count: usize) -> String {
+    let n = count as f64;
+    match count {
+        0..1_000 => count.to_string(),
+        1_000..1_000_000 => format!("{:.1}k", n / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1}M", n / 1e6),
+        _ => format!("{:.2}B", n / 1e9),
+    }
+}
+
+/// What a visit sees of a float parameter of any rank.
+pub(crate) struct FloatParam<'a> {
+    pub shape: Vec<usize>,
+    pub trainable: bool,
+    pub device: &'a Device,
+}
+
+/// Calls `f` with the path and a description of every float parameter.
+pub(crate) fn visit_floats<M: Module>(module: &M, f: &mut dyn FnMut(&str, FloatParam<'_>)) {
+    struct Visitor<'a> {
+        path: Vec<String>,
+        f: &'a mut dyn FnMut(&str, FloatParam<'_>),
+    }
+    impl ModuleVisitor for Visitor<'_> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let shape = param.lazy_shape().to_vec();
+            (self.f)(
+                &self.path.join("."),
+                FloatParam { shape, trainable: param.is_require_grad(), device: &param.lazy_device() },
+            );
+        }
+    }
+    module.visit(&mut Visitor { path: vec![], f });
+}
+
+/// Replaces every trainable float parameter by `f(name, rank, flat values without gradients)`.
+///
+/// A parameter is taken out of the module before `f` gets it, so that nothing else holds its memory and `f` may work in place. The
+/// result requires gradients again, as a new leaf, with the parameter's identity and checkpointing strategy.
+pub(crate) fn map_trainable<M: Module>(module: M, f: &mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>) -> M {
+    struct Mapper<'a> {
+        path: Vec<String>,
+        f: &'a mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>,
+    }
+    impl ModuleMapper for Mapper<'_> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !param.is_require_grad() {
+                return param;
+            }
+            let (id, tensor, mapper) = param.consume();
+            let strategy = tensor.gradient_checkpointing_strategy();
+            let tensor = tensor.inner();
+            let shape = tensor.dims();
+            let flat = tensor.reshape([shape.iter().product::<usize>()]);
+            let mut tensor = Tensor::from_inner((self.f)(&self.path.join("."), D, flat).reshape(shape));
+            if let Some(strategy) = strategy {
+                tensor = tensor.with_gradient_checkpointing_strategy(strategy);
+            }
+            Param::from_mapped_value(id, tensor.require_grad(), mapper)
+        }
+    }
+    module.map(&mut Mapper { path: vec![], f })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[derive(Module, Debug)]
+    struct Part {
+        weight: Param<Tensor<2>>,
+        bias: Option<Param<Tensor<1>>>,
+    }
+
+    #[derive(Module, Debug)]
+    struct Net {
+        table: Param<Tensor<3>>,
+        parts: Vec<Part>,
+        gain: Param<Tensor<1>>,
+    }
+
+    fn net() -> Net {
+        let device = Device::default().autodiff();
+        let part = |bias: bool| Part {
+            weight: Param::from_tensor(Tensor::ones([3, 5], &device)),
+            bias: bias.then(|| Param::from_tensor(Tensor::ones([5], &device))),
+        };
+        Net {
+            table: Param::from_tensor(Tensor::ones([2, 3, 4], &device)),
+            parts: vec![part(true), part(false)],
+            gain: Param::from_tensor(Tensor::ones([7], &device)),
+        }
+    }
+
+    #[test]
+    fn names_are_paths() {
+        let names: Vec<String> = parameters(&net()).unwrap().into_iter().map(|p| p.name).collect();
+        assert_eq!(names, ["table", "parts.0.weight", "parts.0.bias", "parts.1.weight", "gain"]);
+    }
+
+    #[test]
+    fn groups_partition_the_parameters() {
+        let mut net = net();
+        for (rule, decay, rest) in [(DecayRule::Matrices, 54, 12), (DecayRule::All, 66, 0), (DecayRule::None, 0, 66)] {
+            let groups = DecayGroups::of(&net, rule).unwrap();
+            assert_eq!(
+                (elements(&groups.decay), elements(&groups.no_decay), groups.frozen.len()),
+                (decay, rest, 0),
+                "{rule:?}"
+            );
+        }
+        net.table = net.table.set_require_grad(false);
+        let groups = DecayGroups::of(&net, DecayRule::Matrices).unwrap();
+        assert_eq!(groups.to_string(), "decay: 2 tensors, 30; no decay: 2 tensors, 12; frozen: 1 tensor, 24");
+        let all = groups.decay.iter().chain(&groups.no_decay).chain(&groups.frozen);
+        let names: BTreeSet<&str> = all.map(|p| p.name.as_str()).collect();
+        assert_eq!(names.len(), parameters(&net).unwrap().len());
+    }
+
+    #[test]
+    fn counts_in_words() {
+        assert_eq!([999, 21_888, 13_800_000, 70_554_000_000].map(in_words), ["999", "21.9k", "13.8M", "70.55B"]);
+    }
+
+    #[test]
+    fn updates_keep_identity_rank_and_gradients() {
+        let mut net = net();
+        net.gain = net.gain.set_require_grad(false);
+        let id = net.table.id;
+        let mut seen = vec![];
+        let net = map_trainable(net, &mut |name, rank, flat| {
+            assert!(!flat.is_autodiff());
+            seen.push((name.to_owned(), rank, flat.dims()[0]));
+            flat * 2.0
+        });
+        let expected = [("table", 3, 24), ("parts.0.weight", 2, 15), ("parts.0.bias", 1, 5), ("parts.1.weight", 2, 15)];
+        assert_eq!(seen, expected.map(|(n, r, e)| (n.to_owned(), r, e)));
+        assert_eq!((net.table.id, net.table.dims()), (id, [2, 3, 4]));
+        assert!(net.table.is_require_grad() && !net.gain.is_require_grad());
+        assert_eq!(net.table.val().inner().sum().into_scalar::<f32>(), 48.0);
+        // It is a leaf that takes part in the next backward pass.
+        let grads = (net.table.val() * 3.0).sum().backward();
+        assert_eq!(net.table.val().grad(&grads).unwrap().sum().into_scalar::<f32>(), 72.0);
+    }
+}
