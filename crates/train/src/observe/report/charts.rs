@@ -62,6 +62,8 @@ pub(super) enum Look {
     Faint,
     /// A line with a dot at every point.
     Dots,
+    /// A thin line to compare with.
+    Level,
 }
 
 /// A line of a plot.
@@ -179,6 +181,7 @@ impl Plot<'_> {
             let color = series.ink.stand_in();
             let (style, thinned) = match series.look {
                 Look::Line => (color.stroke_width(2 * scale), firsts(&points)),
+                Look::Level => (color.stroke_width(scale), points.clone()),
                 Look::Dots => (color.stroke_width(2 * scale), points.clone()),
                 Look::Faint => (color.mix(0.3).stroke_width(scale), extremes(&points)),
             };

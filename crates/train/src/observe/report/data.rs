@@ -101,9 +101,11 @@ impl Run {
         stored.or(self.last_eval().map(|eval| eval.val_loss)).filter(|loss| loss.is_finite())
     }
 
+    /// The training loss at the end: as the run gave it, or the end of its moving average.
     pub fn train_loss(&self) -> Option<f64> {
         let stored = self.summary.as_ref().and_then(|summary| summary.train_loss);
-        stored.or(self.last_step().map(|record| record.loss)).filter(|loss| loss.is_finite())
+        let losses: Vec<_> = self.metrics.steps.iter().map(|record| (record.step as f64, record.loss)).collect();
+        stored.or_else(|| super::charts::smooth(&losses).last().map(|(_, loss)| *loss)).filter(|loss| loss.is_finite())
     }
 
     /// Steps that were skipped: all of them, also those of which `metrics.jsonl` has no line.

@@ -100,7 +100,7 @@ fn headline(html: &mut String, run: &Run) -> fmt::Result {
     if let Some(bpb) = run.val_bpb() {
         write!(html, "<p class=\"result\">It takes <b>{bpb:.3} bits per byte</b> for text that it has not seen")?;
         if let Some(base) = run.baselines.filter(|base| base.bytes > 0) {
-            write!(html, "; gzip -9 needs {:.3}, xz -9 {:.3}", base.gzip_bpb, base.xz_bpb)?;
+            write!(html, "; gzip -9 needs {:.3}, xz -9 {:.3}", base.gzip_bpb, base.xz_bpb)?;
         }
         html.push_str(".</p>\n");
     }
@@ -244,7 +244,7 @@ fn plots(run: &Run) -> Result<String, ObserveError> {
     let bpb: Vec<(f64, f64)> = run.metrics.evals.iter().map(|e| (e.step as f64, e.val_bpb)).collect();
     let level = |name: &str, y: f64| {
         let ends = bpb.first().zip(bpb.last()).map(|(from, to)| vec![(from.0, y), (to.0, y)]);
-        series(format!("{name} {y:.3}"), Ink::Text, Look::Line, ends.unwrap_or_default())
+        series(format!("{name} {y:.3}"), Ink::Text, Look::Level, ends.unwrap_or_default())
     };
     let mut bits = Vec::new();
     if let Some(base) = run.baselines.filter(|base| base.bytes > 0) {
@@ -256,7 +256,7 @@ fn plots(run: &Run) -> Result<String, ObserveError> {
     let speed = line(|r| r.tokens_per_s);
     let small = [
         Plot {
-            title: "Loss after the first quarter",
+            title: "Loss after the first quarter, nats per token",
             series: after_first_quarter(&loss.series),
             marks: Vec::new(),
             from_zero: false,
