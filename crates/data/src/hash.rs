@@ -18,7 +18,7 @@ pub(crate) fn mix64(mut x: u64) -> u64 {
 #[inline]
 pub(crate) fn hash64(bytes: &[u8], seed: u64) -> u64 {
     const K: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut state = seed ^ (bytes.len() as u64).wrapping_mul(K);
+    let mut state = mix64(seed.wrapping_add((bytes.len() as u64 + 1).wrapping_mul(K)));
     let mut fold = |word: u64| {
         let wide = u128::from(state ^ word ^ K) * u128::from(0xa076_1d64_78bd_642f_u64);
         state = (wide as u64) ^ ((wide >> 64) as u64) ^ word.rotate_left(29);

@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn near_ones_are_found_and_others_are_kept() {
         let mut index = NearIndex::new(0.8);
-        for seed in 0..200 {
+        for seed in 0..50 {
             let original = text(seed, 400);
             assert!(!index.is_near(signature(&original)), "a new text was called near");
             // One word of 400 changed: 5 of 396 shingles differ, similarity 0.975.
@@ -156,7 +156,7 @@ mod tests {
                 .enumerate()
                 .map(|(i, w)| if i % 4 == 0 { format!("{w}x{seed}") } else { w.clone() })
                 .collect();
-            assert!(!NearIndex { ..NearIndex::new(0.8) }.is_near(signature(&far)));
+            assert!(!NearIndex::new(0.8).is_near(signature(&far)));
             let mut only = NearIndex::new(0.8);
             only.is_near(signature(&original));
             assert!(!only.is_near(signature(&far)));

@@ -249,7 +249,7 @@ struct TextSeed;
 impl<'de> DeserializeSeed<'de> for TextSeed {
     type Value = Vec<u8>;
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u8>, D::Error> {
-        deserializer.deserialize_byte_buf(self)
+        deserializer.deserialize_option(self)
     }
 }
 
@@ -264,8 +264,11 @@ impl<'de> Visitor<'de> for TextSeed {
     fn visit_str<E>(self, text: &str) -> Result<Vec<u8>, E> {
         Ok(text.as_bytes().to_vec())
     }
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u8>, D::Error> {
+        deserializer.deserialize_byte_buf(self)
+    }
     /// `null` is a document without text, which is dropped and counted.
-    fn visit_unit<E>(self) -> Result<Vec<u8>, E> {
+    fn visit_none<E>(self) -> Result<Vec<u8>, E> {
         Ok(Vec::new())
     }
 }
