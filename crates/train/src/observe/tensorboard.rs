@@ -45,7 +45,7 @@ impl Observer for TensorBoard {
         match event {
             Event::RunStarted(info) => {
                 fs::create_dir_all(&info.dir).map_err(ObserveError::write(&info.dir))?;
-                let path = new_file_name(&info.dir)?;
+                let path = start_file(&info.dir, info.start_step == 0)?;
                 let file = File::create_new(&path).map_err(ObserveError::write(&path))?;
                 self.open = Some((path, file));
                 self.write(0, &Content::FileVersion)?;
@@ -80,16 +80,20 @@ impl Observer for TensorBoard {
     }
 }
 
-/// `events.out.tfevents.SECONDS.HOST.PID.firebox`. TensorBoard reads the files of a folder in the order of their names,
-/// so a file gets a later second than all before it.
-fn new_file_name(dir: &Path) -> Result<PathBuf, ObserveError> {
+/// A name for a new file: `events.out.tfevents.SECONDS.firebox.PID`. TensorBoard reads the files of a folder in the
+/// order of their names, so a file gets a later second than all before it. A new run first removes Firebox's files of
+/// the run before, as it starts `metrics.jsonl` anew.
+fn start_file(dir: &Path, new_run: bool) -> Result<PathBuf, ObserveError> {
     const PREFIX: &str = "events.out.tfevents.";
     let mut second = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     for entry in fs::read_dir(dir).map_err(ObserveError::read(dir))? {
-        let name = entry.map_err(ObserveError::read(dir))?.file_name();
-        let earlier: Option<u64> =
-            name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok());
-        if let Some(earlier) = earlier {
+        let entry = entry.map_err(ObserveError::read(dir))?;
+        let name = entry.file_name();
+        let mut parts = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).unwrap_or("").split('.');
+        let Some(earlier) = parts.next().and_then(|digits| digits.parse::<u64>().ok()) else { continue };
+        if new_run && parts.next() == Some("firebox") {
+            fs::remove_file(entry.path()).map_err(ObserveError::write(&entry.path()))?;
+        } else {
             second = second.max(earlier.saturating_add(1));
         }
     }

@@ -164,7 +164,7 @@ impl Plot<'_> {
             .x_labels((width / 60).clamp(3, 12) as usize)
             .y_labels((height / 45).clamp(3, 8) as usize)
             .set_all_tick_mark_size(px(4))
-            .x_label_formatter(&|x| if x.fract() == 0.0 { crate::observe::format::short(*x) } else { String::new() })
+            .x_label_formatter(&|x| if x.fract() == 0.0 { crate::observe::format::figure(*x) } else { String::new() })
             .y_label_formatter(&|y| (self.value)(*y))
             .label_style(label_style.clone())
             .axis_desc_style(label_style.clone())
@@ -281,6 +281,7 @@ fn restyle(svg: &str, title: &str) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -7,6 +7,7 @@
 mod charts;
 mod data;
 mod page;
+mod plots;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -3,15 +3,11 @@
 use std::fmt::{self, Write};
 use std::path::Path;
 
-use super::charts::{Drawing, Ink, Look, Plot, Series, smooth};
 use super::data::Run;
 use crate::observe::format::{bytes, count, duration, figure, flops, operations, percent, plural, short, utc};
 use crate::observe::{ObserveError, StepRecord};
 
 const STYLE: &str = include_str!("report.css");
-/// Sizes of plots, CSS pixels: one that takes the page's width, and the one used beside another or on a phone.
-const WIDE: (u32, u32) = (880, 340);
-const NARROW: (u32, u32) = (430, 250);
 /// Evaluations and skipped steps that are listed at most.
 const MAX_ROWS: usize = 200;
 
@@ -45,7 +41,7 @@ impl fmt::Display for Esc<'_> {
 /// The report as one HTML document.
 pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
     let mut html = String::with_capacity(256 << 10);
-    let plots = plots(run)?;
+    let plots = super::plots::render(run)?;
     // Writing to a String does not fail.
     let _ = (|| {
         head(&mut html, run)?;
@@ -107,18 +103,18 @@ fn headline(html: &mut String, run: &Run) -> fmt::Result {
     match &run.summary {
         None => {
             let total = if info.total_steps > 0 { format!(" of {}", count(info.total_steps)) } else { String::new() };
-            write!(
+            writeln!(
                 html,
                 "<p class=\"note\"><b>Not finished:</b> step {}{total} when this page was made. \
-                 The run goes on or was ended from outside.</p>\n",
+                 The run goes on or was ended from outside.</p>",
                 count(run.steps())
             )?;
         }
         Some(summary) if !matches!(summary.stopped.as_str(), "done" | "") => {
             let total = if info.total_steps > 0 { format!(" of {}", count(info.total_steps)) } else { String::new() };
-            write!(
+            writeln!(
                 html,
-                "<p class=\"note\"><b>Ended early:</b> {}, after step {}{total}.</p>\n",
+                "<p class=\"note\"><b>Ended early:</b> {}, after step {}{total}.</p>",
                 Esc(&summary.stopped),
                 count(summary.steps)
             )?;
@@ -147,8 +143,8 @@ fn figures(html: &mut String, run: &Run) -> fmt::Result {
     let speed = summary.map(|s| s.tokens_per_s).filter(|s| *s > 0.0).or_else(|| median(run, |r| r.tokens_per_s));
     if let Some(speed) = speed {
         let mfu = summary.and_then(|s| s.mfu).or_else(|| median(run, |r| r.mfu)).filter(|mfu| *mfu > 0.0);
-        let mfu = mfu.map_or(String::new(), |mfu| format!(", MFU {}", percent(mfu)));
-        cards.push(("Speed", short(speed), format!("tokens/s{mfu}")));
+        let mfu = mfu.map_or(String::new(), |mfu| format!("MFU {}", percent(mfu)));
+        cards.push(("Tokens per s", short(speed), mfu));
     }
     let logged_peak = run.metrics.steps.iter().map(|r| r.memory_bytes).max();
     if let Some(peak) = summary.map(|s| s.peak_memory_bytes).or(logged_peak).filter(|peak| *peak > 0) {
@@ -202,148 +198,6 @@ fn comparison(html: &mut String, run: &Run) -> fmt::Result {
     )
 }
 
-fn plots(run: &Run) -> Result<String, ObserveError> {
-    let line = |value: fn(&StepRecord) -> f64| -> Vec<(f64, f64)> {
-        run.metrics.steps.iter().map(|record| (record.step as f64, value(record))).collect()
-    };
-    let series = |label: String, ink, look, points| Series { label, ink, look, points };
-    let mut html = String::new();
-
-    let raw = line(|r| r.loss);
-    let smoothed = smooth(&raw);
-    let validation: Vec<(f64, f64)> = run.metrics.evals.iter().map(|e| (e.step as f64, e.val_loss)).collect();
-    let end = |points: &[(f64, f64)]| points.last().map_or(String::new(), |(_, y)| format!("{y:.3}"));
-    let loss = Plot {
-        title: "Loss, nats per token",
-        series: vec![
-            series(String::new(), Ink::First, Look::Faint, raw),
-            series(format!("train {}", end(&smoothed)), Ink::First, Look::Line, smoothed),
-            series(format!("held out {}", end(&validation)), Ink::Second, Look::Dots, validation),
-        ],
-        marks: run.metrics.skipped.iter().map(|(step, _)| *step as f64).collect(),
-        from_zero: false,
-        value: figure,
-    };
-    if let (Some(wide), Some(narrow)) = (loss.draw(WIDE.0, WIDE.1)?, loss.draw(NARROW.0, NARROW.1)?) {
-        let mut note =
-            "Training loss of each logged step (pale), its moving average, and the loss on the held-out text."
-                .to_owned();
-        if !run.metrics.skipped.is_empty() {
-            note.push_str(" Red marks: skipped steps.");
-        }
-        let _ = write!(
-            html,
-            "<section>\n<h2>{}</h2>\n<p class=\"small\">{note}{}</p>\n<div class=\"wide\">{}</div>\n<div class=\"narrow\">{}</div>\n</section>\n",
-            Esc(loss.title),
-            above_note(&wide, loss.value),
-            wide.svg,
-            narrow.svg
-        );
-    }
-
-    let bpb: Vec<(f64, f64)> = run.metrics.evals.iter().map(|e| (e.step as f64, e.val_bpb)).collect();
-    let level = |name: &str, y: f64| {
-        let ends = bpb.first().zip(bpb.last()).map(|(from, to)| vec![(from.0, y), (to.0, y)]);
-        series(format!("{name} {y:.3}"), Ink::Text, Look::Level, ends.unwrap_or_default())
-    };
-    let mut bits = Vec::new();
-    if let Some(base) = run.baselines.filter(|base| base.bytes > 0) {
-        bits = vec![level("gzip", base.gzip_bpb), level("xz", base.xz_bpb)];
-    }
-    bits.push(series(format!("model {}", end(&bpb)), Ink::Second, Look::Dots, bpb));
-
-    let gradient = line(|r| r.grad_norm);
-    let speed = line(|r| r.tokens_per_s);
-    let small = [
-        Plot {
-            title: "Loss after the first quarter, nats per token",
-            series: after_first_quarter(&loss.series),
-            marks: Vec::new(),
-            from_zero: false,
-            value: figure,
-        },
-        Plot {
-            title: "Held-out text, bits per byte",
-            series: bits,
-            marks: Vec::new(),
-            from_zero: false,
-            value: figure,
-        },
-        Plot {
-            title: "Learning rate",
-            series: vec![series(String::new(), Ink::First, Look::Line, line(|r| r.lr))],
-            marks: Vec::new(),
-            from_zero: true,
-            value: figure,
-        },
-        Plot {
-            title: "Gradient norm before clipping",
-            series: vec![
-                series(String::new(), Ink::First, Look::Line, smooth(&gradient)),
-                series(String::new(), Ink::First, Look::Faint, gradient),
-            ],
-            marks: Vec::new(),
-            from_zero: true,
-            value: figure,
-        },
-        Plot {
-            title: "Speed, tokens per second",
-            series: vec![
-                series(String::new(), Ink::First, Look::Line, smooth(&speed)),
-                series(String::new(), Ink::First, Look::Faint, speed),
-            ],
-            marks: Vec::new(),
-            from_zero: true,
-            value: figure,
-        },
-        Plot {
-            title: "Resident memory",
-            series: vec![series(String::new(), Ink::First, Look::Line, line(|r| r.memory_bytes as f64))],
-            marks: Vec::new(),
-            from_zero: true,
-            // Round numbers: `4 MB`, not `4.00 MB`.
-            value: |n| if n <= 0.0 { "0".to_owned() } else { bytes(n as u64).replace(".00", "").replace(".0 ", " ") },
-        },
-    ];
-    html.push_str("<div class=\"grid\">\n");
-    for plot in small {
-        if let Some(drawing) = plot.draw(NARROW.0, NARROW.1)? {
-            let _ = write!(
-                html,
-                "<section>\n<h2>{}</h2>\n{}\n<p class=\"small\">{}</p>\n</section>\n",
-                Esc(plot.title),
-                drawing.svg,
-                above_note(&drawing, plot.value).trim_start()
-            );
-        }
-    }
-    html.push_str("</div>\n");
-    Ok(html)
-}
-
-/// The same lines without the steep fall at the start, which makes all that follows look flat.
-fn after_first_quarter(all: &[Series]) -> Vec<Series> {
-    let last = all.iter().filter_map(|s| s.points.last()).map(|(x, _)| *x).fold(0.0, f64::max);
-    let later = |series: &Series| Series {
-        label: series.label.clone(),
-        ink: series.ink,
-        look: series.look,
-        points: series.points.iter().copied().filter(|(x, _)| *x > last / 4.0).collect(),
-    };
-    all.iter().map(later).collect()
-}
-
-/// Says what a plot leaves out, if it does.
-fn above_note(drawing: &Drawing, value: fn(f64) -> String) -> String {
-    match drawing.above {
-        Some((1, highest)) => format!(" One point lies above the plot, at {}.", value(highest)),
-        Some((n, highest)) => {
-            format!(" {} points lie above the plot, the highest at {}.", count(n as u64), value(highest))
-        }
-        None => String::new(),
-    }
-}
-
 fn skipped(html: &mut String, run: &Run) -> fmt::Result {
     let total = run.skipped();
     if total == 0 {
@@ -376,7 +230,7 @@ fn samples(html: &mut String, run: &Run) -> fmt::Result {
         Esc(last)
     )?;
     for (step, text) in earlier.iter().rev() {
-        write!(html, "<details><summary>After step {}</summary><pre>{}</pre></details>\n", count(*step), Esc(text))?;
+        writeln!(html, "<details><summary>After step {}</summary><pre>{}</pre></details>", count(*step), Esc(text))?;
     }
     html.push_str("</section>\n");
     Ok(())
