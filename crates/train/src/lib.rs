@@ -1,4 +1,44 @@
-//! firebox-train
+//! # firebox-train
+//!
+//! The training loop of Firebox and everything around it: [recipes](recipe), the [`Trainer`], [checkpoints](checkpoint) that survive a kill,
+//! [observers](observe) and the report, [evaluation](evaluate) and [generation](generate).
+//!
+//! A run is determined by a recipe and a corpus. It gives the same bits twice, and after an interruption.
+//!
+//! ```
+//! use std::sync::atomic::AtomicBool;
+//! use firebox_data::{Source, prepare};
+//! use firebox_tensor::device::Backend;
+//! use firebox_train::observe::Observers;
+//! use firebox_train::{Recipe, Trainer};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let dir = tempfile::tempdir()?;
+//! let text = dir.path().join("text.txt");
+//! std::fs::write(&text, "the quick brown fox jumps over the lazy dog\n".repeat(200))?;
+//!
+//! let recipe = Recipe::load("tiny", &["data.tokenizer=char".into(), "data.val_split=tail".into(), "train.steps=3".into(), "eval.sample_tokens=8".into()])?;
+//! let recipe = recipe.with(&["schedule={ kind = \"constant\" }".into(), "model.context=16".into()])?;
+//! let source = Source::new([text.display().to_string()]);
+//! let dataset = prepare(&recipe.data, &[source], &dir.path().join("cache"), &mut |_| {})?;
+//! let device = Backend::NdArray.device()?;
+//! let mut trainer = Trainer::new(recipe, &dir.path().join("run"), &dataset, &device, None)?;
+//! let mut observers = Observers::new();
+//! let summary = trainer.run(&mut observers, &AtomicBool::new(false))?;
+//! assert_eq!(summary.steps, 3);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod checkpoint;
+mod error;
+pub mod evaluate;
+pub mod generate;
+pub mod model_io;
 pub mod observe;
+pub mod recipe;
+mod trainer;
+
+pub use error::TrainError;
+pub use recipe::Recipe;
+pub use trainer::{State, Trainer, prompt_ids};

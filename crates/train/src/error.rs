@@ -1,0 +1,92 @@
+//! What can go wrong in a run.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::CheckpointError;
+use crate::observe::ObserveError;
+use crate::recipe::RecipeError;
+
+/// Why a run could not start or go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The recipe.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// The text.
+    #[error(transparent)]
+    Data(#[from] firebox_data::DataError),
+    /// The model's shape.
+    #[error(transparent)]
+    Model(#[from] firebox_models::decoder::ConfigError),
+    /// A checkpoint's `config.json`.
+    #[error(transparent)]
+    Architecture(#[from] firebox_models::decoder::hf::HfError),
+    /// The optimizer.
+    #[error(transparent)]
+    Optim(#[from] firebox_optim::OptimError),
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A file of the run folder.
+    #[error(transparent)]
+    Observe(#[from] ObserveError),
+    /// A file or folder.
+    #[error("cannot {operation} {}: {source}", path.display())]
+    Io {
+        /// What was attempted.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The run folder holds another run.
+    #[error("{} already holds a run: continue it with --resume, or choose another folder with --out", .0.display())]
+    RunExists(PathBuf),
+    /// Something to be continued does not fit.
+    #[error("cannot continue {}: {expected}, got {got}", path.display())]
+    Resume {
+        /// The run.
+        path: PathBuf,
+        /// What was expected.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+    /// Something in the request that cannot be done.
+    #[error("{what}: expected {expected}, got {got}")]
+    Input {
+        /// The input at fault.
+        what: &'static str,
+        /// What would work.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+    /// Loss or gradients were not finite too often in a row.
+    #[error(
+        "training diverged: loss or gradients were not finite in {in_a_row} steps in a row, the last of them step {step}; the parameters are \
+         those of step {last_good}: lower optimizer.lr, lengthen the warmup, or set optimizer.clip"
+    )]
+    Diverged {
+        /// The last step.
+        step: u64,
+        /// Bad steps in a row.
+        in_a_row: u64,
+        /// The last step that changed the parameters.
+        last_good: u64,
+    },
+}
+
+impl TrainError {
+    /// Whether the cause lies in what the user gave (arguments, recipe, files), so that the exit code is 2.
+    pub fn is_input(&self) -> bool {
+        !matches!(self, TrainError::Diverged { .. })
+    }
+
+    pub(crate) fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { operation, path, source }
+    }
+}

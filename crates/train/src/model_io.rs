@@ -1,0 +1,171 @@
+//! Decoders in checkpoints: parameters under Hugging Face's names, their shape, their tokenizer.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use firebox_data::Tokenizer;
+use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
+use firebox_models::decoder::{Decoder, DecoderConfig};
+
+use crate::TrainError;
+use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, Writer, encode_f32, resolve};
+
+/// A model and the tokenizer it was trained with.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The decoder.
+    pub model: Decoder,
+    /// Its tokenizer, where the folder has one.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// Loads a decoder onto `device` from a run, a `checkpoints` folder, a checkpoint, or a folder in Hugging Face's form.
+///
+/// # Errors
+/// [`TrainError`]: nothing there, a torn file, another architecture, or tensors that do not fit (all at once).
+pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainError> {
+    let path = path.as_ref();
+    let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
+    if plain {
+        let config_path = path.join("config.json");
+        let text = std::fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
+        let json = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
+        let model = from_file(&json, &TensorFile::open(path)?, device)?;
+        let tokenizer = path.join("tokenizer.json");
+        let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
+        return Ok(Loaded { model, tokenizer });
+    }
+    load_checkpoint(&resolve(path)?.checkpoint, device)
+}
+
+/// Loads a decoder from an open checkpoint.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
+    let json: serde_json::Value = checkpoint.read_json("config.json")?;
+    let model = from_file(&json, &checkpoint.tensors("model.safetensors")?, device)?;
+    let tokenizer = match checkpoint.contains("tokenizer.json") {
+        true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
+        false => None,
+    };
+    Ok(Loaded { model, tokenizer })
+}
+
+fn not_json(reason: &str) -> HfError {
+    HfError::Key { key: "(file)".into(), expected: "JSON", got: reason.into() }
+}
+
+fn from_file(json: &serde_json::Value, file: &TensorFile, device: &Device) -> Result<Decoder, TrainError> {
+    let (family, config) = parse_config(json)?;
+    let entries = family.entries(&config);
+    check_shapes(&entries, file)?;
+    let mut values = HashMap::new();
+    for entry in &entries {
+        let mut param = vec![0f32; entry.shape.iter().product()];
+        for piece in &entry.pieces {
+            entry.join(&mut param, piece, &file.f32(&piece.name)?);
+        }
+        values.insert(entry.param.clone(), param);
+    }
+    // The initial values are replaced one by one; the seed only makes them exist.
+    let model = Decoder::new(&config, 0, device)?;
+    Ok(set_parameters(model, values))
+}
+
+/// Everything missing, unused and misshapen at once. Buffers that GPT-2's files carry besides parameters are no surprise.
+fn check_shapes(entries: &[Entry], file: &TensorFile) -> Result<(), CheckpointError> {
+    let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
+    let mut report = LoadReport::compare(expected, file);
+    report.unused.retain(|name| !(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight"));
+    report.into_result(file.path())
+}
+
+/// Writes `config.json`, `model.safetensors` and `tokenizer.json`.
+///
+/// # Errors
+/// [`CheckpointError`], a full disk among others.
+pub fn save(writer: &mut Writer, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), CheckpointError> {
+    let config: &DecoderConfig = model.config();
+    let family = Family::of(config);
+    writer.json("config.json", &family.config_json(config))?;
+    writer.bytes("tokenizer.json", tokenizer.json().as_bytes())?;
+    let params: HashMap<String, Tensor<1>> = parameters(model).into_iter().collect();
+    let entries = family.entries(config);
+    let pieces: Vec<_> = entries.iter().flat_map(|e| e.pieces.iter().map(move |p| (e, p))).collect();
+    let specs: Vec<TensorSpec> = pieces.iter().map(|(_, p)| TensorSpec::f32(p.name.clone(), p.shape.clone())).collect();
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    // One parameter is on the host at a time, however many tensors it is stored as.
+    let mut current: Option<(&str, Vec<f32>)> = None;
+    let data = pieces.iter().map(move |(entry, piece)| {
+        if current.as_ref().is_none_or(|(name, _)| *name != entry.param) {
+            let values = params.get(&entry.param).cloned().map(to_host).unwrap_or_default();
+            current = Some((&entry.param, values));
+        }
+        let values = current.as_ref().map_or(&[][..], |(_, values)| values);
+        encode_f32(&entry.split(values, piece), safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
+    });
+    writer.tensors("model.safetensors", &metadata, &specs, data)
+}
+
+/// The float parameters by path, flat and without gradients.
+pub fn parameters<M: Module>(module: &M) -> Vec<(String, Tensor<1>)> {
+    #[derive(Default)]
+    struct Visitor {
+        path: Vec<String>,
+        found: Vec<(String, Tensor<1>)>,
+    }
+    impl ModuleVisitor for Visitor {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let tensor = param.val();
+            let tensor = if tensor.device().is_autodiff() { tensor.inner() } else { tensor };
+            let n = tensor.dims().iter().product::<usize>();
+            self.found.push((self.path.join("."), tensor.reshape([n])));
+        }
+    }
+    let mut visitor = Visitor::default();
+    module.visit(&mut visitor);
+    visitor.found
+}
+
+/// Replaces parameters by values of the same number of elements, by path.
+pub fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -> M {
+    struct Mapper {
+        path: Vec<String>,
+        values: HashMap<String, Vec<f32>>,
+    }
+    impl ModuleMapper for Mapper {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Some(values) = self.values.remove(&self.path.join(".")) else { return param };
+            let (shape, device) = (param.lazy_shape(), param.lazy_device());
+            let tensor = Tensor::from_data(TensorData::new(values, shape.to_vec()), &device);
+            let (id, _, mapper) = param.consume();
+            let tensor = if device.is_autodiff() { tensor.require_grad() } else { tensor };
+            Param::from_mapped_value(id, tensor, mapper)
+        }
+    }
+    module.map(&mut Mapper { path: vec![], values })
+}
+
+/// The values of a float tensor on the host.
+///
+/// # Panics
+/// If the device fails or the tensor is not f32.
+pub fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    // PANIC: Firebox's tensors are f32.
+    tensor.into_data().try_into_vec::<f32>().expect("an f32 tensor")
+}

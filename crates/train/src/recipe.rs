@@ -1,0 +1,539 @@
+//! Recipes: everything that determines a run, in one TOML file.
+
+use std::path::Path;
+
+use firebox_data::{DataConfig, Source};
+use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
+use firebox_optim::{AdamWConfig, DecayRule, Schedule};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The recipes that come with Firebox: name and text.
+pub const BUILT_IN: [(&str, &str); 4] = [
+    ("default", include_str!("../recipes/default.toml")),
+    ("tiny", include_str!("../recipes/tiny.toml")),
+    ("shakespeare-char", include_str!("../recipes/shakespeare-char.toml")),
+    ("gpt2-124m", include_str!("../recipes/gpt2-124m.toml")),
+];
+
+/// Everything that determines a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the run.
+    pub name: String,
+    /// Seed of initial parameters, order of samples, dropout and sampling.
+    #[serde(default = "seed")]
+    pub seed: u64,
+    /// Shape of the model.
+    #[serde(default)]
+    pub model: ModelRecipe,
+    /// Tokenizer, split and filters.
+    #[serde(default)]
+    pub data: DataConfig,
+    /// Where the text comes from; `--data` replaces it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<Source>,
+    /// AdamW.
+    #[serde(default)]
+    pub optimizer: OptimizerRecipe,
+    /// Learning rate over the steps.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Length and batches.
+    #[serde(default)]
+    pub train: TrainRecipe,
+    /// Evaluation and samples.
+    #[serde(default)]
+    pub eval: EvalRecipe,
+    /// What is kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointRecipe,
+}
+
+fn seed() -> u64 {
+    1337
+}
+
+/// The model: a preset or a depth, and any value of its shape in place of theirs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelRecipe {
+    /// Name of a preset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
+    /// Number of blocks, from which everything else follows; instead of a preset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth: Option<usize>,
+    /// Rows of the embedding; by default the tokenizer's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocab_size: Option<usize>,
+    /// Width of the residual stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_model: Option<usize>,
+    /// Blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_layers: Option<usize>,
+    /// Query heads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_heads: Option<usize>,
+    /// Key-value heads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_kv_heads: Option<usize>,
+    /// Width of a head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Feed-forward width.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_ff: Option<usize>,
+    /// Tokens per row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
+    /// `layer_norm` or `rms_norm`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm: Option<NormKind>,
+    /// Added to the variance.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm_eps: Option<f64>,
+    /// `gelu` or `swi_glu`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feed_forward: Option<FeedForward>,
+    /// `"learned"` or `{ rotary = { theta = 10000.0 } }`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
+    /// Biases in linear layers and LayerNorm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias: Option<bool>,
+    /// Head tied to the embedding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tied: Option<bool>,
+    /// Dropout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
+    /// Standard deviation of initial weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_std: Option<f64>,
+}
+
+/// The optimizer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerRecipe {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// What decays: `matrices`, `all` or `none`.
+    pub decay: DecayRule,
+    /// Largest global norm of the gradients; 0 switches clipping off.
+    pub clip: f64,
+}
+
+impl Default for OptimizerRecipe {
+    fn default() -> Self {
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = AdamWConfig::default();
+        Self { lr: 1e-3, beta1, beta2, eps, weight_decay, decay: DecayRule::Matrices, clip: 1.0 }
+    }
+}
+
+impl OptimizerRecipe {
+    /// AdamW's numbers.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
+    }
+}
+
+/// Length and batches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainRecipe {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Rows of `context` tokens per step.
+    pub batch_rows: usize,
+    /// Rows that are in memory at once; gradients of the others are accumulated. 0: all.
+    pub micro_batch_rows: usize,
+    /// A line of metrics every so many steps.
+    pub log_every: u64,
+    /// Steps in a row with a loss or gradient that is not finite (they are skipped) before the run stops.
+    pub max_bad_steps: u64,
+}
+
+impl Default for TrainRecipe {
+    fn default() -> Self {
+        Self { steps: 1000, batch_rows: 16, micro_batch_rows: 0, log_every: 10, max_bad_steps: 5 }
+    }
+}
+
+impl TrainRecipe {
+    /// Rows of one forward and backward pass.
+    pub fn micro_rows(&self) -> usize {
+        if self.micro_batch_rows == 0 { self.batch_rows } else { self.micro_batch_rows.min(self.batch_rows) }
+    }
+}
+
+/// Evaluation on the held-out text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalRecipe {
+    /// Every so many steps, and always at the end; 0: only at the end.
+    pub every: u64,
+    /// At most so many batches on the way; at the end always all. 0: all.
+    pub max_batches: u64,
+    /// Stop after so many evaluations without a better loss; 0: never.
+    pub patience: u64,
+    /// Start of the text that the model writes at each evaluation.
+    pub prompt: String,
+    /// Tokens that it writes; 0: none.
+    pub sample_tokens: usize,
+}
+
+impl Default for EvalRecipe {
+    fn default() -> Self {
+        Self { every: 100, max_batches: 0, patience: 0, prompt: String::new(), sample_tokens: 120 }
+    }
+}
+
+/// Checkpoints.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointRecipe {
+    /// Every so many steps, and always at the end; 0: only at the end.
+    pub every: u64,
+    /// The last so many are kept.
+    pub keep_last: usize,
+    /// And the one with the lowest validation loss.
+    pub keep_best: bool,
+}
+
+impl Default for CheckpointRecipe {
+    fn default() -> Self {
+        Self { every: 100, keep_last: 2, keep_best: true }
+    }
+}
+
+/// Why a recipe cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipeError {
+    /// Neither a built-in name nor a file.
+    #[error("no recipe `{name}`: built in are {known}; or give the path of a TOML file")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// Names of the built-in ones.
+        known: String,
+    },
+    /// The file cannot be read.
+    #[error("cannot read the recipe {path}: {source}")]
+    Read {
+        /// Which file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is no TOML, or a key is unknown or of the wrong type.
+    #[error("recipe {origin}: {reason}{hint}")]
+    Parse {
+        /// Where the text comes from.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+        /// The nearest known key.
+        hint: String,
+    },
+    /// An override that is no `key=value`.
+    #[error("--set {given}: expected key=value, such as optimizer.lr=3e-4")]
+    Override {
+        /// What was given.
+        given: String,
+    },
+    /// A value out of its range.
+    #[error("recipe: {key} = {got}: expected {expected}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+}
+
+impl Recipe {
+    /// The recipe of a built-in name or file, with `overrides` (`key=value`, TOML values) applied.
+    ///
+    /// # Errors
+    /// [`RecipeError`], which offers the nearest known key for an unknown one.
+    pub fn load(name: &str, overrides: &[String]) -> Result<Self, RecipeError> {
+        let built_in = BUILT_IN.iter().find(|(n, _)| *n == name).map(|(_, text)| (*text).to_string());
+        let text = match built_in {
+            Some(text) => text,
+            None if Path::new(name).is_file() => {
+                std::fs::read_to_string(name).map_err(|source| RecipeError::Read { path: name.into(), source })?
+            }
+            None => {
+                let known = BUILT_IN.map(|(n, _)| n).join(", ");
+                return Err(RecipeError::Unknown { name: name.into(), known });
+            }
+        };
+        Self::parse(name, &text, overrides)
+    }
+
+    /// Parses TOML and applies overrides.
+    ///
+    /// # Errors
+    /// [`RecipeError`].
+    pub fn parse(origin: &str, text: &str, overrides: &[String]) -> Result<Self, RecipeError> {
+        let fail = |reason: String| RecipeError::Parse { origin: origin.into(), hint: nearest(&reason), reason };
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| fail(e.message().to_string()))?;
+        for given in overrides {
+            set(&mut table, given)?;
+        }
+        let recipe: Self = table.try_into().map_err(|e: toml::de::Error| fail(one_line(&e)))?;
+        recipe.validate()?;
+        Ok(recipe)
+    }
+
+    /// The single dial: a model of `n` blocks with everything else in proportion. Tokens are 20 per parameter (Hoffmann et al., arXiv:2203.15556,
+    /// section 3), the learning rate falls with the root of the width, the batch grows with it.
+    pub fn depth(n: usize) -> Self {
+        let model = presets::depth(n, DataConfig::default().vocab_size);
+        let batch_rows = (4 * n).next_power_of_two();
+        let tokens = 20 * model.num_params();
+        let steps = (tokens / (batch_rows * model.context)).max(100) as u64;
+        let warmup_steps = (steps / 50).max(1);
+        Self {
+            name: format!("depth-{n}"),
+            seed: seed(),
+            model: ModelRecipe { depth: Some(n), ..ModelRecipe::default() },
+            data: DataConfig::default(),
+            sources: vec![],
+            optimizer: OptimizerRecipe {
+                lr: 4e-3 * (256.0 / model.d_model as f64).sqrt(),
+                beta2: 0.95,
+                ..OptimizerRecipe::default()
+            },
+            schedule: Schedule::Wsd { warmup_steps, min_lr_ratio: 0.0, decay_fraction: 0.4, decay: Default::default() },
+            train: TrainRecipe { steps, batch_rows, micro_batch_rows: 16.min(batch_rows), ..TrainRecipe::default() },
+            eval: EvalRecipe { every: (steps / 10).max(1), max_batches: 16, ..EvalRecipe::default() },
+            checkpoint: CheckpointRecipe { every: (steps / 10).max(1), ..CheckpointRecipe::default() },
+        }
+    }
+
+    /// Applies `key=value` overrides.
+    ///
+    /// # Errors
+    /// [`RecipeError`].
+    pub fn with(self, overrides: &[String]) -> Result<Self, RecipeError> {
+        Self::parse(&self.name, &self.to_toml(), overrides)
+    }
+
+    /// The recipe as TOML.
+    pub fn to_toml(&self) -> String {
+        // PANIC: a recipe holds only tables, texts and numbers with TOML forms.
+        toml::to_string_pretty(self).expect("a recipe has a TOML form")
+    }
+
+    /// SHA-256 of the recipe, in hexadecimal.
+    pub fn hash(&self) -> String {
+        Sha256::digest(self.to_toml()).iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Checks what can be checked without data.
+    fn validate(&self) -> Result<(), RecipeError> {
+        let fail = |key, expected: &str, got: String| Err(RecipeError::Value { key, expected: expected.into(), got });
+        if self.model.preset.is_some() && self.model.depth.is_some() {
+            return fail("model.depth", "a preset or a depth, not both", "both".into());
+        }
+        for (key, value) in [
+            ("train.steps", self.train.steps),
+            ("train.batch_rows", self.train.batch_rows as u64),
+            ("train.log_every", self.train.log_every),
+            ("train.max_bad_steps", self.train.max_bad_steps),
+            ("checkpoint.keep_last", self.checkpoint.keep_last as u64),
+        ] {
+            if value == 0 {
+                return fail(key, "at least 1", "0".into());
+            }
+        }
+        if !(self.optimizer.clip >= 0.0 && self.optimizer.clip.is_finite()) {
+            return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
+        }
+        Ok(())
+    }
+}
+
+impl ModelRecipe {
+    /// The shape for a tokenizer of `tokens` tokens.
+    ///
+    /// # Errors
+    /// For an unknown preset.
+    pub fn resolve(&self, tokens: usize) -> Result<DecoderConfig, RecipeError> {
+        let base = match &self.preset {
+            Some(name) => presets::named(name).ok_or_else(|| {
+                let known: Vec<&str> = presets::all().into_iter().map(|(n, _)| n).collect();
+                let expected = format!("one of {}", known.join(", "));
+                RecipeError::Value { key: "model.preset", expected, got: name.clone() }
+            })?,
+            None => presets::depth(self.depth.or(self.n_layers).unwrap_or(4), tokens),
+        };
+        let d_model = self.d_model.unwrap_or(base.d_model);
+        let n_heads = self.n_heads.unwrap_or(base.n_heads);
+        // What is not given follows from what is: heads split the width, every query head has its keys, the inner width keeps its ratio.
+        let reshaped = self.d_model.is_some() || self.n_heads.is_some();
+        let same_groups = base.n_kv_heads == base.n_heads;
+        Ok(DecoderConfig {
+            vocab_size: self.vocab_size.unwrap_or(tokens),
+            d_model,
+            n_layers: self.n_layers.unwrap_or(base.n_layers),
+            n_heads,
+            n_kv_heads: self.n_kv_heads.unwrap_or(if same_groups { n_heads } else { base.n_kv_heads }),
+            head_dim: match self.head_dim {
+                Some(head_dim) => head_dim,
+                None if reshaped && n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
+                None if reshaped => {
+                    let expected = format!("a divisor of d_model = {d_model} (or a head_dim beside it)");
+                    return Err(RecipeError::Value { key: "model.n_heads", expected, got: n_heads.to_string() });
+                }
+                None => base.head_dim,
+            },
+            d_ff: self.d_ff.unwrap_or(if self.d_model.is_some() { base.d_ff * d_model / base.d_model.max(1) } else { base.d_ff }),
+            context: self.context.unwrap_or(base.context),
+            norm: self.norm.unwrap_or(base.norm),
+            norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
+            feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
+            positions: self.positions.unwrap_or(base.positions),
+            bias: self.bias.unwrap_or(base.bias),
+            tied: self.tied.unwrap_or(base.tied),
+            dropout: self.dropout.unwrap_or(base.dropout),
+            init_std: self.init_std.unwrap_or(base.init_std),
+        })
+    }
+
+    /// The recipe that gives exactly `config`.
+    pub fn exactly(config: &DecoderConfig) -> Self {
+        let DecoderConfig { vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, context, .. } = *config;
+        Self {
+            preset: None,
+            depth: None,
+            vocab_size: Some(vocab_size),
+            d_model: Some(d_model),
+            n_layers: Some(n_layers),
+            n_heads: Some(n_heads),
+            n_kv_heads: Some(n_kv_heads),
+            head_dim: Some(head_dim),
+            d_ff: Some(d_ff),
+            context: Some(context),
+            norm: Some(config.norm),
+            norm_eps: Some(config.norm_eps),
+            feed_forward: Some(config.feed_forward),
+            positions: Some(config.positions),
+            bias: Some(config.bias),
+            tied: Some(config.tied),
+            dropout: Some(config.dropout),
+            init_std: Some(config.init_std),
+        }
+    }
+}
+
+/// Puts the value of `key.path=value` into the table.
+fn set(table: &mut toml::Table, given: &str) -> Result<(), RecipeError> {
+    let fail = || RecipeError::Override { given: given.into() };
+    let (key, value) = given.split_once('=').ok_or_else(fail)?;
+    let (key, value) = (key.trim(), value.trim());
+    // A TOML value, or else a text that needs no quotes on the command line.
+    let value = match format!("v = {value}").parse::<toml::Table>() {
+        Ok(mut parsed) => parsed.remove("v").ok_or_else(fail)?,
+        Err(_) => toml::Value::String(value.into()),
+    };
+    let mut at = table;
+    let mut parts = key.split('.').peekable();
+    while let Some(part) = parts.next() {
+        if part.is_empty() {
+            return Err(fail());
+        }
+        if parts.peek().is_none() {
+            at.insert(part.into(), value);
+            return Ok(());
+        }
+        at = at.entry(part).or_insert_with(|| toml::Value::Table(Default::default())).as_table_mut().ok_or_else(fail)?;
+    }
+    Err(fail())
+}
+
+fn one_line(error: &toml::de::Error) -> String {
+    // The first line names the place where there is one; the message is what matters.
+    error.to_string().trim().replace('\n', " ")
+}
+
+/// `; did you mean X?` for serde's "unknown field `x`, expected one of `a`, `b`".
+fn nearest(reason: &str) -> String {
+    let mut quoted = reason.split('`').skip(1).step_by(2);
+    let Some(unknown) = quoted.next().filter(|_| reason.contains("unknown field") || reason.contains("unknown variant")) else {
+        return String::new();
+    };
+    quoted
+        .map(|known| (strsim::damerau_levenshtein(unknown, known), known))
+        .min()
+        .filter(|(distance, known)| *distance <= known.len().max(unknown.len()) / 2)
+        .map(|(_, known)| format!("; did you mean `{known}`?"))
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn built_in_recipes_parse_and_round_trip() {
+        for (name, _) in BUILT_IN {
+            let recipe = Recipe::load(name, &[]).unwrap();
+            assert_eq!(recipe.name, name);
+            assert_eq!(Recipe::parse(name, &recipe.to_toml(), &[]).unwrap(), recipe);
+            recipe.model.resolve(4096).unwrap().validate().unwrap();
+            recipe.schedule.validate(recipe.train.steps).unwrap();
+        }
+        for n in 1..20 {
+            let recipe = Recipe::depth(n);
+            assert_eq!(recipe.clone().with(&[]).unwrap(), recipe);
+            recipe.schedule.validate(recipe.train.steps).unwrap();
+        }
+    }
+
+    #[test]
+    fn resolved_shapes_round_trip() {
+        for (_, config) in presets::all() {
+            assert_eq!(ModelRecipe::exactly(&config).resolve(7).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn overrides() {
+        let set = |s: &[&str]| Recipe::load("tiny", &s.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let recipe = set(&["optimizer.lr=5e-4", "eval.prompt=Once upon", "schedule={ kind = \"constant\" }", "model.d_model=96", "model.n_heads=3"]).unwrap();
+        assert_eq!(recipe.optimizer.lr, 5e-4);
+        assert_eq!(recipe.eval.prompt, "Once upon");
+        assert_eq!(recipe.schedule, Schedule::Constant { warmup_steps: 0 });
+        assert_eq!(recipe.model.resolve(512).unwrap().head_dim, 32);
+        for (bad, says) in [
+            ("optimizer.lrr=1", "did you mean `lr`?"),
+            ("trian.steps=1", "did you mean `train`?"),
+            ("train.steps", "key=value"),
+            ("train.steps=many", "steps"),
+            ("train.steps=0", "at least 1"),
+            ("data.tokeniser=char", "did you mean `tokenizer`?"),
+        ] {
+            let error = set(&[bad]).unwrap_err().to_string();
+            assert!(error.contains(says), "{bad}: {error}");
+        }
+        let error = set(&["model.d_model=96", "model.n_heads=5"]).unwrap().model.resolve(512).unwrap_err().to_string();
+        assert!(error.contains("n_heads") && error.contains("96"), "{error}");
+    }
+}

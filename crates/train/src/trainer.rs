@@ -1,0 +1,432 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::Device;
+use firebox_data::{Dataset, Loader};
+use firebox_models::Staged;
+use firebox_models::decoder::Decoder;
+use firebox_optim::{AdamW, NamedGrads};
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use crate::checkpoint::{Checkpoint, TensorSpec, Writer, encode_f32, prune};
+use crate::evaluate::{Evaluation, evaluate, token_batch};
+use crate::generate::{Sampling, generate};
+use crate::model_io::{self, to_host};
+use crate::observe::{EvalRecord, Event, Observer, RunInfo, StepRecord, Summary, memory};
+use crate::recipe::Recipe;
+
+/// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Steps done.
+    pub step: u64,
+    /// Samples (rows) read: with the seed, the loader's position.
+    pub samples: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Steps skipped for a loss or gradient that was not finite.
+    pub skipped: u64,
+    /// How many of them in a row until now.
+    pub bad_in_a_row: u64,
+    /// The last step that changed the parameters.
+    pub last_good: u64,
+    /// Lowest validation loss.
+    pub best_loss: Option<f64>,
+    /// Its step.
+    pub best_step: Option<u64>,
+    /// Evaluations since then.
+    pub evals_without_gain: u64,
+    /// The last evaluation: step, loss, bits per byte.
+    pub last_eval: Option<(u64, f64, f64)>,
+    /// Seconds of training so far.
+    pub elapsed_s: f64,
+    /// SHA-256 of the recipe.
+    pub recipe_hash: String,
+}
+
+/// A run: model, optimizer, data and state.
+pub struct Trainer<'a> {
+    recipe: Recipe,
+    dir: PathBuf,
+    // Taken out while the optimizer updates it.
+    model: Option<Decoder>,
+    optimizer: AdamW,
+    dataset: &'a Dataset,
+    loader: Loader,
+    token_bytes: Vec<u32>,
+    state: State,
+    peak_flops: f64,
+}
+
+impl<'a> Trainer<'a> {
+    /// A new run in `dir`, on `device.autodiff()`. Parameters are those of `init` if given, or else initial ones.
+    ///
+    /// # Errors
+    /// [`TrainError`]: an impossible shape, schedule or optimizer, or a corpus shorter than the context.
+    pub fn new(recipe: Recipe, dir: &Path, dataset: &'a Dataset, device: &Device, init: Option<Decoder>) -> Result<Self, TrainError> {
+        let tokens = dataset.tokenizer.vocab_size();
+        let config = match &init {
+            Some(model) => model.config().clone(),
+            None => recipe.model.resolve(tokens)?,
+        };
+        if config.vocab_size < tokens {
+            let expected = format!("at least the tokenizer's {tokens} tokens");
+            return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
+        }
+        recipe.schedule.validate(recipe.train.steps)?;
+        let optimizer = AdamW::new(recipe.optimizer.adamw(), recipe.optimizer.decay)?;
+        recipe.optimizer.adamw().validate_lr(recipe.optimizer.lr)?;
+        config.validate()?;
+        let loader = dataset.train_loader(config.context, recipe.seed)?;
+        let model = match init {
+            Some(model) => model,
+            None => Decoder::new(&config, recipe.seed, &device.clone().autodiff())?,
+        };
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            model: Some(model),
+            optimizer,
+            loader,
+            token_bytes: dataset.tokenizer.token_bytes(),
+            state: State { recipe_hash: recipe.hash(), ..State::default() },
+            peak_flops: 0.0,
+            dataset,
+            recipe,
+        })
+    }
+
+    /// Continues from a checkpoint of the run in `dir`.
+    ///
+    /// # Errors
+    /// [`TrainError`]: as [`new`](Self::new), or a checkpoint that does not fit.
+    pub fn resume(recipe: Recipe, dir: &Path, dataset: &'a Dataset, device: &Device, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
+        let loaded = model_io::load_checkpoint(checkpoint, &device.clone().autodiff())?;
+        let tokens = dataset.tokenizer.json();
+        if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
+            return Err(TrainError::Resume {
+                path: checkpoint.path().into(),
+                expected: "the corpus that the run was started with (its tokenizer is another)".into(),
+                got: format!("{} tokens", dataset.tokenizer.vocab_size()),
+            });
+        }
+        // Dropout and initial values are counted from the recipe's seed, which no Hugging Face config holds.
+        let wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
+        let mut shape = loaded.model.config().clone();
+        shape.dropout = wanted.dropout;
+        if shape != wanted {
+            let (expected, got) = (format!("{wanted:?}"), format!("{shape:?}"));
+            return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
+        }
+        let values = model_io::parameters(&loaded.model).into_iter().map(|(name, t)| (name, to_host(t))).collect();
+        let mut trainer = Self::new(recipe, dir, dataset, device, None)?;
+        trainer.model = trainer.model.map(|model| model_io::set_parameters(model, values));
+        trainer.state = State { recipe_hash: trainer.state.recipe_hash, ..checkpoint.read_json("state.json")? };
+        let file = checkpoint.tensors("optimizer/adamw.safetensors")?;
+        let names: Vec<String> = file.names().map(str::to_string).collect();
+        let tensors = names.into_iter().map(|name| {
+            let (shape, values) = (file.shape(&name)?.to_vec(), file.f32(&name)?);
+            Ok(firebox_optim::StateTensor { name, shape, values })
+        });
+        let Self { model, optimizer, .. } = &mut trainer;
+        if let Some(model) = model {
+            optimizer.load_state::<_, TrainError>(model, tensors)?;
+        }
+        Ok(trainer)
+    }
+
+    /// Share of this peak (FLOP/s) is reported as MFU.
+    pub fn with_peak_flops(mut self, flops: f64) -> Self {
+        self.peak_flops = flops;
+        self
+    }
+
+    /// The model, as it is.
+    pub fn model(&self) -> &Decoder {
+        // PANIC: `model` is empty only inside `update`.
+        self.model.as_ref().expect("a model between steps")
+    }
+
+    /// Where the run is.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// How decay treats the parameters, to print at the start.
+    ///
+    /// # Errors
+    /// [`firebox_optim::OptimError`].
+    pub fn groups(&self) -> Result<firebox_optim::DecayGroups, TrainError> {
+        Ok(self.optimizer.groups(self.model())?)
+    }
+
+    /// What observers are told at the start.
+    pub fn info(&self, backend: &str, threads: usize, data: String) -> RunInfo {
+        let c = self.model().config();
+        RunInfo {
+            dir: self.dir.clone(),
+            name: self.recipe.name.clone(),
+            recipe_toml: self.recipe.to_toml(),
+            model: format!("decoder, {} layers, width {}, {} heads, context {}", c.n_layers, c.d_model, c.n_heads, c.context),
+            data,
+            params: c.num_params() as u64,
+            total_steps: self.recipe.train.steps,
+            start_step: self.state.step,
+            tokens_per_step: (self.recipe.train.batch_rows * c.context) as u64,
+            backend: backend.into(),
+            threads: threads as u32,
+            peak_flops: self.peak_flops,
+            flops_per_token: c.flops_per_token(),
+            ..RunInfo::default()
+        }
+    }
+
+    /// Trains to the end of the recipe, to an early stop, or until `interrupt` is set; the last act is always a checkpoint.
+    ///
+    /// # Errors
+    /// [`TrainError`]: divergence, or a file that cannot be written.
+    pub fn run(&mut self, observer: &mut dyn Observer, interrupt: &AtomicBool) -> Result<Summary, TrainError> {
+        let started = Instant::now();
+        let (before_s, first_step) = (self.state.elapsed_s, self.state.step);
+        let mut pace = Pace::start(self.state.tokens);
+        let mut last_loss = None;
+        let mut training_s = 0.0;
+        let mut stopped = "done";
+        while self.state.step < self.recipe.train.steps {
+            if interrupt.load(Ordering::Relaxed) {
+                stopped = "interrupted";
+                break;
+            }
+            let step_started = Instant::now();
+            let done = self.step(observer)?;
+            training_s += step_started.elapsed().as_secs_f64();
+            self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
+            let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
+            if let Some(Done { loss, lr, grad_norm }) = done {
+                last_loss = Some(loss);
+                if step == first_step + 1 || last || step.is_multiple_of(self.recipe.train.log_every) {
+                    let tokens_per_s = pace.tokens_per_s(self.state.tokens);
+                    let record = StepRecord {
+                        step,
+                        tokens: self.state.tokens,
+                        loss,
+                        lr,
+                        grad_norm,
+                        tokens_per_s,
+                        mfu: self.mfu(tokens_per_s),
+                        memory_bytes: memory::current_bytes(),
+                    };
+                    observer.on_event(&Event::Step(&record))?;
+                }
+            }
+            if !last && is_due(step, self.recipe.eval.every) {
+                let limit = self.recipe.eval.max_batches;
+                self.evaluate(if limit == 0 { None } else { Some(limit) }, observer)?;
+                pace = Pace::start(self.state.tokens);
+                if self.recipe.eval.patience > 0 && self.state.evals_without_gain >= self.recipe.eval.patience {
+                    stopped = "early stop";
+                    break;
+                }
+            }
+            if !last && is_due(step, self.recipe.checkpoint.every) {
+                self.save(observer)?;
+                pace = Pace::start(self.state.tokens);
+            }
+        }
+        if stopped != "interrupted" {
+            self.evaluate(None, observer)?;
+        }
+        self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
+        self.save(observer)?;
+        let tokens_here = self.state.tokens.saturating_sub(first_step * self.tokens_per_step());
+        let tokens_per_s = if training_s > 0.0 { tokens_here as f64 / training_s } else { 0.0 };
+        let summary = Summary {
+            params: self.model().config().num_params() as u64,
+            steps: self.state.step,
+            tokens: self.state.tokens,
+            wall_s: self.state.elapsed_s,
+            tokens_per_s,
+            mfu: (self.peak_flops > 0.0).then(|| self.mfu(tokens_per_s)),
+            train_loss: last_loss,
+            val_loss: self.state.last_eval.map(|(_, loss, _)| loss),
+            val_bpb: self.state.last_eval.map(|(_, _, bpb)| bpb),
+            best_val_loss: self.state.best_loss,
+            best_step: self.state.best_step,
+            peak_memory_bytes: memory::peak_bytes(),
+            skipped_steps: self.state.skipped,
+            stopped: stopped.into(),
+        };
+        observer.on_event(&Event::Finished(&summary))?;
+        Ok(summary)
+    }
+
+    fn tokens_per_step(&self) -> u64 {
+        (self.recipe.train.batch_rows * self.model().config().context) as u64
+    }
+
+    fn mfu(&self, tokens_per_s: f64) -> f64 {
+        if self.peak_flops > 0.0 { tokens_per_s * self.model().config().flops_per_token() / self.peak_flops } else { 0.0 }
+    }
+
+    /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
+        let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
+        let (loss, mut grads) = self.gradients();
+        self.state.step += 1;
+        self.state.samples += self.recipe.train.batch_rows as u64;
+        self.state.tokens += self.tokens_per_step();
+        let clip = self.recipe.optimizer.clip;
+        // The one host sync of a step: the norm decides whether the update may happen.
+        let grad_norm = grads.global_norm();
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            self.skip(if loss.is_finite() { "a gradient is not finite" } else { "the loss is not finite" }, observer)?;
+            return Ok(None);
+        }
+        if clip > 0.0 && grad_norm > clip {
+            grads.scale(clip / (grad_norm + 1e-6));
+        }
+        if let Some(model) = self.model.take() {
+            self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
+        }
+        self.state.bad_in_a_row = 0;
+        self.state.last_good = self.state.step;
+        Ok(Some(Done { loss, lr, grad_norm }))
+    }
+
+    /// Mean loss and gradients of the batch at the current position, summed over micro-batches.
+    fn gradients(&self) -> (f64, NamedGrads) {
+        let model = self.model();
+        let (rows, micro) = (self.recipe.train.batch_rows, self.recipe.train.micro_rows());
+        let parts: Vec<_> = (0..rows)
+            .step_by(micro)
+            .map(|at| self.loader.batch(self.state.samples + at as u64, micro.min(rows - at)))
+            .collect();
+        // Each part's loss is scaled by the targets of the whole batch, so that parts add up to the large batch.
+        let targets = parts.iter().map(firebox_data::Batch::target_count).sum();
+        let mut total = NamedGrads::new();
+        let mut loss_sum = 0.0;
+        for (i, part) in parts.into_iter().enumerate() {
+            // Dropout of micro-batches must differ: the upper bits of the step hold their number.
+            let counter = self.state.step | (i as u64) << 40;
+            let loss = model.loss(&token_batch(part, targets), counter);
+            let value = loss.clone().inner();
+            let mut grads = loss.backward();
+            total.add(NamedGrads::from_backward(model, &mut grads));
+            loss_sum += f64::from(to_host(value)[0]);
+        }
+        (loss_sum, total)
+    }
+
+    fn skip(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        self.state.skipped += 1;
+        self.state.bad_in_a_row += 1;
+        observer.on_event(&Event::Skipped { step: self.state.step, reason })?;
+        if self.state.bad_in_a_row >= self.recipe.train.max_bad_steps {
+            let State { step, bad_in_a_row: in_a_row, last_good, .. } = self.state;
+            return Err(TrainError::Diverged { step, in_a_row, last_good });
+        }
+        Ok(())
+    }
+
+    /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
+    fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if self.dataset.val.is_empty() {
+            return Ok(());
+        }
+        let model = self.model().valid();
+        let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
+        let Evaluation { loss, bpb, .. } =
+            evaluate(&model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes);
+        let record = EvalRecord { step: self.state.step, tokens: self.state.tokens, val_loss: loss, val_bpb: bpb };
+        observer.on_event(&Event::Evaluated(&record))?;
+        self.state.last_eval = Some((self.state.step, loss, bpb));
+        if loss.is_finite() && self.state.best_loss.is_none_or(|best| loss < best) {
+            self.state.best_loss = Some(loss);
+            self.state.best_step = Some(self.state.step);
+            self.state.evals_without_gain = 0;
+        } else {
+            self.state.evals_without_gain += 1;
+        }
+        if self.recipe.eval.sample_tokens > 0 && loss.is_finite() {
+            let text = self.sample(&model)?;
+            observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
+        }
+        Ok(())
+    }
+
+    fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
+        let tokenizer = &self.dataset.tokenizer;
+        let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
+        let sampling = Sampling { seed: self.recipe.seed, ..Sampling::default() };
+        let eot = tokenizer.eot().map(|id| id as i32);
+        let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
+        let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
+        Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
+    }
+
+    /// Writes a checkpoint and removes those that the recipe does not keep.
+    fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let dir = self.dir.join("checkpoints");
+        let mut writer = Writer::create(&dir, self.state.step)?;
+        model_io::save(&mut writer, self.model(), &self.dataset.tokenizer)?;
+        // Names and shapes come before values in the file: one pass for each.
+        let specs: Vec<TensorSpec> = self.optimizer.state().map(|t| TensorSpec::f32(t.name, t.shape)).collect();
+        let data = self
+            .optimizer
+            .state()
+            .map(|t| encode_f32(&t.values, safetensors::Dtype::F32).map(|b| b.into_owned()).unwrap_or_default());
+        writer.tensors("optimizer/adamw.safetensors", &Default::default(), &specs, data)?;
+        writer.json("state.json", &self.state)?;
+        let metric = self.state.last_eval.filter(|(step, ..)| *step == self.state.step).map(|(_, loss, _)| loss);
+        let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
+        prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
+        observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
+        Ok(())
+    }
+}
+
+/// Tokens of a prompt; an empty one becomes the end-of-text token, which every document follows, or a line break.
+///
+/// # Errors
+/// [`TrainError::Data`] for a character that a character tokenizer does not have.
+pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<Vec<i32>, TrainError> {
+    let mut ids: Vec<i32> = tokenizer.eot().map(|id| id as i32).into_iter().collect();
+    ids.extend(tokenizer.encode(prompt)?.into_iter().map(|id| id as i32));
+    if ids.is_empty() {
+        ids = tokenizer.encode(b"\n")?.into_iter().map(|id| id as i32).collect();
+    }
+    Ok(ids)
+}
+
+/// Numbers of a step that updated the parameters.
+struct Done {
+    loss: f64,
+    lr: f64,
+    grad_norm: f64,
+}
+
+/// Speed since the last logged step, pauses for evaluation and checkpoints left out.
+struct Pace {
+    since: Instant,
+    tokens: u64,
+}
+
+impl Pace {
+    fn start(tokens: u64) -> Self {
+        Self { since: Instant::now(), tokens }
+    }
+
+    fn tokens_per_s(&mut self, tokens: u64) -> f64 {
+        let rate = (tokens - self.tokens) as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
+        *self = Self::start(tokens);
+        rate
+    }
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
