@@ -1,1 +1,9 @@
-fn main() {}
+//! The `firebox` command: the only place that knows flags.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -36,7 +36,9 @@ impl Sampling {
     /// # Errors
     /// [`TrainError::Input`].
     pub fn validate(&self) -> Result<(), TrainError> {
-        let fail = |what, expected: &str, got: f64| Err(TrainError::Input { what, expected: expected.into(), got: got.to_string() });
+        let fail = |what, expected: &str, got: f64| {
+            Err(TrainError::Input { what, expected: expected.into(), got: got.to_string() })
+        };
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return fail("temperature", "0 or more", self.temperature);
         }
@@ -79,7 +81,8 @@ impl Sampling {
         });
         let kept = kept.count().max(1);
         weights.truncate(kept);
-        let mut left = f64::from(uniform(Counter::new(self.seed, Purpose::Sampling, 0), past.len() as u64)) * weights.iter().sum::<f64>();
+        let mut left = f64::from(uniform(Counter::new(self.seed, Purpose::Sampling, 0), past.len() as u64))
+            * weights.iter().sum::<f64>();
         for (&id, w) in order.iter().zip(&weights) {
             left -= w;
             if left < 0.0 {
@@ -138,7 +141,9 @@ pub fn check_ids(model: &Decoder, ids: &[i32]) -> Result<(), TrainError> {
         return Err(TrainError::Input { what: "prompt", expected: "at least one token".into(), got: "none".into() });
     }
     match ids.iter().find(|&&id| id < 0 || id as usize >= v) {
-        Some(bad) => Err(TrainError::Input { what: "token id", expected: format!("0 to {}", v - 1), got: bad.to_string() }),
+        Some(bad) => {
+            Err(TrainError::Input { what: "token id", expected: format!("0 to {}", v - 1), got: bad.to_string() })
+        }
         None => Ok(()),
     }
 }

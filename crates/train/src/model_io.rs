@@ -79,7 +79,9 @@ fn from_file(json: &serde_json::Value, file: &TensorFile, device: &Device) -> Re
 fn check_shapes(entries: &[Entry], file: &TensorFile) -> Result<(), CheckpointError> {
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
     let mut report = LoadReport::compare(expected, file);
-    report.unused.retain(|name| !(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight"));
+    report.unused.retain(|name| {
+        !(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight")
+    });
     report.into_result(file.path())
 }
 
@@ -105,7 +107,9 @@ pub fn save(writer: &mut Writer, model: &Decoder, tokenizer: &Tokenizer) -> Resu
             current = Some((&entry.param, values));
         }
         let values = current.as_ref().map_or(&[][..], |(_, values)| values);
-        encode_f32(&entry.split(values, piece), safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
+        encode_f32(&entry.split(values, piece), safetensors::Dtype::F32)
+            .map(|bytes| bytes.into_owned())
+            .unwrap_or_default()
     });
     writer.tensors("model.safetensors", &metadata, &specs, data)
 }

@@ -403,7 +403,11 @@ impl ModelRecipe {
                 }
                 None => base.head_dim,
             },
-            d_ff: self.d_ff.unwrap_or(if self.d_model.is_some() { base.d_ff * d_model / base.d_model.max(1) } else { base.d_ff }),
+            d_ff: self.d_ff.unwrap_or(if self.d_model.is_some() {
+                base.d_ff * d_model / base.d_model.max(1)
+            } else {
+                base.d_ff
+            }),
             context: self.context.unwrap_or(base.context),
             norm: self.norm.unwrap_or(base.norm),
             norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
@@ -462,7 +466,8 @@ fn set(table: &mut toml::Table, given: &str) -> Result<(), RecipeError> {
             at.insert(part.into(), value);
             return Ok(());
         }
-        at = at.entry(part).or_insert_with(|| toml::Value::Table(Default::default())).as_table_mut().ok_or_else(fail)?;
+        at =
+            at.entry(part).or_insert_with(|| toml::Value::Table(Default::default())).as_table_mut().ok_or_else(fail)?;
     }
     Err(fail())
 }
@@ -475,7 +480,9 @@ fn one_line(error: &toml::de::Error) -> String {
 /// `; did you mean X?` for serde's "unknown field `x`, expected one of `a`, `b`".
 fn nearest(reason: &str) -> String {
     let mut quoted = reason.split('`').skip(1).step_by(2);
-    let Some(unknown) = quoted.next().filter(|_| reason.contains("unknown field") || reason.contains("unknown variant")) else {
+    let Some(unknown) =
+        quoted.next().filter(|_| reason.contains("unknown field") || reason.contains("unknown variant"))
+    else {
         return String::new();
     };
     quoted
@@ -517,7 +524,14 @@ mod tests {
     #[test]
     fn overrides() {
         let set = |s: &[&str]| Recipe::load("tiny", &s.iter().map(ToString::to_string).collect::<Vec<_>>());
-        let recipe = set(&["optimizer.lr=5e-4", "eval.prompt=Once upon", "schedule={ kind = \"constant\" }", "model.d_model=96", "model.n_heads=3"]).unwrap();
+        let recipe = set(&[
+            "optimizer.lr=5e-4",
+            "eval.prompt=Once upon",
+            "schedule={ kind = \"constant\" }",
+            "model.d_model=96",
+            "model.n_heads=3",
+        ])
+        .unwrap();
         assert_eq!(recipe.optimizer.lr, 5e-4);
         assert_eq!(recipe.eval.prompt, "Once upon");
         assert_eq!(recipe.schedule, Schedule::Constant { warmup_steps: 0 });

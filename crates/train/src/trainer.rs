@@ -68,7 +68,13 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// [`TrainError`]: an impossible shape, schedule or optimizer, or a corpus shorter than the context.
-    pub fn new(recipe: Recipe, dir: &Path, dataset: &'a Dataset, device: &Device, init: Option<Decoder>) -> Result<Self, TrainError> {
+    pub fn new(
+        recipe: Recipe,
+        dir: &Path,
+        dataset: &'a Dataset,
+        device: &Device,
+        init: Option<Decoder>,
+    ) -> Result<Self, TrainError> {
         let tokens = dataset.tokenizer.vocab_size();
         let config = match &init {
             Some(model) => model.config().clone(),
@@ -104,7 +110,13 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// [`TrainError`]: as [`new`](Self::new), or a checkpoint that does not fit.
-    pub fn resume(recipe: Recipe, dir: &Path, dataset: &'a Dataset, device: &Device, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
+    pub fn resume(
+        recipe: Recipe,
+        dir: &Path,
+        dataset: &'a Dataset,
+        device: &Device,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, TrainError> {
         let loaded = model_io::load_checkpoint(checkpoint, &device.clone().autodiff())?;
         let tokens = dataset.tokenizer.json();
         if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
@@ -171,7 +183,10 @@ impl<'a> Trainer<'a> {
             dir: self.dir.clone(),
             name: self.recipe.name.clone(),
             recipe_toml: self.recipe.to_toml(),
-            model: format!("decoder, {} layers, width {}, {} heads, context {}", c.n_layers, c.d_model, c.n_heads, c.context),
+            model: format!(
+                "decoder, {} layers, width {}, {} heads, context {}",
+                c.n_layers, c.d_model, c.n_heads, c.context
+            ),
             data,
             params: c.num_params() as u64,
             total_steps: self.recipe.train.steps,
@@ -269,7 +284,11 @@ impl<'a> Trainer<'a> {
     }
 
     fn mfu(&self, tokens_per_s: f64) -> f64 {
-        if self.peak_flops > 0.0 { tokens_per_s * self.model().config().flops_per_token() / self.peak_flops } else { 0.0 }
+        if self.peak_flops > 0.0 {
+            tokens_per_s * self.model().config().flops_per_token() / self.peak_flops
+        } else {
+            0.0
+        }
     }
 
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.

@@ -1,0 +1,139 @@
+//! Flags, and one library call per command.
+
+mod prepare;
+mod text;
+mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use firebox::corpus::CorpusError;
+use firebox::tensor::device::{Backend, DeviceError};
+use firebox::train::TrainError;
+use firebox::train::checkpoint::CheckpointError;
+use firebox::train::observe::ObserveError;
+
+/// Trains transformer language models from raw text, on one machine, without Python.
+///
+/// Start with `firebox train`: it trains a small model on Rust source and says where the report is.
+#[derive(Parser)]
+#[command(name = "firebox", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model: raw text in, checkpoints, samples and a report out.
+    Train(train::TrainArgs),
+    /// List or show the built-in recipes.
+    #[command(subcommand)]
+    Recipe(RecipeCommand),
+    /// Make token shards and a tokenizer from text, as `train` does before its first step.
+    Tokenize(prepare::TokenizeArgs),
+    /// Loss, perplexity and bits per byte of a checkpoint on text.
+    Eval(text::EvalArgs),
+    /// Continue a prompt.
+    Generate(text::GenerateArgs),
+    /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`), to compare with other implementations.
+    Logits(text::LogitsArgs),
+    /// Make report.html of a run again.
+    Report {
+        /// The run's folder.
+        run: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum RecipeCommand {
+    /// Names of the built-in recipes.
+    List,
+    /// A recipe with every value, as TOML: a start for your own.
+    Show {
+        /// Built-in name or TOML file.
+        name: String,
+    },
+}
+
+/// Where a model runs.
+#[derive(Args)]
+struct DeviceArgs {
+    /// Backend: ndarray, flex, wgpu, vulkan, metal, webgpu, cuda or rocm, as far as this build has it.
+    #[arg(long, default_value = "ndarray")]
+    backend: Backend,
+}
+
+/// Anything that ends a command.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
+    #[error("{0}")]
+    Output(#[source] std::io::Error),
+}
+
+impl From<CheckpointError> for CliError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Train(error.into())
+    }
+}
+
+impl From<ObserveError> for CliError {
+    fn from(error: ObserveError) -> Self {
+        Self::Train(error.into())
+    }
+}
+
+impl From<firebox::data::DataError> for CliError {
+    fn from(error: firebox::data::DataError) -> Self {
+        Self::Train(error.into())
+    }
+}
+
+impl From<firebox::train::recipe::RecipeError> for CliError {
+    fn from(error: firebox::train::recipe::RecipeError) -> Self {
+        Self::Train(error.into())
+    }
+}
+
+impl CliError {
+    /// 2 for what the user can mend by another input, 1 for the rest.
+    fn exit_code(&self) -> u8 {
+        match self {
+            CliError::Train(error) if !error.is_input() => 1,
+            CliError::Output(_) => 1,
+            _ => 2,
+        }
+    }
+}
+
+/// Parses, runs, and turns errors into one line and an exit code.
+pub fn main() -> ExitCode {
+    // Usage errors exit with 2 inside `parse`.
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(args),
+        Command::Recipe(RecipeCommand::List) => train::list(),
+        Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),
+        Command::Tokenize(args) => prepare::run(args),
+        Command::Eval(args) => text::eval(args),
+        Command::Generate(args) => text::generate(args),
+        Command::Logits(args) => text::logits(args),
+        Command::Report { run } => firebox::train::observe::report::write(&run)
+            .map(|path| println!("report: {}", path.display()))
+            .map_err(CliError::from),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", error.to_string().replace('\n', " "));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! `firebox eval`, `generate` and `logits`: what a checkpoint can do.
+
+use std::collections::HashMap;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use firebox::data::{DataConfig, Source, Tokenizer, ValBatches};
+use firebox::models::TokenBatch;
+use firebox::train::evaluate::evaluate;
+use firebox::train::generate::{Sampling, check_ids, generate as continue_text};
+use firebox::train::model_io::{Loaded, load, to_host};
+use firebox::train::{TrainError, prompt_ids};
+
+use super::{CliError, DeviceArgs, prepare};
+
+/// A model to use.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Run, checkpoint, or folder with Hugging Face's config.json and model.safetensors.
+    checkpoint: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl ModelArgs {
+    fn load(&self) -> Result<Loaded, CliError> {
+        Ok(load(&self.checkpoint, &self.device.backend.device()?)?)
+    }
+
+    fn load_with_tokenizer(&self) -> Result<(firebox::models::decoder::Decoder, Tokenizer), CliError> {
+        let Loaded { model, tokenizer } = self.load()?;
+        match tokenizer {
+            Some(tokenizer) => Ok((model, tokenizer)),
+            None => {
+                let expected = "a tokenizer.json beside the model".into();
+                let got = format!("none in {}", self.checkpoint.display());
+                Err(TrainError::Input { what: "checkpoint", expected, got }.into())
+            }
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text: file, folder or glob; may be given several times.
+    #[arg(long = "data", value_name = "PATH", required = true)]
+    data: Vec<String>,
+    /// Field of .jsonl lines or column of .parquet files that holds the text.
+    #[arg(long, default_value = "text")]
+    text_field: String,
+    /// Let rows of tokens cross documents.
+    #[arg(long)]
+    join_documents: bool,
+    /// Rows evaluated at once.
+    #[arg(long, default_value_t = 8)]
+    rows: usize,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn eval(args: EvalArgs) -> Result<(), CliError> {
+    let (model, tokenizer) = args.model.load_with_tokenizer()?;
+    let scratch = Scratch::new()?;
+    let tokenizer_path = scratch.0.join("tokenizer.json");
+    tokenizer.save(&tokenizer_path)?;
+    let config = DataConfig {
+        tokenizer: tokenizer_path.display().to_string(),
+        // Everything is evaluated, as it is.
+        val_fraction: 0.0,
+        dedup: false,
+        isolate_documents: !args.join_documents,
+        text_field: args.text_field,
+        ..DataConfig::default()
+    };
+    let dataset = prepare::tokens(&config, &[Source::new(args.data)], &scratch.0)?;
+    let context = model.config().context;
+    let batches = dataset
+        .train
+        .iter()
+        .flat_map(|stream| ValBatches::new(stream.clone(), context, args.rows.max(1), config.isolate_documents));
+    let found = evaluate(&model, batches, &tokenizer.token_bytes());
+    if args.json {
+        let mut json = serde_json::json!(found);
+        json["perplexity"] = found.loss.exp().into();
+        println!("{json:#}");
+    } else {
+        println!("loss        {:.4} nats per token", found.loss);
+        println!("perplexity  {:.3}", found.loss.exp());
+        println!("bits/byte   {:.4}", found.bpb);
+        println!("tokens      {}", found.tokens);
+        println!("bytes       {}", found.bytes);
+    }
+    Ok(())
+}
+
+/// A folder that is removed again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self, CliError> {
+        let dir = std::env::temp_dir().join(format!("firebox-eval-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(|source| TrainError::Io {
+            operation: "create",
+            path: dir.clone(),
+            source,
+        })?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Start of the text.
+    #[arg(long, default_value = "")]
+    prompt: String,
+    /// Tokens to write at most.
+    #[arg(long, default_value_t = 256)]
+    max_tokens: usize,
+    /// 0 takes the most likely token each time.
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Choose among the so many most likely tokens; 0: all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Choose among the most likely tokens that together have this probability.
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f64,
+    /// Above 1: makes tokens that occurred less likely.
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 1337)]
+    seed: u64,
+}
+
+pub fn generate(args: GenerateArgs) -> Result<(), CliError> {
+    let (model, tokenizer) = args.model.load_with_tokenizer()?;
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+    };
+    let prompt = prompt_ids(&tokenizer, args.prompt.as_bytes())?;
+    let mut out = Stream { out: std::io::stdout().lock(), pending: vec![], error: None };
+    out.push(args.prompt.as_bytes());
+    let stop = tokenizer.eot().map(|id| id as i32);
+    continue_text(&model, &prompt, args.max_tokens, &sampling, stop, |id| out.push(&tokenizer.decode(&[id as u32])))?;
+    out.finish().map_err(CliError::Output)
+}
+
+/// Writes bytes as they come, but never half a character.
+struct Stream<W: Write + IsTerminal> {
+    out: W,
+    pending: Vec<u8>,
+    error: Option<std::io::Error>,
+}
+
+impl<W: Write + IsTerminal> Stream<W> {
+    fn push(&mut self, bytes: &[u8]) -> bool {
+        self.pending.extend_from_slice(bytes);
+        let whole = match std::str::from_utf8(&self.pending) {
+            Ok(text) => text.len(),
+            // An error without a length is a character that is not complete yet.
+            Err(e) if e.error_len().is_none() => e.valid_up_to(),
+            Err(_) => self.pending.len(),
+        };
+        let ready: Vec<u8> = self.pending.drain(..whole).collect();
+        let text = String::from_utf8_lossy(&ready);
+        let result = self.out.write_all(self.safe(&text).as_bytes()).and_then(|()| self.out.flush());
+        self.error = result.err();
+        self.error.is_none()
+    }
+
+    /// Control characters of a model's text must not reach a terminal.
+    fn safe(&self, text: &str) -> String {
+        if !self.out.is_terminal() {
+            return text.into();
+        }
+        text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }).collect()
+    }
+
+    fn finish(mut self) -> std::io::Result<()> {
+        if let Some(error) = self.error.take() {
+            return Err(error);
+        }
+        self.out.write_all(String::from_utf8_lossy(&self.pending).as_bytes())?;
+        self.out.write_all(b"\n")
+    }
+}
+
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true)]
+    ids: Vec<i32>,
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+pub fn logits(args: LogitsArgs) -> Result<(), CliError> {
+    let model = args.model.load()?.model;
+    check_ids(&model, &args.ids)?;
+    let (n, context) = (args.ids.len(), model.config().context);
+    if n > context {
+        let expected = format!("at most the context of {context} tokens");
+        return Err(TrainError::Input { what: "--ids", expected, got: n.to_string() }.into());
+    }
+    let v = model.config().vocab_size;
+    let batch = TokenBatch::plain(1, n, args.ids, vec![-100; n]);
+    let values = to_host(model.logits(&batch));
+    write_tensor(&args.out, &values, vec![n, v])?;
+    println!("{}: logits [{n}, {v}]", args.out.display());
+    Ok(())
+}
+
+fn write_tensor(path: &Path, values: &[f32], shape: Vec<usize>) -> Result<(), CliError> {
+    let io = |operation| move |source| TrainError::Io { operation, path: path.into(), source };
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let invalid = |e: safetensors::SafeTensorError| std::io::Error::other(e.to_string());
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &bytes)
+        .map_err(invalid)
+        .map_err(io("write"))?;
+    let file = safetensors::serialize(HashMap::from([("logits".to_string(), view)]), None)
+        .map_err(invalid)
+        .map_err(io("write"))?;
+    let aside = path.with_extension("tmp");
+    std::fs::write(&aside, file).and_then(|()| std::fs::rename(&aside, path)).map_err(io("write"))?;
+    Ok(())
+}

@@ -1,0 +1,154 @@
+//! `firebox train` and `firebox recipe`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use firebox::data::Dataset;
+use firebox::tensor::peak;
+use firebox::train::checkpoint::find_latest;
+use firebox::train::observe::compare::gzip_xz;
+use firebox::train::observe::{Event, Observer, Observers, Summary};
+use firebox::train::recipe::BUILT_IN;
+use firebox::train::{Recipe, TrainError, Trainer};
+
+use super::prepare::DataArgs;
+use super::{CliError, DeviceArgs};
+
+/// Examples:
+///   firebox train                                   the default run
+///   firebox train shakespeare-char --data input.txt nanoGPT's CPU setting
+///   firebox train my.toml --set optimizer.lr=3e-4   your recipe, one value changed
+///   firebox train --depth 6 --data 'books/*.txt'    everything follows from the depth
+///   firebox train --resume --out runs/default       go on where it stopped
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+pub struct TrainArgs {
+    /// Built-in name (`firebox recipe list`) or TOML file. Default: `default`, or with --resume the recipe of the run.
+    recipe: Option<String>,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Folder of the run. Default: runs/NAME.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Value of the recipe, such as optimizer.lr=3e-4; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Number of blocks, from which width, learning rate, batch and length follow; instead of a recipe.
+    #[arg(long, value_name = "N", conflicts_with = "recipe")]
+    depth: Option<usize>,
+    /// Go on from the last whole checkpoint in --out.
+    #[arg(long)]
+    resume: bool,
+    /// Seed, instead of the recipe's.
+    #[arg(long)]
+    seed: Option<u64>,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+pub fn list() -> Result<(), CliError> {
+    for (name, text) in BUILT_IN {
+        let about = text.lines().next().unwrap_or_default().trim_start_matches("# ");
+        println!("{name:<18} {about}");
+    }
+    Ok(())
+}
+
+pub fn show(name: &str) -> Result<(), CliError> {
+    print!("{}", Recipe::load(name, &[])?.to_toml());
+    Ok(())
+}
+
+pub fn run(args: TrainArgs) -> Result<(), CliError> {
+    let recipe = args.recipe()?;
+    let dir = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+    let device = args.device.backend.device()?;
+    if !args.resume && dir.join("checkpoints").is_dir() {
+        return Err(TrainError::RunExists(dir).into());
+    }
+    let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
+    println!("{}", dataset.stats);
+    let mut trainer = if args.resume {
+        let found = find_latest(dir.join("checkpoints"))?;
+        for skipped in &found.skipped {
+            eprintln!("warning: {skipped}");
+        }
+        println!("resuming from {}", found.checkpoint.path().display());
+        Trainer::resume(recipe.clone(), &dir, &dataset, &device, &found.checkpoint)?
+    } else {
+        Trainer::new(recipe.clone(), &dir, &dataset, &device, None)?
+    };
+    if firebox::tensor::device::is_fused(&device) {
+        trainer = trainer.with_peak_flops(peak::measure_matmul_flops());
+    }
+    println!("\n{}\n{}\n", recipe.to_toml().trim_end(), trainer.groups()?);
+    let info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
+    let mut observers = Observers::standard();
+    observers.on_event(&Event::RunStarted(&info))?;
+    if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
+        compare(&dataset, &dir)?;
+    }
+    let summary = trainer.run(&mut observers, &interrupt())?;
+    conclude(&summary, &dir);
+    Ok(())
+}
+
+impl TrainArgs {
+    fn recipe(&self) -> Result<Recipe, CliError> {
+        let mut set = self.set.clone();
+        set.extend(self.seed.map(|seed| format!("seed={seed}")));
+        let stored = self.out.as_ref().map(|dir| dir.join("recipe.toml"));
+        Ok(match (&self.recipe, self.depth) {
+            (None, Some(0)) => {
+                let (expected, got) = ("at least 1".into(), "0".into());
+                return Err(TrainError::Input { what: "--depth", expected, got }.into());
+            }
+            (None, Some(depth)) => Recipe::depth(depth).with(&set)?,
+            (None, None) => match stored.filter(|path| self.resume && path.is_file()) {
+                Some(path) => Recipe::load(&path.display().to_string(), &set)?,
+                None => Recipe::load("default", &set)?,
+            },
+            (Some(name), _) => Recipe::load(name, &set)?,
+        })
+    }
+}
+
+/// What gzip and xz make of the held-out text, in the background of nothing: it takes a second per few megabytes.
+fn compare(dataset: &Dataset, dir: &Path) -> Result<(), CliError> {
+    let text = dataset.val_text();
+    let baselines = gzip_xz(&text[..]).map_err(CliError::Output)?;
+    baselines.save(dir)?;
+    Ok(())
+}
+
+/// Set by Ctrl-C or SIGTERM, upon which the run writes a checkpoint and ends; a second one ends it at once.
+fn interrupt() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let seen = flag.clone();
+    let installed = ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; once more to stop without a checkpoint");
+    });
+    if let Err(error) = installed {
+        eprintln!("warning: Ctrl-C will not write a checkpoint: {error}");
+    }
+    flag
+}
+
+fn conclude(summary: &Summary, dir: &Path) {
+    let dir = dir.display();
+    println!();
+    if let (Some(loss), Some(bpb)) = (summary.val_loss, summary.val_bpb) {
+        println!("validation: loss {loss:.4}, {bpb:.4} bits per byte");
+    }
+    println!("report:     {dir}/report.html");
+    println!("checkpoint: {dir}/checkpoints/step-{}", summary.steps);
+    match summary.stopped.as_str() {
+        "interrupted" => println!("continue:   firebox train --resume --out {dir}"),
+        _ => println!("next:       firebox generate {dir} --prompt 'fn main() {{'"),
+    }
+}
