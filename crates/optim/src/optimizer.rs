@@ -96,17 +96,25 @@ impl AdamW {
 
     /// The state for a checkpoint, a tensor at a time, in the order of parameter names; empty before the first step.
     pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
-        self.state.iter().flat_map(|(name, Entry { shape, moments })| {
-            // Lazily: no more than one tensor is on the host at a time.
-            [Kind::M, Kind::V, Kind::Steps].into_iter().map(move |kind| {
-                let (shape, values) = match kind {
-                    Kind::M => (shape.clone(), read(&moments.m)),
-                    Kind::V => (shape.clone(), read(&moments.v)),
-                    Kind::Steps => (vec![1], vec![moments.steps as f32]),
-                };
-                StateTensor { name: format!("{name}.{}", kind.suffix()), shape, values }
-            })
+        // Lazily: no more than one tensor is on the host at a time.
+        self.entries().map(|(name, kind, Entry { moments, shape })| StateTensor {
+            name: kind.of(name),
+            shape: kind.shape(shape),
+            values: match kind {
+                Kind::M => read(&moments.m),
+                Kind::V => read(&moments.v),
+                Kind::Steps => vec![moments.steps as f32],
+            },
         })
+    }
+
+    /// Names and shapes of what [`state`](Self::state) gives, in its order, without reading a value from the device.
+    pub fn state_shapes(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
+        self.entries().map(|(name, kind, entry)| (kind.of(name), kind.shape(&entry.shape)))
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (&str, Kind, &Entry)> {
+        self.state.iter().flat_map(|(name, entry)| Kind::ALL.into_iter().map(move |kind| (name.as_str(), kind, entry)))
     }
 
     /// Bytes of state held now: 8 per element of a trainable parameter after the first step.
@@ -157,9 +165,7 @@ impl AdamW {
         for (name, (info, _)) in expected.into_iter().filter(|_| !fresh) {
             let Parts { m, v, steps } = found.remove(&name).unwrap_or_default();
             let absent = [(Kind::M, m.is_none()), (Kind::V, v.is_none()), (Kind::Steps, steps.is_none())];
-            missing.extend(
-                absent.iter().filter(|(_, absent)| *absent).map(|(kind, _)| format!("{name}.{}", kind.suffix())),
-            );
+            missing.extend(absent.iter().filter(|(_, absent)| *absent).map(|(kind, _)| kind.of(&name)));
             if let (Some(m), Some(v), Some(steps)) = (m, v, steps) {
                 state.insert(name, Entry { shape: info.shape, moments: Moments { m, v, steps } });
             }
@@ -218,16 +224,31 @@ impl Kind {
         }
     }
 
+    const ALL: [Kind; 3] = [Kind::M, Kind::V, Kind::Steps];
+
+    /// The name of this tensor of a parameter.
+    fn of(self, param: &str) -> String {
+        format!("{param}.{}", self.suffix())
+    }
+
+    /// Its shape, given the parameter's.
+    fn shape(self, param: &[usize]) -> Vec<usize> {
+        match self {
+            Kind::M | Kind::V => param.to_vec(),
+            Kind::Steps => vec![1],
+        }
+    }
+
     fn split(name: &str) -> Option<(&str, Kind)> {
         let (param, suffix) = name.rsplit_once('.')?;
-        let kind = [Kind::M, Kind::V, Kind::Steps].into_iter().find(|kind| kind.suffix() == suffix)?;
+        let kind = Kind::ALL.into_iter().find(|kind| kind.suffix() == suffix)?;
         Some((param, kind))
     }
 
     fn check(self, tensor: &StateTensor, info: &ParamInfo) -> Result<(), String> {
         let StateTensor { name, shape, values } = tensor;
-        let expected = if let Kind::Steps = self { &vec![1] } else { &info.shape };
-        if shape != expected || values.len() != expected.iter().product::<usize>() {
+        let expected = self.shape(&info.shape);
+        if *shape != expected || values.len() != expected.iter().product::<usize>() {
             return Err(format!("{name}: expected shape {expected:?}, got {shape:?} with {} values", values.len()));
         }
         let (possible, words): (fn(&f32) -> bool, _) = match self {

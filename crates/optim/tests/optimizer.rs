@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads, OptimError, StateTensor, parameters};
+use firebox_optim::adamw::step;
+use firebox_optim::{AdamW, AdamWConfig, DecayRule, Moments, NamedGrads, OptimError, StateTensor, parameters};
 
 #[derive(Module, Debug)]
 struct Layer {
@@ -115,6 +116,7 @@ fn a_resumed_optimizer_takes_the_same_next_step() {
     assert_eq!(optimizer.state_bytes(), 8 * net.num_params());
     let mut saved: Vec<StateTensor> = optimizer.state().collect();
     assert_eq!(saved.len(), 3 * 6);
+    assert!(optimizer.state_shapes().eq(saved.iter().map(|t| (t.name.clone(), t.shape.clone()))));
     let steps = |name: &str| saved.iter().find(|t| t.name == format!("{name}.steps")).unwrap().values[0];
     assert_eq!((steps("table"), steps("unused")), (3.0, 0.0), "a parameter without gradients takes no steps");
     saved.reverse();
@@ -224,4 +226,45 @@ fn backward_gives_gradients_by_name() {
     assert!(grads.iter().all(|(_, g)| !g.is_autodiff()));
     // 20 elements of 4.
     assert!((grads.global_norm() - 320f64.sqrt()).abs() < 1e-6);
+}
+
+/// The update composed of burn's own operations: the oracle of the fused kernel.
+fn composed(
+    c: &AdamWConfig,
+    lr: f32,
+    t: i32,
+    param: Tensor<1>,
+    grad: Tensor<1>,
+    m: Tensor<1>,
+    v: Tensor<1>,
+) -> [Tensor<1>; 3] {
+    let (beta1, beta2) = (c.beta1 as f32, c.beta2 as f32);
+    let m = m * beta1 + grad.clone() * (1.0 - beta1);
+    let v = v * beta2 + grad.clone() * grad * (1.0 - beta2);
+    let m_hat = m.clone() / (1.0 - beta1.powi(t));
+    let v_hat = v.clone() / (1.0 - beta2.powi(t));
+    let decayed = param.clone() - param * (lr * c.weight_decay as f32);
+    [decayed - m_hat / (v_hat.sqrt() + c.eps as f32) * lr, m, v]
+}
+
+#[test]
+fn the_fused_step_equals_the_composed_one_at_every_length() {
+    let device = Device::default();
+    let tensor = |n, salt| Tensor::<1>::from_floats(numbers(n, salt).as_slice(), &device);
+    // Lengths around the widths of vectors and the chunks that threads share.
+    for n in [1, 7, 8, 31, 33, 16_383, 16_384, 16_385, 50_003] {
+        let mut fused = (tensor(n, 1), Moments::zeros(n, &device));
+        let mut plain = [tensor(n, 1), Tensor::zeros([n], &device), Tensor::zeros([n], &device)];
+        for t in 1..=3 {
+            let grad = tensor(n, 10 + t as u64);
+            fused = step(&CONFIG, 1e-2, CONFIG.weight_decay, fused.0, grad.clone(), fused.1);
+            let [param, m, v] = plain;
+            plain = composed(&CONFIG, 1e-2, t, param, grad, m, v);
+        }
+        for (fused, plain) in [&fused.0, &fused.1.m, &fused.1.v].into_iter().zip(&plain) {
+            let distance = (fused.clone() - plain.clone()).abs().max().into_scalar::<f32>();
+            // Values are at most one; each of three steps rounds a few times.
+            assert!(distance < 1e-6, "{n}: {distance}");
+        }
+    }
 }
