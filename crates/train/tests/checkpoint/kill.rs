@@ -1,6 +1,6 @@
 //! SIGKILL at random moments.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -39,6 +39,7 @@ fn child_writer() {
         Err(CheckpointError::Missing { .. }) => 0.0,
         Err(error) => panic!("{error}"),
     };
+    println!("\n@started");
     loop {
         value += 1.0;
         match mode.as_str() {
@@ -75,20 +76,28 @@ pub fn kill_many(dir: &Path, mode: Mode, kills: u64) {
     let (mut in_the_middle, mut finished) = (0, 0);
     // Any fixed sequence: what makes the moments random is the machine.
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    // Long enough for a few checkpoints: on a busy machine it grows.
+    let mut longest = Duration::from_millis(100);
     for round in 0..kills {
         let mut command: Command = helper("kill::child_writer", dir);
         let mut child = command.env(MODE, mode_name).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut said = String::new();
+        while !said.ends_with("@started\n") && stdout.read_line(&mut said).unwrap() > 0 {}
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        std::thread::sleep(Duration::from_micros((random >> 33) % 150_000));
+        std::thread::sleep(longest.mul_f64((random >> 33) as f64 / (1u64 << 31) as f64));
         child.kill().unwrap();
         assert!(!child.wait().unwrap().success());
-        let (mut said, mut complained) = (String::new(), String::new());
-        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        let mut complained = String::new();
+        stdout.read_to_string(&mut said).unwrap();
         child.stderr.take().unwrap().read_to_string(&mut complained).unwrap();
         assert!(!complained.contains("panicked"), "round {round}: the writer failed by itself: {complained}");
         for value in said.lines().filter_map(|line| line.strip_prefix("@finished ")) {
             announced = Some(value.parse().unwrap());
             finished += 1;
+        }
+        if finished == 0 {
+            longest = (longest * 2).min(Duration::from_secs(5));
         }
 
         // Not only the newest: whatever bears the name of a checkpoint is one, also those that were being deleted.
