@@ -56,11 +56,8 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
         data.stats.train_bytes as f64 / data.stats.train_tokens as f64,
         data.dir.display()
     );
-    // The mapped shards, which the system may drop at any time, count as resident only while they are being checked.
     match std::fs::read_to_string("/proc/self/status") {
-        Ok(status) => {
-            status.lines().filter(|l| l.starts_with("VmHWM") || l.starts_with("RssAnon")).for_each(|l| println!("{l}"))
-        }
+        Ok(status) => status.lines().filter(|l| l.starts_with("VmHWM")).for_each(|l| println!("{l}")),
         Err(_) => println!("peak memory: not known on this system"),
     }
     Ok(())

@@ -109,6 +109,7 @@ pub(crate) fn key(
     let total: u64 = files.iter().map(|f| f.bytes).sum();
     let done = AtomicU64::new(0);
     let mut hashes = Vec::with_capacity(files.len());
+    progress(0, total);
     // In batches, so that progress can be told from this thread.
     for batch in files.chunks(256) {
         let part: Vec<[u8; 32]> = batch.par_iter().map(|f| hash_file(&f.path, &done)).collect::<Result<_, _>>()?;

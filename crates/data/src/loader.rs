@@ -11,7 +11,7 @@
 //! segment whose positions begin at 0; a document that is cut by a row goes on in another row as a segment of its own,
 //! also from position 0.
 //!
-//! **Order.** Within an epoch the rows are permuted by [a computed permutation](crate::permute), so that sample number s
+//! **Order.** Within an epoch the rows are permuted by a computed permutation (a Feistel network), so that sample number s
 //! needs no state. Sources are mixed in blocks of 4,096 samples, in which each source has its share, at permuted places.
 
 use crate::error::DataError;

@@ -67,13 +67,13 @@ impl MinHasher {
     }
 
     /// The signature: 16 bits of each minimum. Two different minima agree in them once in 65,536.
-    pub(crate) fn finish(mut self) -> Box<[u16; MINIMA]> {
+    pub(crate) fn finish(mut self) -> [u16; MINIMA] {
         self.end_word();
         if self.words < WORDS as u64 {
             self.window[self.words as usize % WORDS] ^= self.words;
             self.shingle();
         }
-        Box::new(self.minima.map(|m| m as u16))
+        self.minima.map(|m| m as u16)
     }
 }
 
@@ -83,7 +83,7 @@ pub(crate) struct NearIndex {
     bands: usize,
     rows: usize,
     buckets: HashMap<u64, u32>,
-    signatures: Vec<Box<[u16; MINIMA]>>,
+    signatures: Vec<[u16; MINIMA]>,
 }
 
 impl NearIndex {
@@ -94,7 +94,7 @@ impl NearIndex {
     }
 
     /// True when a kept document is at least as similar as the threshold; otherwise the document is kept from now on.
-    pub(crate) fn is_near(&mut self, signature: Box<[u16; MINIMA]>) -> bool {
+    pub(crate) fn is_near(&mut self, signature: [u16; MINIMA]) -> bool {
         let keys: Vec<u64> = (0..self.bands)
             .map(|band| hash64(bytemuck::cast_slice(&signature[band * self.rows..(band + 1) * self.rows]), band as u64))
             .collect();
@@ -133,7 +133,7 @@ mod tests {
         (0..words as u64).map(|i| format!("w{}", mix64(seed * 1_000_003 + i) % 5000)).collect()
     }
 
-    fn signature(words: &[String]) -> Box<[u16; MINIMA]> {
+    fn signature(words: &[String]) -> [u16; MINIMA] {
         let mut hasher = MinHasher::new();
         // In odd parts: a part may end inside a word.
         words.join(" ").as_bytes().chunks(7).for_each(|part| hasher.update(part));

@@ -229,6 +229,7 @@ impl Build<'_> {
         stats.vocab_size = tokenizer.vocab_size();
         let mut tokenizing = Tokenizing::new(self, &scanned, &tokenizer);
         let (total, mut bytes) = (stats.bytes, 0);
+        progress(Progress::Tokenizing { bytes, total, tokens: 0 });
         self.pump(|parts| {
             bytes += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
             tokenizing.batch(&parts)?;
@@ -241,6 +242,7 @@ impl Build<'_> {
     fn scan(&self, progress: &mut dyn FnMut(Progress)) -> Result<Scanned, DataError> {
         let mut scanner = Scanner::new(self.config, self.groups, self.n_groups);
         let (mut documents, mut bytes) = (0, 0);
+        progress(Progress::Scanning { documents, bytes });
         self.pump(|parts| {
             documents += parts.iter().filter(|p| p.first).count() as u64;
             bytes += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();

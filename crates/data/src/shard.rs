@@ -19,7 +19,7 @@ use crate::error::DataError;
 use memmap2::Mmap;
 use rayon::prelude::*;
 use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -171,6 +171,18 @@ fn header(info: &ShardInfo, width: u32) -> [u8; HEADER] {
     header
 }
 
+/// CRC-32C of the rest of a file.
+fn checksum(file: &mut File) -> std::io::Result<u32> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut crc = 0;
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(crc),
+            got => crc = crc32c::crc32c_append(crc, &buffer[..got]),
+        }
+    }
+}
+
 enum Tokens {
     Narrow(Mmap),
     Wide(Mmap),
@@ -193,19 +205,19 @@ enum Starts {
 }
 
 impl Shard {
-    /// Maps a shard and checks every byte of it.
+    /// Checks every byte of a shard, then maps it. The bytes are read rather than looked at through the map, so that
+    /// the pages of a large corpus do not count as memory of this process before anyone needs them.
     fn open(path: &Path, first: u64, info: &ShardInfo) -> Result<Self, DataError> {
         let torn = |reason: String| DataError::TornShard { path: path.to_owned(), reason };
-        let file = File::open(path).map_err(DataError::io("open", path))?;
+        let mut file = File::open(path).map_err(DataError::io("open", path))?;
         let length = file.metadata().map_err(DataError::io("read", path))?.len();
         if length < HEADER as u64 {
             return Err(torn(format!("{length} bytes, less than a header")));
         }
-        // SAFETY: the map is read-only, and the shards of a cache are written under another name, renamed once and never
-        // written again; truncating one while it is mapped would be an error of whoever does it (SIGBUS).
-        let map = unsafe { Mmap::map(&file) }.map_err(DataError::io("map", path))?;
-        let width = u32::from_le_bytes(map[12..16].try_into().unwrap_or_default());
-        if map[..HEADER] != header(info, width) || !matches!(width, 2 | 4) {
+        let mut found = [0; HEADER];
+        file.read_exact(&mut found).map_err(DataError::io("read", path))?;
+        let width = u32::from_le_bytes(found[12..16].try_into().unwrap_or_default());
+        if found != header(info, width) || !matches!(width, 2 | 4) {
             return Err(torn("the header differs from the manifest".into()));
         }
         // From here on the counts are those of the manifest, which has a checksum of its own.
@@ -214,9 +226,15 @@ impl Shard {
         if u128::from(length) != expected {
             return Err(torn(format!("{length} bytes, expected {expected}")));
         }
-        let crc = crc32c::crc32c(&map[HEADER..]);
+        let crc = checksum(&mut file).map_err(DataError::io("read", path))?;
         if crc != info.crc32c {
             return Err(torn(format!("checksum {crc:08x}, expected {:08x}", info.crc32c)));
+        }
+        // SAFETY: the map is read-only, and the shards of a cache are written under another name, renamed once and never
+        // written again; truncating one while it is mapped would be an error of whoever does it (SIGBUS).
+        let map = unsafe { Mmap::map(&file) }.map_err(DataError::io("map", path))?;
+        if map.len() as u64 != length {
+            return Err(torn("it changed while it was opened".into()));
         }
         let starts = Starts::Mapped(HEADER + body as usize..map.len());
         let tokens = if width == 2 { Tokens::Narrow(map) } else { Tokens::Wide(map) };

@@ -43,7 +43,7 @@ pub struct Tokenizer {
 
 enum Kind {
     Gpt2(Box<gpt2::Gpt2>),
-    Bytes(Box<tokenizers::Tokenizer>, [u32; 256]),
+    Bytes(Box<tokenizers::Tokenizer>, Box<[u32; 256]>),
     Chars(Box<chars::Chars>),
     Library(Box<tokenizers::Tokenizer>, Vec<Option<u32>>),
 }
@@ -265,7 +265,7 @@ fn kind_of(
         {
             return Kind::Gpt2(Box::new(gpt2::Gpt2::new(bpe.clone(), byte_ids)));
         }
-        return Kind::Bytes(Box::new(library), byte_ids);
+        return Kind::Bytes(Box::new(library), Box::new(byte_ids));
     }
     let without_merges = file["model"]["merges"].as_array().is_some_and(Vec::is_empty);
     if plain_bpe && without_merges && file["pre_tokenizer"].is_null() {
