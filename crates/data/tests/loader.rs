@@ -21,7 +21,10 @@ fn stream(lengths: &[usize], first: u32) -> (Arc<TokenStream>, HashSet<i32>) {
     (Arc::new(TokenStream::from_documents(&documents)), starts)
 }
 
-fn rows(batch: &Batch) -> Vec<(&[i32], &[i32], &[i32], &[i32])> {
+/// Inputs, targets, segments and positions of a row.
+type Row<'a> = (&'a [i32], &'a [i32], &'a [i32], &'a [i32]);
+
+fn rows(batch: &Batch) -> Vec<Row<'_>> {
     let c = batch.context;
     let cut = |v: &'_ [i32], r: usize| -> std::ops::Range<usize> {
         assert_eq!(v.len(), batch.rows * c);
