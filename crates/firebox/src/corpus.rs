@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use cargo_metadata::{CargoOpt, MetadataCommand, PackageId};
+use cargo_metadata::{CargoOpt, DependencyKind, MetadataCommand, Node, Package, PackageId};
 use firebox_data::Source;
 
 /// Why there is no default corpus.
@@ -48,21 +48,20 @@ pub fn rust_sources(start: &Path) -> Result<Source, CorpusError> {
     let metadata =
         run(true).or_else(|_| run(false)).map_err(|e| CorpusError::Cargo(e.to_string().replace('\n', " ")))?;
     let resolve = metadata.resolve.ok_or_else(|| CorpusError::Cargo("it resolved nothing".into()))?;
-    let packages: BTreeMap<&PackageId, &cargo_metadata::Package> =
-        metadata.packages.iter().map(|p| (&p.id, p)).collect();
-    let nodes: BTreeMap<&PackageId, &cargo_metadata::Node> = resolve.nodes.iter().map(|n| (&n.id, n)).collect();
-    let mut open: Vec<&PackageId> =
-        metadata.packages.iter().filter(|p| p.name.as_str() == "firebox").map(|p| &p.id).collect();
+    let packages: BTreeMap<&PackageId, &Package> = metadata.packages.iter().map(|p| (&p.id, p)).collect();
+    let nodes: BTreeMap<&PackageId, &Node> = resolve.nodes.iter().map(|n| (&n.id, n)).collect();
+    let mut open: Vec<&PackageId> = metadata.packages.iter().filter(|p| p.name == "firebox").map(|p| &p.id).collect();
     let mut found = BTreeMap::new();
     while let Some(id) = open.pop() {
-        let Some(package) = packages.get(id) else { continue };
-        if found.insert((package.name.to_string(), package.version.clone()), *package).is_some() {
-            continue;
+        let (Some(package), Some(node)) = (packages.get(id), nodes.get(id)) else { continue };
+        if found.insert((package.name.to_string(), package.version.clone()), *package).is_none() {
+            open.extend(
+                node.deps
+                    .iter()
+                    .map(|d| &d.pkg)
+                    .filter(|id| packages.get(id).is_some_and(|p| is_built(package, node, p))),
+            );
         }
-        let normal = |dep: &&cargo_metadata::NodeDep| {
-            dep.dep_kinds.iter().any(|k| k.kind == cargo_metadata::DependencyKind::Normal)
-        };
-        open.extend(nodes.get(id).into_iter().flat_map(|n| n.deps.iter().filter(normal).map(|d| &d.pkg)));
     }
     let folders: Vec<String> = found
         .values()
@@ -77,6 +76,18 @@ pub fn rust_sources(start: &Path) -> Result<Source, CorpusError> {
     Ok(Source::new(folders))
 }
 
+/// Whether a build of `package` with its resolved features builds `dependency` into it. (The graph that cargo prints also has edges to optional
+/// packages which no feature switches on.)
+fn is_built(package: &Package, node: &Node, dependency: &Package) -> bool {
+    package.dependencies.iter().filter(|d| d.kind == DependencyKind::Normal && d.name == *dependency.name).any(|d| {
+        let name = d.rename.as_ref().unwrap_or(&d.name);
+        let on =
+            |value: &String| *value == format!("dep:{name}") || value.starts_with(&format!("{name}/")) || value == name;
+        let features = node.features.iter().filter_map(|f| package.features.get(&**f));
+        !d.optional || features.flatten().any(on) || node.features.iter().any(|f| &**f == name)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -88,6 +99,7 @@ mod tests {
         let source = rust_sources(here).unwrap();
         assert!(source.paths.iter().any(|p| p.contains("burn-core-")), "{:?}", source.paths);
         assert!(source.paths.len() > 100, "{} packages", source.paths.len());
+        assert!(!source.paths.iter().any(|p| p.contains("cubecl-cuda-")), "optional backends are not built by default");
         assert_eq!(source, rust_sources(here).unwrap());
     }
 

@@ -392,8 +392,8 @@ impl<'a> Trainer<'a> {
         let dir = self.dir.join("checkpoints");
         let mut writer = Writer::create(&dir, self.state.step)?;
         model_io::save(&mut writer, self.model(), &self.dataset.tokenizer)?;
-        // Names and shapes come before values in the file: one pass for each.
-        let specs: Vec<TensorSpec> = self.optimizer.state().map(|t| TensorSpec::f32(t.name, t.shape)).collect();
+        let specs: Vec<TensorSpec> =
+            self.optimizer.state_shapes().map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
         let data = self
             .optimizer
             .state()

@@ -84,7 +84,8 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         trainer = trainer.with_peak_flops(peak::measure_matmul_flops());
     }
     println!("\n{}\n{}\n", recipe.to_toml().trim_end(), trainer.groups()?);
-    let info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
+    let mut info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
+    info.program = program();
     let mut observers = Observers::standard();
     observers.on_event(&Event::RunStarted(&info))?;
     if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
@@ -93,6 +94,11 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let summary = trainer.run(&mut observers, &interrupt())?;
     conclude(&summary, &dir);
     Ok(())
+}
+
+/// How this binary was called, for commands to copy.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "firebox".into())
 }
 
 impl TrainArgs {
@@ -115,8 +121,15 @@ impl TrainArgs {
     }
 }
 
-/// What gzip and xz make of the held-out text, in the background of nothing: it takes a second per few megabytes.
+/// More held-out text than this is not compared: xz takes a second and ten megabytes of memory for each.
+const COMPARED_BYTES: u64 = 64 << 20;
+
+/// What gzip and xz make of the held-out text, for the report.
 fn compare(dataset: &Dataset, dir: &Path) -> Result<(), CliError> {
+    if dataset.stats.val_bytes > COMPARED_BYTES {
+        println!("the held-out text is larger than 64 MB: not compared with gzip and xz");
+        return Ok(());
+    }
     let text = dataset.val_text();
     let baselines = gzip_xz(&text[..]).map_err(CliError::Output)?;
     baselines.save(dir)?;
@@ -140,7 +153,7 @@ fn interrupt() -> Arc<AtomicBool> {
 }
 
 fn conclude(summary: &Summary, dir: &Path) {
-    let dir = dir.display();
+    let (dir, program) = (dir.display(), program());
     println!();
     if let (Some(loss), Some(bpb)) = (summary.val_loss, summary.val_bpb) {
         println!("validation: loss {loss:.4}, {bpb:.4} bits per byte");
@@ -148,7 +161,7 @@ fn conclude(summary: &Summary, dir: &Path) {
     println!("report:     {dir}/report.html");
     println!("checkpoint: {dir}/checkpoints/step-{}", summary.steps);
     match summary.stopped.as_str() {
-        "interrupted" => println!("continue:   firebox train --resume --out {dir}"),
-        _ => println!("next:       firebox generate {dir} --prompt 'fn main() {{'"),
+        "interrupted" => println!("continue:   {program} train --resume --out {dir}"),
+        _ => println!("next:       {program} generate {dir} --prompt 'fn main() {{'"),
     }
 }
