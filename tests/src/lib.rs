@@ -96,7 +96,7 @@ pub fn same_losses_as_ndarray(device: &Device) {
         let want = losses(&base, &set, &ndarray);
         let got = losses(&base, &set, device);
         assert_eq!((want.len(), got.len()), (20, 20), "{name}");
-        assert!(want[19] < 0.8 * want[0], "{name}: nothing was learned: {want:?}");
+        assert!(want[19] < 0.9 * want[0], "{name}: nothing was learned: {want:?}");
         for (step, (g, w)) in got.iter().zip(&want).enumerate() {
             assert!((g - w).abs() <= 1e-3 * w, "{name} step {step}: got {g}, expected {w}");
         }
