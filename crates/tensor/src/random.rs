@@ -80,7 +80,7 @@ pub fn normal(counter: Counter, index: u64) -> f32 {
     let u = (bits as f64 + 1.0) / 9_007_199_254_740_992.0;
     let angle = std::f64::consts::TAU * (f64::from(c[2]) / 4_294_967_296.0);
     let r = (-2.0 * u.ln()).sqrt();
-    (r * if index % 2 == 0 { angle.cos() } else { angle.sin() }) as f32
+    (r * if index.is_multiple_of(2) { angle.cos() } else { angle.sin() }) as f32
 }
 
 #[cfg(test)]

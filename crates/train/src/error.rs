@@ -26,7 +26,7 @@ pub enum TrainError {
     #[error(transparent)]
     Optim(#[from] firebox_optim::OptimError),
     /// A checkpoint.
-    #[error(transparent)]
+    #[error("{}", .0.one_line())]
     Checkpoint(#[from] CheckpointError),
     /// A file of the run folder.
     #[error(transparent)]

@@ -396,7 +396,7 @@ impl ModelRecipe {
             n_kv_heads: self.n_kv_heads.unwrap_or(if same_groups { n_heads } else { base.n_kv_heads }),
             head_dim: match self.head_dim {
                 Some(head_dim) => head_dim,
-                None if reshaped && n_heads > 0 && d_model % n_heads == 0 => d_model / n_heads,
+                None if reshaped && n_heads > 0 && d_model.is_multiple_of(n_heads) => d_model / n_heads,
                 None if reshaped => {
                     let expected = format!("a divisor of d_model = {d_model} (or a head_dim beside it)");
                     return Err(RecipeError::Value { key: "model.n_heads", expected, got: n_heads.to_string() });

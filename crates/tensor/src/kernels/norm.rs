@@ -47,6 +47,7 @@ vectorized! {
 }
 
 /// Gradients of [`norm`]: `dx` per row; `dweight` and, where there is a bias, `dbias` summed over the rows.
+#[allow(clippy::too_many_arguments)] // slices and shapes of one kernel; a struct would only rename them
 pub(crate) fn norm_backward(
     x: &[f32],
     weight: &[f32],
