@@ -1,5 +1,6 @@
 //! `cargo xtask train`: build Firebox for a backend, then train with it.
 
+use std::env;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -25,9 +26,9 @@ use crate::workspace::Workspace;
   cargo xtask train -- --help                            all options of `firebox train`
 
 The first build takes about 7 minutes on 2 cores (wgpu and its relatives: about 27); later ones take seconds.
-Ctrl-C writes a checkpoint and ends; `--resume` after `--` goes on from there.")]
+Ctrl-C writes a checkpoint and ends; `-- --resume --out RUN` goes on from there.")]
 pub struct Train {
-    /// A built-in recipe or a TOML file [default: what `firebox train` does by default].
+    /// A built-in recipe or a TOML file. Without one: `default`, or with --resume the recipe of the run.
     recipe: Option<String>,
     /// What to compute on. Backends other than ndarray are added by a cargo feature and built when first asked for.
     #[arg(long, value_enum, default_value_t = Backend::Ndarray)]
@@ -112,6 +113,11 @@ impl Train {
         };
         let arguments = self.arguments();
         say::heading(&format!("firebox {}", arguments.join(" ")));
+        // A short path, where there is one: `firebox` prints it in the commands that it suggests.
+        let binary = env::current_dir()
+            .ok()
+            .and_then(|here| binary.strip_prefix(here).map(Path::to_path_buf).ok())
+            .unwrap_or(binary);
         let mut command = Command::new(&binary);
         command.args(&arguments);
         replace_self(command, &binary)

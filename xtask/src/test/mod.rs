@@ -22,8 +22,8 @@ use crate::workspace::Workspace;
 /// Runs every test of the project.
 ///
 /// The parts, in order: the workspace's unit, documentation and end-to-end tests on the default backend; clients
-/// (TensorBoard reads what Firebox wrote); tidy; wgpu on a Vulkan driver. A part whose tools are missing is skipped and
-/// listed at the end; where the variable CI is `true` that is a failure.
+/// (TensorBoard reads what Firebox wrote); tidy; the other backends, flex and wgpu, the latter on a Vulkan driver. What
+/// lacks its tools is skipped and listed at the end; where the variable CI is `true` that is a failure.
 #[derive(Args)]
 #[command(after_help = "Examples:
   cargo xtask test --install      install what is missing, then run all
@@ -54,12 +54,12 @@ enum Part {
     Clients,
     /// The checks of `cargo xtask tidy`.
     Tidy,
-    /// The same training on wgpu, on a software Vulkan driver if there is one.
-    Wgpu,
+    /// The same training on flex and on wgpu, the latter on a software Vulkan driver if there is one.
+    Backends,
 }
 
-/// In this order: wgpu last, because it builds for long and everything before shares one build.
-const ALL: [Part; 4] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Wgpu];
+/// In this order: the other backends last, because they build for long and everything before shares one build.
+const ALL: [Part; 4] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Backends];
 
 /// The package that holds the end-to-end tests.
 const END_TO_END: &str = "firebox-tests";
@@ -68,10 +68,23 @@ const END_TO_END: &str = "firebox-tests";
 const PYTHON_VARIABLE: &str = "FIREBOX_PYTHON";
 
 /// How a part ended.
-enum Outcome {
-    Ran(Counts),
-    /// What is missing.
-    Missing(String),
+#[derive(Default)]
+struct Outcome {
+    counts: Counts,
+    /// What could not run because of something that this machine lacks.
+    missing: Option<String>,
+}
+
+impl From<Counts> for Outcome {
+    fn from(counts: Counts) -> Self {
+        Self { counts, missing: None }
+    }
+}
+
+impl Outcome {
+    fn missing(what: impl Into<String>) -> Self {
+        Self { counts: Counts::default(), missing: Some(what.into()) }
+    }
 }
 
 impl Part {
@@ -80,7 +93,7 @@ impl Part {
             Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
             Self::Clients => "clients: TensorBoard reads what Firebox wrote",
             Self::Tidy => "tidy: format, lints, documentation, layering",
-            Self::Wgpu => "wgpu: the same training on wgpu (from cold its build takes about 27 minutes on 2 cores)",
+            Self::Backends => "backends: the same training on flex and wgpu (about 27 minutes to build on 2 cores)",
         }
     }
 
@@ -109,27 +122,20 @@ impl Test {
         for part in parts {
             say::heading(part.title());
             let start = Instant::now();
-            let outcome = match part {
-                Part::Workspace => workspace_tests(workspace, &clients)?,
+            let Outcome { mut counts, missing } = match part {
+                Part::Workspace => workspace_tests(workspace)?,
                 Part::Clients => client_tests(workspace, &clients)?,
                 Part::Tidy => tidy_checks(workspace)?,
-                Part::Wgpu => wgpu_tests(workspace)?,
+                Part::Backends => backend_tests(workspace)?,
             };
-            let (counts, words) = match outcome {
-                Outcome::Ran(counts) => (counts, counts.to_string()),
-                Outcome::Missing(what) => {
-                    let mut counts = Counts::default();
-                    let verdict = if ci {
-                        counts.failed = 1;
-                        "FAILED"
-                    } else {
-                        counts.skipped = 1;
-                        "SKIPPED"
-                    };
-                    let advice = "`cargo xtask test --install` installs it on Debian and Ubuntu";
-                    (counts, format!("{verdict}: {what} is missing; {advice}"))
-                }
-            };
+            let mut words = String::new();
+            if let Some(what) = missing {
+                let verdict = if ci { "FAILED" } else { "SKIPPED" };
+                *(if ci { &mut counts.failed } else { &mut counts.skipped }) += 1;
+                let advice = "`cargo xtask test --install` installs it on Debian and Ubuntu";
+                words = format!("; {verdict}: {what} is missing, {advice}");
+            }
+            let words = format!("{counts}{words}");
             total += counts;
             let line = format!("{:9} {words} ({})", part.name(), say::duration(start.elapsed()));
             eprintln!("    {line}");
@@ -144,37 +150,38 @@ impl Test {
     }
 }
 
-fn workspace_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
-    let mut command = cargo_test(workspace);
-    if let Some(python) = clients.interpreter() {
-        command.env(PYTHON_VARIABLE, python);
-    }
-    counted(&mut command).map(Outcome::Ran)
+fn workspace_tests(workspace: &Workspace) -> Result<Outcome> {
+    counted(&mut cargo_test(workspace)).map(Outcome::from)
 }
 
 fn client_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
     let Some(python) = clients.interpreter() else {
-        return Ok(Outcome::Missing("Python with TensorBoard".to_owned()));
+        return Ok(Outcome::missing("Python with TensorBoard"));
     };
-    let mut command = end_to_end(workspace, "clients");
-    counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::Ran)
+    let mut command = end_to_end(workspace, &["clients"]);
+    counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::from)
 }
 
-fn wgpu_tests(workspace: &Workspace) -> Result<Outcome> {
-    let variables = match vulkan::environment(workspace)? {
-        Ok(variables) => variables,
-        Err(missing) => return Ok(Outcome::Missing(missing)),
-    };
-    for (name, value) in &variables {
-        eprintln!("    {name}={}", value.display());
+/// Both in one build where wgpu can run; flex alone builds much faster.
+fn backend_tests(workspace: &Workspace) -> Result<Outcome> {
+    match vulkan::environment(workspace)? {
+        Ok(variables) => {
+            for (name, value) in &variables {
+                eprintln!("    {name}={}", value.display());
+            }
+            counted(end_to_end(workspace, &["flex", "wgpu"]).envs(variables)).map(Outcome::from)
+        }
+        Err(missing) => {
+            let counts = counted(&mut end_to_end(workspace, &["flex"]))?;
+            Ok(Outcome { counts, missing: Some(format!("{missing}, which wgpu needs,")) })
+        }
     }
-    counted(end_to_end(workspace, "wgpu").envs(variables)).map(Outcome::Ran)
 }
 
 fn tidy_checks(workspace: &Workspace) -> Result<Outcome> {
     let checks = tidy::run_all(workspace)?;
     let passed = checks.iter().filter(|check| check.passed).count();
-    Ok(Outcome::Ran(Counts { passed, failed: checks.len() - passed, skipped: 0 }))
+    Ok(Counts { passed, failed: checks.len() - passed, skipped: 0 }.into())
 }
 
 /// All tests go through this one selection of packages, so that features resolve in one way and nothing is built twice.
@@ -184,20 +191,21 @@ fn cargo_test(workspace: &Workspace) -> Command {
     command
 }
 
-/// One test program of the end-to-end package, with the features that its manifest requires for it.
-fn end_to_end(workspace: &Workspace, name: &str) -> Command {
+/// Test programs of the end-to-end package, with the features that its manifest requires for them.
+fn end_to_end(workspace: &Workspace, names: &[&str]) -> Command {
     let mut command = cargo_test(workspace);
-    command.args(["--test", name]);
-    let features = workspace
+    let targets = workspace
         .members
         .packages
         .iter()
         .filter(|package| package.name.as_str() == END_TO_END)
         .flat_map(|package| &package.targets)
-        .filter(|target| target.name == name)
-        .flat_map(|target| &target.required_features);
-    for feature in features {
+        .filter(|target| names.contains(&target.name.as_str()));
+    for feature in targets.flat_map(|target| &target.required_features) {
         command.arg("--features").arg(format!("{END_TO_END}/{feature}"));
+    }
+    for name in names {
+        command.args(["--test", name]);
     }
     command
 }
