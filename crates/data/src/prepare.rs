@@ -122,6 +122,16 @@ impl Dataset {
         text
     }
 
+    /// The validation documents one by one, as bytes. For a split by position, the first one is the rest of a document.
+    pub fn val_documents(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        let mut starts = self.val.document_starts(0..self.val.len());
+        if starts.first() != Some(&0) {
+            starts.insert(0, 0);
+        }
+        starts.push(self.val.len());
+        (1..starts.len()).map(move |i| self.tokenizer.decode(&self.val.tokens(starts[i - 1]..starts[i])))
+    }
+
     fn open(dir: &Path, key: &str, config: &DataConfig, weights: &[f64]) -> Result<Self, DataError> {
         let manifest = Manifest::read(dir, key)?;
         let path = dir.join("tokenizer.json");

@@ -194,7 +194,7 @@ fn comparison(html: &mut String, run: &Run) -> fmt::Result {
     write!(
         html,
         "</div>\n<p class=\"small\">Bits per byte of the held-out text ({}), which the model has not been trained on; shorter is better. \
-         The compressors start from nothing and see this text alone; the model has read its training text before, and its own size is not counted.</p>\n</section>\n",
+         The compressors start each file from nothing; the model has read its training text before, and its own size is not counted.</p>\n</section>\n",
         bytes(base.bytes)
     )
 }
