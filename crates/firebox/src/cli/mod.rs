@@ -115,8 +115,16 @@ impl CliError {
 
 /// Parses, runs, and turns errors into one line and an exit code.
 pub fn main() -> ExitCode {
-    // Usage errors exit with 2 inside `parse`.
-    let result = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if is_mistake(&error) => {
+            eprintln!("{}", one_line(&error));
+            return ExitCode::from(2);
+        }
+        // Help and version.
+        Err(help) => help.exit(),
+    };
+    let result = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),
@@ -136,4 +144,16 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn is_mistake(error: &clap::Error) -> bool {
+    error.use_stderr() && error.kind() != clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+}
+
+/// What clap says in paragraphs, without the usage.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let said = text.split("\n\n").filter(|part| !part.starts_with("Usage:") && !part.starts_with("For more"));
+    let said: Vec<String> = said.map(|part| part.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    format!("{}; see --help", said.join("; "))
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use firebox::data::Dataset;
 use firebox::tensor::peak;
-use firebox::train::checkpoint::find_latest;
+use firebox::train::checkpoint::{Checkpoint, CheckpointError, find_latest};
 use firebox::train::observe::compare::gzip_xz_each;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
@@ -65,20 +65,12 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let recipe = args.recipe()?;
     let dir = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
     let device = args.device.backend.device()?;
-    if !args.resume && dir.join("checkpoints").is_dir() {
-        return Err(TrainError::RunExists(dir).into());
-    }
+    let found = checkpoint(&dir, args.resume)?;
     let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
     println!("{}", dataset.stats);
-    let mut trainer = if args.resume {
-        let found = find_latest(dir.join("checkpoints"))?;
-        for skipped in &found.skipped {
-            eprintln!("warning: {skipped}");
-        }
-        println!("resuming from {}", found.checkpoint.path().display());
-        Trainer::resume(recipe.clone(), &dir, &dataset, &device, &found.checkpoint)?
-    } else {
-        Trainer::new(recipe.clone(), &dir, &dataset, &device, None)?
+    let mut trainer = match found {
+        Some(checkpoint) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, &checkpoint)?,
+        None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None)?,
     };
     if firebox::tensor::device::is_fused(&device) {
         trainer = trainer.with_peak_flops(peak::measure_matmul_flops());
@@ -94,6 +86,26 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let summary = trainer.run(&mut observers, &interrupt())?;
     conclude(&summary, &dir);
     Ok(())
+}
+
+/// The checkpoint to go on from; none for a new run, and for one that was killed before its first.
+fn checkpoint(dir: &Path, resume: bool) -> Result<Option<Checkpoint>, CliError> {
+    match find_latest(dir.join("checkpoints")) {
+        Err(CheckpointError::Missing { .. }) if !resume => Ok(None),
+        Err(CheckpointError::Missing { .. }) if dir.join("run.json").is_file() => {
+            println!("{} has no checkpoint yet: starting from the beginning", dir.display());
+            Ok(None)
+        }
+        _ if !resume => Err(TrainError::RunExists(dir.into()).into()),
+        found => {
+            let found = found?;
+            for skipped in &found.skipped {
+                eprintln!("warning: {skipped}");
+            }
+            println!("resuming from {}", found.checkpoint.path().display());
+            Ok(Some(found.checkpoint))
+        }
+    }
 }
 
 /// How this binary was called, for commands to copy.

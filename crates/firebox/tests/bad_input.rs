@@ -1,0 +1,305 @@
+//! Bad input gets one line that says what is wrong and what to do, and exit code 2.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{Ended, Lab, Run};
+
+/// A lab with a finished run of four steps in `run`.
+fn lab_with_run() -> (Lab, Run) {
+    let lab = Lab::new(60);
+    let run = lab.trained("run", &["--set", "train.steps=8", "--set", "eval.every=0"]);
+    assert_eq!(run.saved(), [4, 8]);
+    (lab, run)
+}
+
+#[track_caller]
+fn all_fail(lab: &Lab, cases: &[(&str, &[&str])]) {
+    for (line, words) in cases {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        lab.call(&args).failed(2, words);
+    }
+}
+
+#[test]
+fn text() {
+    let lab = Lab::new(60);
+    lab.write("empty.txt", "");
+    lab.write("short.txt", "too short");
+    lab.write("none/image.png", "no text");
+    lab.write("bad.jsonl", "{\"text\": \"fine\"}\n{\"text\": 3\n");
+    lab.write("other.jsonl", "{\"body\": \"x\", \"id\": 1}\n");
+    lab.write("no.parquet", "no parquet");
+    lab.write("no.jsonl.gz", "no gzip");
+    lab.write("no.jsonl.zst", "no zstd");
+    lab.write("broken.json", "{\"version\": \"1.0\", \"model\": ");
+    lab.write("strange.json", "{\"version\": \"1.0\", \"model\": {\"type\": \"Telepathy\"}}");
+    all_fail(
+        &lab,
+        &[
+            ("train tiny", &["--data"]),
+            ("tokenize", &["--data"]),
+            ("train tiny --data absent.txt", &["absent.txt"]),
+            ("train tiny --data *.nothing", &["*.nothing"]),
+            ("train tiny --data [", &["glob", "["]),
+            ("train tiny --data none", &["none", ".txt", ".jsonl"]),
+            ("train tiny --data empty.txt", &["empty"]),
+            ("train tiny --data short.txt", &["too short", "context 64", "smaller context"]),
+            ("train tiny --data bad.jsonl", &["bad.jsonl:2", "JSON"]),
+            ("train tiny --data other.jsonl", &["other.jsonl:1", "no field `text`", "body, id"]),
+            ("train tiny --data no.parquet", &["no.parquet", "parquet"]),
+            ("train tiny --data no.jsonl.gz", &["no.jsonl.gz", "gzip"]),
+            ("train tiny --data no.jsonl.zst", &["no.jsonl.zst", "zstd"]),
+            ("train tiny --data docs.jsonl --set data.tokenizer=broken.json", &["tokenizer", "broken.json"]),
+            ("train tiny --data docs.jsonl --set data.tokenizer=strange.json", &["tokenizer", "strange.json"]),
+            ("train tiny --data docs.jsonl --set data.tokenizer=absent.json", &["absent.json"]),
+            ("train tiny --data docs.jsonl --set data.vocab_size=100", &["data.vocab_size", "257"]),
+        ],
+    );
+    assert!(!lab.path("runs").exists(), "nothing was started");
+}
+
+#[cfg(unix)]
+#[test]
+fn text_that_may_not_be_read() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let lab = Lab::new(1);
+    let secret = lab.write("secret.txt", "hidden");
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0)).unwrap();
+    if std::fs::read(&secret).is_ok() {
+        // Root reads everything; a folder in the place of a file cannot be read by anyone.
+        std::fs::remove_file(&secret).unwrap();
+        std::os::unix::fs::symlink("secret.txt", &secret).unwrap();
+    }
+    lab.call(&["train", "tiny", "--data", "secret.txt"]).failed(2, &["secret.txt"]);
+}
+
+#[test]
+fn bytes_that_are_not_utf8_are_kept() {
+    let lab = Lab::new(1);
+    let mut bytes = Vec::new();
+    for i in 0..4000u32 {
+        bytes.extend(b"caf\xe9 \xff\xfe ");
+        bytes.push((i * i % 251) as u8);
+    }
+    lab.write("latin.txt", &bytes);
+    for tokenizer in ["bpe", "char"] {
+        let out = format!("run-{tokenizer}");
+        let set = format!("data.tokenizer={tokenizer}");
+        let ended = lab.call(&["train", "tiny", "--data", "latin.txt", "--out", &out, "--set", &set]).succeeded();
+        assert!(ended.stdout.contains("36.0 kB in 1 documents"), "{}", ended.stdout);
+    }
+}
+
+#[test]
+fn recipes() {
+    let lab = Lab::new(60);
+    lab.write("key.toml", "name = \"x\"\n[optimizer]\nlearning_rate = 1e-3\nwieght_decay = 0.1\n");
+    lab.write("table.toml", "name = \"x\"\n[optimiser]\nlr = 1e-3\n");
+    lab.write("torn.toml", "name = \"x");
+    lab.write("nameless.toml", "seed = 1\n");
+    let train = |recipe: &str, set: &str| {
+        let mut args = vec!["train", recipe, "--data", "docs.jsonl"];
+        args.extend(set.split_whitespace().flat_map(|value| ["--set", value]));
+        lab.call(&args)
+    };
+    for (recipe, set, words) in [
+        ("tinny", "", &["no recipe `tinny`", "tiny", "shakespeare-char"][..]),
+        ("absent.toml", "", &["absent.toml"]),
+        ("key.toml", "", &["key.toml", "learning_rate"]),
+        ("table.toml", "", &["optimiser", "did you mean `optimizer`?"]),
+        ("torn.toml", "", &["torn.toml"]),
+        ("nameless.toml", "", &["name"]),
+        ("tiny", "optimizer.lrr=1", &["lrr", "did you mean `lr`?"]),
+        ("tiny", "trian.steps=1", &["did you mean `train`?"]),
+        ("tiny", "train.steps", &["train.steps", "key=value"]),
+        ("tiny", "train.steps=many", &["many", "u64"]),
+        ("tiny", "train.steps=0", &["train.steps", "at least 1"]),
+        ("tiny", "schedule.kind=sawtooth", &["sawtooth", "cosine"]),
+        ("tiny", "schedule.warmup_steps=100000", &["warmup"]),
+        ("tiny", "optimizer.beta2=1.5", &["beta2", "1.5"]),
+        ("tiny", "optimizer.lr=-1", &["lr", "-1"]),
+        ("tiny", "model.d_model=96 model.n_heads=5", &["n_heads", "96", "5"]),
+        ("tiny", "model.n_heads=4 model.n_kv_heads=3", &["n_kv_heads", "divide"]),
+        ("tiny", "model.n_layers=0 model.depth=1", &["n_layers", "at least 1"]),
+        ("tiny", "model.d_model=0", &["0"]),
+        ("tiny", "model.n_heads=0", &["n_heads", "0"]),
+        ("tiny", "model.head_dim=7", &["head_dim", "even"]),
+        ("tiny", "model.context=0", &["context", "0"]),
+        ("tiny", "model.dropout=1", &["dropout", "1"]),
+        ("tiny", "model.vocab_size=10", &["vocab_size", "10"]),
+        ("tiny", "model.preset=gpt7", &["preset"]),
+    ] {
+        train(recipe, set).failed(2, words);
+    }
+    assert!(!lab.path("runs").exists(), "nothing was started");
+    lab.call(&["recipe", "show", "tinny"]).failed(2, &["no recipe `tinny`"]);
+}
+
+#[test]
+fn a_prompt_that_cannot_be_encoded_is_found_before_the_first_step() {
+    let lab = Lab::new(60);
+    Ended::new(lab.train("run", &["--set", "eval.prompt=火"]).output().unwrap(), "prompt".into())
+        .failed(2, &["火", "character"]);
+    assert_eq!(lab.run("run").step(), 0);
+}
+
+#[test]
+fn flags() {
+    let (lab, _) = lab_with_run();
+    all_fail(
+        &lab,
+        &[
+            ("train tiny --data docs.jsonl --backend abacus", &["abacus"]),
+            ("train tiny --data docs.jsonl --nonsense", &["--nonsense"]),
+            ("train tiny --depth 3", &["--depth"]),
+            ("train --depth 0 --data docs.jsonl", &["--depth", "at least 1"]),
+            ("train tiny --seed -1", &["-1"]),
+            ("fly", &["fly"]),
+            ("eval run", &["--data"]),
+            ("train small.toml --data docs.jsonl --out run", &["run", "--resume", "--out"]),
+            ("train tiny --resume --data docs.jsonl --out absent", &["absent"]),
+            ("train tiny --data docs.jsonl --sed 3", &["--sed", "--seed"]),
+            ("report absent", &["absent"]),
+        ],
+    );
+    // A backend which this build does not have says how to get it.
+    let missing = ["flex", "wgpu", "vulkan", "metal", "webgpu", "cuda", "rocm"].into_iter().filter_map(|backend| {
+        let ended = lab.call(&["generate", "run", "--max-tokens", "1", "--backend", backend]);
+        (ended.code != Some(0)).then_some((backend, ended))
+    });
+    for (backend, ended) in missing {
+        ended.failed(2, &[backend]);
+    }
+}
+
+#[test]
+fn what_a_model_is_asked() {
+    let (lab, _) = lab_with_run();
+    all_fail(
+        &lab,
+        &[
+            ("logits run --ids 1,2,1000 --out l.safetensors", &["token id", "1000"]),
+            ("logits run --ids=-1 --out l.safetensors", &["token id", "-1"]),
+            ("logits run --ids 1,x --out l.safetensors", &["x"]),
+            ("logits run --ids 1 --out absent/l.safetensors", &["absent"]),
+            ("logits absent --ids 1 --out l.safetensors", &["absent"]),
+            ("generate run --prompt 火", &["火", "character"]),
+            ("generate run --temperature=-1", &["temperature", "-1"]),
+            ("generate run --top-p 0", &["top-p", "0"]),
+            ("generate run --repetition-penalty 0", &["repetition-penalty", "0"]),
+            ("generate absent", &["absent"]),
+            ("eval run --data absent.txt", &["absent.txt"]),
+        ],
+    );
+    lab.call(&["logits", "run", "--ids", &["1"; 25].join(","), "--out", "l.safetensors"])
+        .failed(2, &["context of 24", "25"]);
+    assert!(!lab.path("l.safetensors").exists());
+    lab.write("foreign.txt", "Zürich");
+    lab.call(&["eval", "run", "--data", "foreign.txt"]).failed(2, &["character"]);
+}
+
+/// The commands that load a model.
+#[track_caller]
+fn no_command_loads(lab: &Lab, checkpoint: &str, words: &[&str]) {
+    for args in [
+        &["generate", checkpoint][..],
+        &["eval", checkpoint, "--data", "docs.jsonl"],
+        &["logits", checkpoint, "--ids", "1", "--out", "l.safetensors"],
+    ] {
+        lab.call(args).failed(2, words);
+    }
+}
+
+#[test]
+fn another_architecture() {
+    let (lab, run) = lab_with_run();
+    // Without a manifest, as a folder from elsewhere.
+    let copy = |name: &str, config: &str| {
+        let model = std::fs::read(run.dir.join("checkpoints/step-8/model.safetensors")).unwrap();
+        lab.write(&format!("{name}/model.safetensors"), model);
+        lab.write(&format!("{name}/config.json"), config);
+    };
+    copy("bert", r#"{"model_type": "bert", "hidden_size": 32}"#);
+    no_command_loads(&lab, "bert", &["bert", "gpt2"]);
+    copy("nothing", "{}");
+    no_command_loads(&lab, "nothing", &["config.json", "(none)", "gpt2"]);
+    copy("no-json", "{\"model_type\": ");
+    no_command_loads(&lab, "no-json", &["config.json"]);
+    let gpt2 =
+        r#"{"model_type": "gpt2", "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}"#;
+    copy("other-tensors", gpt2);
+    no_command_loads(&lab, "other-tensors", &["model.safetensors", "missing"]);
+    let config = std::fs::read_to_string(run.dir.join("checkpoints/step-8/config.json")).unwrap();
+    let wide = config.replace("\"intermediate_size\": 48", "\"intermediate_size\": 50");
+    assert_ne!(wide, config);
+    copy("other-shape", &wide);
+    no_command_loads(&lab, "other-shape", &["model.safetensors", "48", "50"]);
+    copy("no-tokenizer", &config);
+    lab.call(&["generate", "no-tokenizer"]).failed(2, &["tokenizer.json"]);
+    lab.call(&["logits", "no-tokenizer", "--ids", "1", "--out", "l.safetensors"]).succeeded();
+}
+
+#[test]
+fn torn_checkpoints() {
+    let (lab, run) = lab_with_run();
+    let cut = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    let resume =
+        || lab.train("run", &["--set", "train.steps=8", "--set", "eval.every=0", "--resume"]).output().unwrap();
+    let want = run.fingerprint();
+    let newest = run.dir.join("checkpoints/step-8/model.safetensors");
+    cut(&newest);
+    // The one before is used, with a warning, and the end is the same.
+    let generated = lab.call(&["generate", "run", "--max-tokens", "4"]).succeeded();
+    assert!(!generated.stdout.is_empty());
+    let ended = Ended::new(resume(), "resume".into()).succeeded();
+    assert!(ended.stdout.contains("resuming from") && ended.stdout.contains("step-4"), "{}", ended.stdout);
+    let warning = ended.stderr.lines().find(|line| line.starts_with("warning:")).unwrap();
+    assert!(warning.contains("step-8") && warning.contains("model.safetensors"), "{warning}");
+    want.assert_equals(&run.fingerprint(), "from the checkpoint before");
+
+    // A single byte of the newest, and the only other one cut: nothing is left to use.
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+    cut(&run.dir.join("checkpoints/step-4/optimizer/adamw.safetensors"));
+    no_command_loads(&lab, "run", &["step-8", "step-4"]);
+    Ended::new(resume(), "resume".into()).failed(2, &["none of the 2 checkpoints", "model.safetensors", "adamw"]);
+    no_command_loads(&lab, "run/checkpoints/step-8", &["model.safetensors", "damaged"]);
+}
+
+#[test]
+fn a_run_is_not_continued_as_another() {
+    let (lab, _) = lab_with_run();
+    let resume = |args: &[&str]| Ended::new(lab.train("run", args).output().unwrap(), format!("{args:?}"));
+    resume(&["--resume", "--set", "model.d_ff=64"]).failed(2, &["cannot continue", "64", "48"]);
+    lab.write("other.txt", "entirely other characters: ÄÖÜ ".repeat(100));
+    lab.call(&["train", "--resume", "--data", "other.txt", "--out", "run"]).failed(2, &["cannot continue", "corpus"]);
+}
+
+#[test]
+fn a_run_that_diverges_says_so() {
+    let lab = Lab::new(60);
+    Ended::new(lab.train("run", &["--set", "optimizer.lr=1e30"]).output().unwrap(), "absurd".into()).failed(2, &["lr"]);
+    let absurd = ["optimizer.lr=1e6", "optimizer.clip=0", "optimizer.weight_decay=0"];
+    let set: Vec<&str> = absurd.iter().flat_map(|value| ["--set", value]).collect();
+    let ended = Ended::new(lab.train("run", &set).output().unwrap(), "diverge".into());
+    ended.failed(1, &["training diverged", "5 steps in a row", "optimizer.lr"]);
+    let run = lab.run("run");
+    let skipped: Vec<u64> = run
+        .metrics()
+        .iter()
+        .filter(|line| line["skipped"].is_string())
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert!(skipped.len() >= 5, "{skipped:?}");
+    let last = skipped[skipped.len() - 1];
+    assert!(skipped.ends_with(&[last - 4, last - 3, last - 2, last - 1, last]), "{skipped:?}");
+    assert!(run.series("loss").iter().all(|(step, loss)| loss.is_finite() && !skipped.contains(step)));
+}
