@@ -416,7 +416,10 @@ impl ModelRecipe {
             bias: self.bias.unwrap_or(base.bias),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
-            init_std: self.init_std.unwrap_or(base.init_std),
+            init_std: self.init_std.unwrap_or(match (&self.preset, self.d_model) {
+                (None, Some(d)) => presets::depth_init_std(d),
+                _ => base.init_std,
+            }),
         })
     }
 

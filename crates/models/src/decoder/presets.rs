@@ -4,6 +4,7 @@ use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
 
 /// The single dial: everything follows from the number of blocks. A Llama-style decoder with width 64 per block (nanochat's aspect ratio),
 /// heads of width 64 (32 in models of less than four blocks' width), SwiGLU of 8/3 the width rounded up to a multiple of 32, tied embeddings up to 12 blocks.
+/// Initial weights are those of [`depth_init_std`].
 pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
     let d_model = 64 * n_layers.max(1);
     let head_dim = if d_model < 256 { 32 } else { 64 };
@@ -24,8 +25,14 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
         bias: false,
         tied: n_layers <= 12,
         dropout: 0.0,
-        init_std: 0.02,
+        init_std: depth_init_std(d_model),
     }
+}
+
+/// Standard deviation of initial weights of the [`depth`] models: `d_model^-1/2` keeps activations at their size. With GPT-2's 0.02, a model of width 128
+/// needs more than twice the tokens to the same loss.
+pub fn depth_init_std(d_model: usize) -> f64 {
+    1.0 / (d_model.max(1) as f64).sqrt()
 }
 
 /// GPT-2 of a given size (Radford et al., 2019, table 2).
@@ -62,6 +69,7 @@ fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_
         head_dim: d_model / n_heads,
         context: 4096,
         tied: false,
+        init_std: 0.02,
         ..depth(n_layers, 32_000)
     }
 }
