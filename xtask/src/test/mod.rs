@@ -22,7 +22,7 @@ use crate::workspace::Workspace;
 /// Runs every test of the project.
 ///
 /// The parts, in order: the workspace's unit, documentation and end-to-end tests on the default backend; clients
-/// (TensorBoard reads what Firebox wrote); tidy; the other backends, flex and wgpu, the latter on a Vulkan driver. What
+/// (TensorBoard reads what Firebox wrote); tidy; the other backends, wgpu on a Vulkan driver and flex. What
 /// lacks its tools is skipped and listed at the end; where the variable CI is `true` that is a failure.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -54,7 +54,7 @@ enum Part {
     Clients,
     /// The checks of `cargo xtask tidy`.
     Tidy,
-    /// The same training on flex and on wgpu, the latter on a software Vulkan driver if there is one.
+    /// The same training on wgpu, on a software Vulkan driver if there is one, and on flex.
     Backends,
 }
 
@@ -93,7 +93,7 @@ impl Part {
             Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
             Self::Clients => "clients: TensorBoard reads what Firebox wrote",
             Self::Tidy => "tidy: format, lints, documentation, layering",
-            Self::Backends => "backends: the same training on flex and wgpu (about 27 minutes to build on 2 cores)",
+            Self::Backends => "backends: the same training on wgpu and flex (about 27 minutes to build on 2 cores)",
         }
     }
 
@@ -158,24 +158,19 @@ fn client_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
     let Some(python) = clients.interpreter() else {
         return Ok(Outcome::missing("Python with TensorBoard"));
     };
-    let mut command = end_to_end(workspace, &["clients"]);
+    let mut command = end_to_end(workspace, "clients");
     counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::from)
 }
 
-/// Both in one build where wgpu can run; flex alone builds much faster.
 fn backend_tests(workspace: &Workspace) -> Result<Outcome> {
-    match vulkan::environment(workspace)? {
-        Ok(variables) => {
-            for (name, value) in &variables {
-                eprintln!("    {name}={}", value.display());
-            }
-            counted(end_to_end(workspace, &["flex", "wgpu"]).envs(variables)).map(Outcome::from)
-        }
-        Err(missing) => {
-            let counts = counted(&mut end_to_end(workspace, &["flex"]))?;
-            Ok(Outcome { counts, missing: Some(format!("{missing}, which wgpu needs,")) })
-        }
+    let variables = match vulkan::environment(workspace)? {
+        Ok(variables) => variables,
+        Err(missing) => return Ok(Outcome::missing(missing)),
+    };
+    for (name, value) in &variables {
+        eprintln!("    {name}={}", value.display());
     }
+    counted(end_to_end(workspace, "wgpu").envs(variables)).map(Outcome::from)
 }
 
 fn tidy_checks(workspace: &Workspace) -> Result<Outcome> {
@@ -191,21 +186,20 @@ fn cargo_test(workspace: &Workspace) -> Command {
     command
 }
 
-/// Test programs of the end-to-end package, with the features that its manifest requires for them.
-fn end_to_end(workspace: &Workspace, names: &[&str]) -> Command {
+/// One test program of the end-to-end package, with the features that its manifest requires for it.
+fn end_to_end(workspace: &Workspace, name: &str) -> Command {
     let mut command = cargo_test(workspace);
-    let targets = workspace
+    command.args(["--test", name]);
+    let features = workspace
         .members
         .packages
         .iter()
         .filter(|package| package.name.as_str() == END_TO_END)
         .flat_map(|package| &package.targets)
-        .filter(|target| names.contains(&target.name.as_str()));
-    for feature in targets.flat_map(|target| &target.required_features) {
+        .filter(|target| target.name == name)
+        .flat_map(|target| &target.required_features);
+    for feature in features {
         command.arg("--features").arg(format!("{END_TO_END}/{feature}"));
-    }
-    for name in names {
-        command.args(["--test", name]);
     }
     command
 }
