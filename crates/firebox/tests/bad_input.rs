@@ -67,7 +67,7 @@ fn text_that_may_not_be_read() {
     use std::os::unix::fs::PermissionsExt as _;
     let lab = Lab::new(1);
     let secret = lab.write("secret.txt", "hidden");
-    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o000)).unwrap();
     if std::fs::read(&secret).is_ok() {
         // Root reads everything; a folder in the place of a file cannot be read by anyone.
         std::fs::remove_file(&secret).unwrap();

@@ -24,11 +24,12 @@ fn nanogpts_setting_reaches_its_loss() {
     };
     let lab = Lab::new(1);
     let corpus = corpus.canonicalize().unwrap();
-    lab.call(&["train", "shakespeare-char", "--data", corpus.to_str().unwrap(), "--out", "run"]).succeeded();
+    let ended =
+        lab.call(&["train", "shakespeare-char", "--data", corpus.to_str().unwrap(), "--out", "run"]).succeeded();
+    assert!(ended.stdout.contains("vocabulary 65"), "{}", ended.stdout);
     let run = lab.run("run");
     let summary = run.json("summary.json");
     assert_eq!((summary["steps"].as_u64(), summary["skipped_steps"].as_u64()), (Some(2000), Some(0)));
-    assert_eq!(run.json("checkpoints/step-2000/config.json")["vocab_size"], 65);
     let loss = summary["val_loss"].as_f64().unwrap();
     // nanoGPT itself reports 1.88.
     assert!(loss <= 1.90, "validation loss {loss}");
