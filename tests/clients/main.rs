@@ -12,7 +12,7 @@ use firebox::train::observe::{Event, Observer, Observers};
 use firebox::train::{Recipe, Trainer};
 use serde_json::Value;
 
-/// Trains the tiny recipe on characters in `dir/run`, watched as `firebox train` is.
+/// Trains the tiny recipe on characters in `dir/run`, with all the files that `firebox train` writes.
 fn train(dir: &Path) {
     let text = dir.join("text.txt");
     std::fs::write(&text, firebox_tests::text(20_000)).unwrap();
@@ -29,7 +29,7 @@ fn train(dir: &Path) {
     let dataset = prepare(&recipe.data, &[source], &dir.join("cache"), &mut |_| {}).unwrap();
     let device = Backend::NdArray.device().unwrap();
     let mut trainer = Trainer::new(recipe, &dir.join("run"), &dataset, &device, None).unwrap();
-    let mut observers = Observers::standard();
+    let mut observers = Observers::files();
     let info = trainer.info("ndarray", 1, "counted sentences".into());
     observers.on_event(&Event::RunStarted(&info)).unwrap();
     trainer.run(&mut observers, &AtomicBool::new(false)).unwrap();
