@@ -41,4 +41,4 @@ mod trainer;
 
 pub use error::TrainError;
 pub use recipe::Recipe;
-pub use trainer::{State, Trainer, prompt_ids};
+pub use trainer::{LastEval, State, Trainer, prompt_ids};

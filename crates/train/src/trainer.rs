@@ -41,12 +41,25 @@ pub struct State {
     pub best_step: Option<u64>,
     /// Evaluations since then.
     pub evals_without_gain: u64,
-    /// The last evaluation: step, loss, bits per byte.
-    pub last_eval: Option<(u64, f64, f64)>,
+    /// The last evaluation.
+    pub last_eval: Option<LastEval>,
     /// Seconds of training so far.
     pub elapsed_s: f64,
     /// SHA-256 of the recipe.
     pub recipe_hash: String,
+}
+
+/// What the last evaluation found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LastEval {
+    /// After which step.
+    pub step: u64,
+    /// Validation loss, nats per token.
+    pub loss: f64,
+    /// Bits per byte.
+    pub bpb: f64,
+    /// Whether it saw all of the held-out text.
+    pub whole: bool,
 }
 
 /// A run: model, optimizer, data and state.
@@ -89,6 +102,9 @@ impl<'a> Trainer<'a> {
         recipe.optimizer.adamw().validate_lr(recipe.optimizer.lr)?;
         config.validate()?;
         let loader = dataset.train_loader(config.context, recipe.seed)?;
+        if recipe.eval.sample_tokens > 0 {
+            prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
+        }
         let model = match init {
             Some(model) => model,
             None => Decoder::new(&config, recipe.seed, &device.clone().autodiff())?,
@@ -252,7 +268,9 @@ impl<'a> Trainer<'a> {
                 pace = Pace::start(self.state.tokens);
             }
         }
-        if stopped != "interrupted" {
+        // Not again what is known: after an early stop, or when a finished run is resumed.
+        let known = self.state.last_eval.is_some_and(|e| e.step == self.state.step && e.whole);
+        if stopped != "interrupted" && !known {
             self.evaluate(None, observer)?;
         }
         self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
@@ -267,8 +285,8 @@ impl<'a> Trainer<'a> {
             tokens_per_s,
             mfu: (self.peak_flops > 0.0).then(|| self.mfu(tokens_per_s)),
             train_loss: last_loss,
-            val_loss: self.state.last_eval.map(|(_, loss, _)| loss),
-            val_bpb: self.state.last_eval.map(|(_, _, bpb)| bpb),
+            val_loss: self.state.last_eval.map(|e| e.loss),
+            val_bpb: self.state.last_eval.map(|e| e.bpb),
             best_val_loss: self.state.best_loss,
             best_step: self.state.best_step,
             peak_memory_bytes: memory::peak_bytes(),
@@ -362,7 +380,7 @@ impl<'a> Trainer<'a> {
             evaluate(&model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes);
         let record = EvalRecord { step: self.state.step, tokens: self.state.tokens, val_loss: loss, val_bpb: bpb };
         observer.on_event(&Event::Evaluated(&record))?;
-        self.state.last_eval = Some((self.state.step, loss, bpb));
+        self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
         if loss.is_finite() && self.state.best_loss.is_none_or(|best| loss < best) {
             self.state.best_loss = Some(loss);
             self.state.best_step = Some(self.state.step);
@@ -400,7 +418,7 @@ impl<'a> Trainer<'a> {
             .map(|t| encode_f32(&t.values, safetensors::Dtype::F32).map(|b| b.into_owned()).unwrap_or_default());
         writer.tensors("optimizer/adamw.safetensors", &Default::default(), &specs, data)?;
         writer.json("state.json", &self.state)?;
-        let metric = self.state.last_eval.filter(|(step, ..)| *step == self.state.step).map(|(_, loss, _)| loss);
+        let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
         prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
         observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
@@ -408,7 +426,8 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Tokens of a prompt; an empty one becomes the end-of-text token, which every document follows, or a line break.
+/// Tokens of a prompt, after the end-of-text token that every document follows. Where there is neither (an empty prompt, a character tokenizer) it is
+/// the first token, for characters the smallest: mostly the line break.
 ///
 /// # Errors
 /// [`TrainError::Data`] for a character that a character tokenizer does not have.
@@ -416,7 +435,7 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
     let mut ids: Vec<i32> = tokenizer.eot().map(|id| id as i32).into_iter().collect();
     ids.extend(tokenizer.encode(prompt)?.into_iter().map(|id| id as i32));
     if ids.is_empty() {
-        ids = tokenizer.encode(b"\n")?.into_iter().map(|id| id as i32).collect();
+        ids.push(0);
     }
     Ok(ids)
 }
