@@ -184,9 +184,12 @@ fn layout(tokens: usize, rows: &[&[usize]]) -> (Vec<i32>, Vec<i32>) {
     (positions, segments)
 }
 
+type AttentionCase = (usize, usize, usize, usize, &'static [&'static [usize]], bool);
+
 #[test]
 fn attention() {
-    let cases: &[(usize, usize, usize, usize, &[&[usize]], bool)] = &[
+    // (T, H, K, E, lengths of the segments of each row, rotary positions)
+    let cases: &[AttentionCase] = &[
         (1, 1, 1, 2, &[&[1]], true),
         (1, 1, 1, 1, &[&[1]], false),
         (5, 1, 1, 3, &[&[5], &[5]], false),
