@@ -30,7 +30,7 @@ use crate::workspace::Workspace;
   cargo xtask test                run what this machine can run
   cargo xtask test workspace      only the tests of the default backend
 
-From a cold clone, 2 cores need about an hour, 27 minutes of which are the build with wgpu; later runs take minutes.
+From a cold clone, 2 cores need about 40 minutes, 16 of which are the build with wgpu; later runs take minutes.
 The last line counts tests; each check of tidy and each part that could not start counts as one.")]
 pub struct Test {
     /// The parts to run [default: all].
@@ -93,7 +93,7 @@ impl Part {
             Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
             Self::Clients => "clients: TensorBoard reads what Firebox wrote",
             Self::Tidy => "tidy: format, lints, documentation, layering",
-            Self::Backends => "backends: the same training on wgpu and flex (about 27 minutes to build on 2 cores)",
+            Self::Backends => "backends: the same training on wgpu and flex (about 16 minutes to build on 2 cores)",
         }
     }
 
