@@ -32,7 +32,7 @@ fn train(dir: &Path) {
     let mut observers = Observers::files();
     let info = trainer.info("ndarray", 1, "counted sentences".into());
     observers.on_event(&Event::RunStarted(&info)).unwrap();
-    trainer.run(&mut observers, &AtomicBool::new(false)).unwrap();
+    trainer.run(&info, &mut observers, &AtomicBool::new(false)).unwrap();
 }
 
 #[test]

@@ -57,7 +57,8 @@ pub fn losses(recipe: &str, overrides: &[&str], device: &Device) -> Vec<f64> {
     let dataset = prepare(&recipe.data, &[source], &dir.path().join("cache"), &mut |_| {}).unwrap();
     let mut trainer = Trainer::new(recipe, &dir.path().join("run"), &dataset, device, None).unwrap();
     let mut seen = Losses::default();
-    trainer.run(&mut seen, &AtomicBool::new(false)).unwrap();
+    let info = trainer.info("", 1, "counted sentences".into());
+    trainer.run(&info, &mut seen, &AtomicBool::new(false)).unwrap();
     seen.0
 }
 

@@ -11,7 +11,6 @@ use crate::shard::{SHARD_TOKENS, StreamWriter, TokenStream};
 use crate::stats::Stats;
 use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -97,32 +96,7 @@ impl Dataset {
         ValBatches::new(self.val.clone(), context, rows, self.isolate_documents)
     }
 
-    /// Writes the held-out text, document after document without separators, and returns its length in bytes: what
-    /// compressors are compared on. The very bytes of the files when the tokenizer is lossless (byte-level and
-    /// character ones are).
-    ///
-    /// # Errors
-    /// When `out` does not take it.
-    pub fn write_val_text(&self, out: &mut dyn Write) -> std::io::Result<u64> {
-        let mut written = 0;
-        for start in (0..self.val.len()).step_by(1 << 18) {
-            let end = (start + (1 << 18)).min(self.val.len());
-            let bytes = self.tokenizer.decode(&self.val.tokens(start..end));
-            written += bytes.len() as u64;
-            out.write_all(&bytes)?;
-        }
-        Ok(written)
-    }
-
-    /// [`Self::write_val_text`], in memory.
-    pub fn val_text(&self) -> Vec<u8> {
-        let mut text = Vec::with_capacity(self.stats.val_bytes as usize);
-        // Writing to memory does not fail.
-        let _ = self.write_val_text(&mut text);
-        text
-    }
-
-    /// The validation documents one by one, as bytes. For a split by position, the first one is the rest of a document.
+    /// The validation documents one by one: the very bytes of the files when the tokenizer is lossless (byte-level and character ones are). For a split by position, the first one is the rest of a document.
     pub fn val_documents(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
         let mut starts = self.val.document_starts(0..self.val.len());
         if starts.first() != Some(&0) {

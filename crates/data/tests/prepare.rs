@@ -122,7 +122,7 @@ fn every_format_gives_its_documents() {
         assert_eq!(stats.documents - stats.dropped_empty, 230);
         assert_eq!(stats.dropped_empty, if name == "d.parquet" { 4 } else { 0 });
         assert_eq!(stats.train_tokens, data.train[0].len());
-        assert_eq!(stats.val_bytes, data.val_text().len() as u64);
+        assert_eq!(stats.val_bytes, data.val_documents().flatten().collect::<Vec<u8>>().len() as u64);
         assert_eq!(stats.train_bytes + stats.val_bytes, docs.iter().map(|d| d.len() as u64).sum::<u64>());
     }
     let named = source(&file("d.parquet")).with_text_field("other");
@@ -141,7 +141,7 @@ fn bytes_that_are_not_utf8_reach_the_tokens_and_come_back() {
         let config = DataConfig { tokenizer: tokenizer.into(), val_split: ValSplit::Tail, ..config() };
         let (data, _) = run(&config, &[source(&path)], &dir.path().join("cache")).unwrap();
         let mut whole = data.tokenizer.decode(&data.train[0].tokens(0..data.train[0].len()));
-        whole.extend(data.val_text());
+        whole.extend(data.val_documents().flatten().collect::<Vec<u8>>());
         assert_eq!(whole, text, "{tokenizer}");
         assert_eq!(data.stats.invalid_utf8, 1);
     }
@@ -191,7 +191,7 @@ fn the_tail_is_nanogpts() {
     let n = (0.9 * chars.len() as f64) as usize;
     let expected = |part: &[char]| part.iter().collect::<String>().into_bytes();
     assert_eq!(data.tokenizer.decode(&data.train[0].tokens(0..data.train[0].len())), expected(&chars[..n]));
-    assert_eq!(data.val_text(), expected(&chars[n..]));
+    assert_eq!(data.val_documents().flatten().collect::<Vec<u8>>(), expected(&chars[n..]));
     assert_eq!((data.stats.train_tokens, data.stats.val_tokens), (n as u64, (chars.len() - n) as u64));
     let batch = data.train_loader(32, 0).unwrap().batch(0, 50);
     assert!(batch.segments.iter().all(|&s| s == 0));

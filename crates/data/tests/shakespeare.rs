@@ -29,7 +29,7 @@ fn tinyshakespeare_is_nanogpts() {
     assert_eq!(data.tokenizer.vocab_size(), 65);
     assert_eq!((data.stats.train_tokens, data.stats.val_tokens), (1_003_854, 111_540));
     let text = std::fs::read(&path).unwrap();
-    assert_eq!(data.val_text(), text[1_003_854..]);
+    assert_eq!(data.val_documents().flatten().collect::<Vec<u8>>(), text[1_003_854..]);
     // "\n !$&',-.3:;?ABC...": the newline is 0, the space 1, and "First" begins the text as 18 47 56 57 58.
     assert_eq!(data.train[0].tokens(0..5), [18, 47, 56, 57, 58]);
     assert_eq!(data.tokenizer.encode(b"\n !").unwrap(), [0, 1, 2]);

@@ -23,7 +23,8 @@ pub enum CorpusError {
 }
 
 /// The `src` folders of all packages that `firebox` depends on from a registry, by name and version: `Cargo.lock` pins them, so the
-/// corpus is the same wherever the lock file is. Asks `cargo metadata --locked`; nothing is downloaded that the build did not need.
+/// corpus is the same wherever the lock file is. Asks `cargo metadata --locked`, without
+/// the network first; where cargo lacks a locked package's source, it fetches it.
 ///
 /// # Errors
 /// [`CorpusError`], each with what to do.

@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     observers.on_event(&Event::RunStarted(&info))?;
 
     // The held-out text to compare with: this program.
-    compare::gzip_xz(include_str!("observe_demo.rs").as_bytes())?.save(&dir)?;
+    compare::gzip_xz([include_bytes!("observe_demo.rs").to_vec()])?.save(&dir)?;
 
     let mut noise = Noise(1);
     let (mut skipped, mut last_eval) = (0, None);

@@ -24,7 +24,8 @@
 //! let device = Backend::NdArray.device()?;
 //! let mut trainer = Trainer::new(recipe, &dir.path().join("run"), &dataset, &device, None)?;
 //! let mut observers = Observers::new();
-//! let summary = trainer.run(&mut observers, &AtomicBool::new(false))?;
+//! let info = trainer.info("ndarray", 1, "one sentence".into());
+//! let summary = trainer.run(&info, &mut observers, &AtomicBool::new(false))?;
 //! assert_eq!(summary.steps, 3);
 //! # Ok(())
 //! # }

@@ -70,7 +70,7 @@ fn from_file(json: &serde_json::Value, file: &TensorFile, device: &Device) -> Re
         }
         values.insert(entry.param.clone(), param);
     }
-    // The initial values are replaced one by one; the seed only makes them exist.
+    // The initial values are replaced before they are made.
     let model = Decoder::new(&config, 0, device)?;
     Ok(set_parameters(model, values))
 }
@@ -141,7 +141,7 @@ pub fn parameters<M: Module>(module: &M) -> Vec<(String, Tensor<1>)> {
 }
 
 /// Replaces parameters by values of the same number of elements, by path.
-pub fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -> M {
+fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -> M {
     struct Mapper {
         path: Vec<String>,
         values: HashMap<String, Vec<f32>>,
@@ -155,11 +155,9 @@ pub fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             let Some(values) = self.values.remove(&self.path.join(".")) else { return param };
-            let (shape, device) = (param.lazy_shape(), param.lazy_device());
-            let tensor = Tensor::from_data(TensorData::new(values, shape.to_vec()), &device);
-            let (id, _, mapper) = param.consume();
-            let tensor = if device.is_autodiff() { tensor.require_grad() } else { tensor };
-            Param::from_mapped_value(id, tensor, mapper)
+            let data = TensorData::new(values, param.lazy_shape().to_vec());
+            let (id, device) = (param.id, param.lazy_device());
+            param.transform_for_load(Tensor::from_data(data, &device), id)
         }
     }
     module.map(&mut Mapper { path: vec![], values })

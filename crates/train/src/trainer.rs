@@ -73,7 +73,6 @@ pub struct Trainer<'a> {
     loader: Loader,
     token_bytes: Vec<u32>,
     state: State,
-    peak_flops: f64,
 }
 
 impl<'a> Trainer<'a> {
@@ -116,7 +115,6 @@ impl<'a> Trainer<'a> {
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
             state: State { recipe_hash: recipe.hash(), ..State::default() },
-            peak_flops: 0.0,
             dataset,
             recipe,
         })
@@ -142,17 +140,13 @@ impl<'a> Trainer<'a> {
                 got: format!("{} tokens", dataset.tokenizer.vocab_size()),
             });
         }
-        // Dropout and initial values are counted from the recipe's seed, which no Hugging Face config holds.
         let wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
-        let mut shape = loaded.model.config().clone();
-        shape.dropout = wanted.dropout;
-        if shape != wanted {
-            let (expected, got) = (format!("{wanted:?}"), format!("{shape:?}"));
+        let model = loaded.model.for_training(recipe.seed, wanted.dropout)?;
+        if *model.config() != wanted {
+            let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
             return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
         }
-        let values = model_io::parameters(&loaded.model).into_iter().map(|(name, t)| (name, to_host(t))).collect();
-        let mut trainer = Self::new(recipe, dir, dataset, device, None)?;
-        trainer.model = trainer.model.map(|model| model_io::set_parameters(model, values));
+        let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
         trainer.state = State { recipe_hash: trainer.state.recipe_hash, ..checkpoint.read_json("state.json")? };
         let file = checkpoint.tensors("optimizer/adamw.safetensors")?;
         let names: Vec<String> = file.names().map(str::to_string).collect();
@@ -165,12 +159,6 @@ impl<'a> Trainer<'a> {
             optimizer.load_state::<_, TrainError>(model, tensors)?;
         }
         Ok(trainer)
-    }
-
-    /// Share of this peak (FLOP/s) is reported as MFU.
-    pub fn with_peak_flops(mut self, flops: f64) -> Self {
-        self.peak_flops = flops;
-        self
     }
 
     /// The model, as it is.
@@ -192,7 +180,7 @@ impl<'a> Trainer<'a> {
         Ok(self.optimizer.groups(self.model())?)
     }
 
-    /// What observers are told at the start.
+    /// What observers are told at the start; the machine's peak is for the caller to add.
     pub fn info(&self, backend: &str, threads: usize, data: String) -> RunInfo {
         let c = self.model().config();
         RunInfo {
@@ -210,17 +198,22 @@ impl<'a> Trainer<'a> {
             tokens_per_step: (self.recipe.train.batch_rows * c.context) as u64,
             backend: backend.into(),
             threads: threads as u32,
-            peak_flops: self.peak_flops,
             flops_per_token: c.flops_per_token(),
             ..RunInfo::default()
         }
     }
 
-    /// Trains to the end of the recipe, to an early stop, or until `interrupt` is set; the last act is always a checkpoint.
+    /// Trains to the end of the recipe, to an early stop, or until `interrupt` is set; the last act is always a checkpoint. `info` is what the
+    /// observers were told at the start; shares of its peak are reported as MFU.
     ///
     /// # Errors
     /// [`TrainError`]: divergence, or a file that cannot be written.
-    pub fn run(&mut self, observer: &mut dyn Observer, interrupt: &AtomicBool) -> Result<Summary, TrainError> {
+    pub fn run(
+        &mut self,
+        info: &RunInfo,
+        observer: &mut dyn Observer,
+        interrupt: &AtomicBool,
+    ) -> Result<Summary, TrainError> {
         let started = Instant::now();
         let (before_s, first_step) = (self.state.elapsed_s, self.state.step);
         let mut pace = Pace::start(self.state.tokens);
@@ -248,7 +241,7 @@ impl<'a> Trainer<'a> {
                         lr,
                         grad_norm,
                         tokens_per_s,
-                        mfu: self.mfu(tokens_per_s),
+                        mfu: info.mfu(tokens_per_s),
                         memory_bytes: memory::current_bytes(),
                     };
                     observer.on_event(&Event::Step(&record))?;
@@ -283,7 +276,7 @@ impl<'a> Trainer<'a> {
             tokens: self.state.tokens,
             wall_s: self.state.elapsed_s,
             tokens_per_s,
-            mfu: (self.peak_flops > 0.0).then(|| self.mfu(tokens_per_s)),
+            mfu: (info.peak_flops > 0.0).then(|| info.mfu(tokens_per_s)),
             train_loss: last_loss,
             val_loss: self.state.last_eval.map(|e| e.loss),
             val_bpb: self.state.last_eval.map(|e| e.bpb),
@@ -301,14 +294,6 @@ impl<'a> Trainer<'a> {
         (self.recipe.train.batch_rows * self.model().config().context) as u64
     }
 
-    fn mfu(&self, tokens_per_s: f64) -> f64 {
-        if self.peak_flops > 0.0 {
-            tokens_per_s * self.model().config().flops_per_token() / self.peak_flops
-        } else {
-            0.0
-        }
-    }
-
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
     fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
         let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
@@ -318,13 +303,10 @@ impl<'a> Trainer<'a> {
         self.state.tokens += self.tokens_per_step();
         let clip = self.recipe.optimizer.clip;
         // The one host sync of a step: the norm decides whether the update may happen.
-        let grad_norm = grads.global_norm();
+        let grad_norm = if clip > 0.0 { grads.clip_(clip) } else { grads.global_norm() };
         if !loss.is_finite() || !grad_norm.is_finite() {
             self.skip(if loss.is_finite() { "a gradient is not finite" } else { "the loss is not finite" }, observer)?;
             return Ok(None);
-        }
-        if clip > 0.0 && grad_norm > clip {
-            grads.scale(clip / (grad_norm + 1e-6));
         }
         if let Some(model) = self.model.take() {
             self.model = Some(self.optimizer.step(lr, model, &mut grads)?);

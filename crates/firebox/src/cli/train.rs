@@ -8,7 +8,7 @@ use clap::Args;
 use firebox::data::Dataset;
 use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, find_latest};
-use firebox::train::observe::compare::gzip_xz_each;
+use firebox::train::observe::compare::gzip_xz;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
 use firebox::train::{Recipe, TrainError, Trainer};
@@ -72,18 +72,18 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         Some(checkpoint) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, &checkpoint)?,
         None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None)?,
     };
-    if firebox::tensor::device::is_fused(&device) {
-        trainer = trainer.with_peak_flops(peak::measure_matmul_flops());
-    }
     println!("\n{}\n{}\n", recipe.to_toml().trim_end(), trainer.groups()?);
     let mut info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
     info.program = program();
+    if firebox::tensor::device::is_fused(&device) {
+        info.peak_flops = peak::measure_matmul_flops();
+    }
     let mut observers = Observers::standard();
     observers.on_event(&Event::RunStarted(&info))?;
     if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
         compare(&dataset, &dir)?;
     }
-    let summary = trainer.run(&mut observers, &interrupt())?;
+    let summary = trainer.run(&info, &mut observers, &interrupt())?;
     conclude(&summary, &dir);
     Ok(())
 }
@@ -142,7 +142,7 @@ fn compare(dataset: &Dataset, dir: &Path) -> Result<(), CliError> {
         println!("the held-out text is larger than 64 MB: not compared with gzip and xz");
         return Ok(());
     }
-    let baselines = gzip_xz_each(dataset.val_documents()).map_err(CliError::Output)?;
+    let baselines = gzip_xz(dataset.val_documents()).map_err(CliError::Output)?;
     baselines.save(dir)?;
     Ok(())
 }

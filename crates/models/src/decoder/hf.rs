@@ -302,10 +302,7 @@ impl Keys<'_> {
         self.only("hidden_act", &["silu", "swish"])?;
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {
-                return Err(HfError::Unsupported {
-                    key: if key == "mlp_bias" { "mlp_bias" } else { "attention_bias" },
-                    got: "true".into(),
-                });
+                return Err(HfError::Unsupported { key, got: "true".into() });
             }
         }
         // transformers 4 writes rope_theta and rope_scaling on top, transformers 5 both inside rope_parameters.

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_tensor::ops::{self, AttentionConfig, RopeTable};
 use firebox_tensor::random::{Counter, Purpose, normal};
@@ -109,15 +109,27 @@ struct Init<'a> {
 }
 
 impl Init<'_> {
+    /// A parameter whose values are made when they are first used: never, where a checkpoint replaces them.
+    fn param<const D: usize>(
+        &self,
+        shape: [usize; D],
+        values: impl FnOnce(&Device) -> Tensor<D> + Send + Sync + 'static,
+    ) -> Param<Tensor<D>> {
+        let init = move |device: &Device, require_grad| values(device).set_require_grad(require_grad);
+        Param::uninitialized(ParamId::new(), init, self.device.clone(), true, shape.into())
+    }
+
     fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
         let counter = self.counter.fork(name);
-        let values: Vec<f32> =
-            (0..(shape[0] * shape[1]) as u64).map(|i| (f64::from(normal(counter, i)) * std) as f32).collect();
-        param(Tensor::from_data(TensorData::new(values, shape), self.device))
+        self.param(shape, move |device| {
+            let values: Vec<f32> =
+                (0..(shape[0] * shape[1]) as u64).map(|i| (f64::from(normal(counter, i)) * std) as f32).collect();
+            Tensor::from_data(TensorData::new(values, shape), device)
+        })
     }
 
     fn constant(&self, n: usize, value: f32) -> Param<Tensor<1>> {
-        param(Tensor::full([n], value, self.device))
+        self.param([n], move |device| Tensor::full([n], value, device))
     }
 
     fn embedding(&self, name: &str, rows: usize, d: usize, std: f64) -> Embedding {
@@ -159,10 +171,6 @@ impl Init<'_> {
     }
 }
 
-fn param<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
-    Param::from_tensor(tensor)
-}
-
 impl Decoder {
     /// A model with initial parameters that are a pure function of (seed, name, index), the same on every backend.
     ///
@@ -193,6 +201,17 @@ impl Decoder {
                 seed,
             },
         })
+    }
+
+    /// The same parameters with what no checkpoint holds and training needs: the seed of dropout's masks, and its probability.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for a probability outside [0, 1).
+    pub fn for_training(mut self, seed: u64, dropout: f64) -> Result<Self, ConfigError> {
+        self.context.seed = seed;
+        self.context.config.dropout = dropout;
+        self.context.config.validate()?;
+        Ok(self)
     }
 
     /// Its shape.

@@ -5,7 +5,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Vjp, buffer, dims};
+use super::vjp::{Vjp, buffer, dims, map1, map2};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::activation;
@@ -75,10 +75,7 @@ pub(crate) struct Dropout {
 impl Vjp<1> for Gelu {
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
-        let x = B::values(x);
-        let mut out = buffer(x.as_ref().len());
-        activation::gelu(x.as_ref(), &mut out);
-        B::tensor(out, &shape)
+        map1::<B>(x, &shape, activation::gelu)
     }
 
     fn backward<B: HostBackend>(
@@ -88,21 +85,15 @@ impl Vjp<1> for Gelu {
         _: [bool; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
         let shape = dims::<B>(&x);
-        let (x, grad) = (B::values(x), B::values(grad));
-        let mut dx = buffer(x.as_ref().len());
-        activation::gelu_backward(x.as_ref(), grad.as_ref(), &mut dx);
-        [Some(B::tensor(dx, &shape))]
+        [Some(map2::<B>(x, grad, &shape, activation::gelu_backward))]
     }
 }
 
 impl Vjp<1> for SwiGlu {
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let mut shape = dims::<B>(&x);
-        let x = B::values(x);
         let f = halve_last(&mut shape);
-        let mut out = buffer(x.as_ref().len() / 2);
-        activation::swiglu(x.as_ref(), f, &mut out);
-        B::tensor(out, &shape)
+        map1::<B>(x, &shape, |x, out| activation::swiglu(x, f, out))
     }
 
     fn backward<B: HostBackend>(
@@ -113,10 +104,7 @@ impl Vjp<1> for SwiGlu {
     ) -> [Option<FloatTensor<B>>; 1] {
         let shape = dims::<B>(&x);
         let f = halve_last(&mut shape.clone());
-        let (x, grad) = (B::values(x), B::values(grad));
-        let mut dx = buffer(x.as_ref().len());
-        activation::swiglu_backward(x.as_ref(), f, grad.as_ref(), &mut dx);
-        [Some(B::tensor(dx, &shape))]
+        [Some(map2::<B>(x, grad, &shape, |x, dy, dx| activation::swiglu_backward(x, f, dy, dx)))]
     }
 }
 
@@ -133,10 +121,7 @@ fn halve_last(shape: &mut [usize]) -> usize {
 impl Vjp<1> for Dropout {
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
-        let x = B::values(x);
-        let mut out = buffer(x.as_ref().len());
-        activation::dropout(x.as_ref(), self.p, self.counter, &mut out);
-        B::tensor(out, &shape)
+        map1::<B>(x, &shape, |x, out| activation::dropout(x, self.p, self.counter, out))
     }
 
     fn backward<B: HostBackend>(

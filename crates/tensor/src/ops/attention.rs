@@ -8,7 +8,7 @@ use burn::tensor::{Tensor, activation};
 
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
-use super::vjp::{Vjp, buffer, dims};
+use super::vjp::{Vjp, dims, map1, map2};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::attention as kernel;
@@ -115,11 +115,8 @@ impl Attention {
 impl Vjp<1> for Attention {
     fn forward<B: HostBackend>(&self, [qkv]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = self.shape();
-        let qkv = B::values(qkv);
-        let width = shape.heads * shape.head_dim;
-        let mut out = buffer(shape.batch * shape.tokens * width);
-        kernel::attention(qkv.as_ref(), shape, &mut out);
-        B::tensor(out, &[shape.batch, shape.tokens, width])
+        let dims = [shape.batch, shape.tokens, shape.heads * shape.head_dim];
+        map1::<B>(qkv, &dims, |qkv, out| kernel::attention(qkv, shape, out))
     }
 
     fn backward<B: HostBackend>(
@@ -128,10 +125,7 @@ impl Vjp<1> for Attention {
         grad: FloatTensor<B>,
         _: [bool; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
-        let dims = dims::<B>(&qkv);
-        let (qkv, grad) = (B::values(qkv), B::values(grad));
-        let mut dqkv = buffer(qkv.as_ref().len());
-        kernel::attention_backward(qkv.as_ref(), grad.as_ref(), self.shape(), &mut dqkv);
-        [Some(B::tensor(dqkv, &dims))]
+        let (shape, dims) = (self.shape(), dims::<B>(&qkv));
+        [Some(map2::<B>(qkv, grad, &dims, |qkv, dout, dqkv| kernel::attention_backward(qkv, dout, shape, dqkv)))]
     }
 }

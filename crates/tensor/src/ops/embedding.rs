@@ -7,7 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Vjp, buffer, dims};
+use super::vjp::{Vjp, dims, map1};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::embedding as kernel;
@@ -45,10 +45,7 @@ pub(crate) struct Embedding {
 impl Vjp<1> for Embedding {
     fn forward<B: HostBackend>(&self, [table]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let d = dims::<B>(&table)[1];
-        let table = B::values(table);
-        let mut out = buffer(self.ids.len() * d);
-        kernel::gather(table.as_ref(), d, &self.ids, &mut out);
-        B::tensor(out, &[self.batch, self.tokens, d])
+        map1::<B>(table, &[self.batch, self.tokens, d], |table, out| kernel::gather(table, d, &self.ids, out))
     }
 
     fn backward<B: HostBackend>(
@@ -58,9 +55,6 @@ impl Vjp<1> for Embedding {
         _: [bool; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
         let shape = dims::<B>(&table);
-        let grad = B::values(grad);
-        let mut dtable = buffer(shape[0] * shape[1]);
-        kernel::scatter_add(grad.as_ref(), shape[1], &self.ids, &mut dtable);
-        [Some(B::tensor(dtable, &shape))]
+        [Some(map1::<B>(grad, &shape, |dy, dtable| kernel::scatter_add(dy, shape[1], &self.ids, dtable)))]
     }
 }

@@ -74,3 +74,26 @@ pub(crate) fn dims<B: HostBackend>(tensor: &FloatTensor<B>) -> Vec<usize> {
 pub(crate) fn buffer(len: usize) -> Vec<f32> {
     vec![0.0; len]
 }
+
+/// A tensor of `shape` that `kernel` fills from the values of `x`.
+pub(crate) fn map1<B: HostBackend>(
+    x: FloatTensor<B>,
+    shape: &[usize],
+    kernel: impl FnOnce(&[f32], &mut [f32]),
+) -> FloatTensor<B> {
+    let x = B::values(x);
+    let mut out = buffer(shape.iter().product());
+    kernel(x.as_ref(), &mut out);
+    B::tensor(out, shape)
+}
+
+/// The same from the values of two tensors.
+pub(crate) fn map2<B: HostBackend>(
+    x: FloatTensor<B>,
+    y: FloatTensor<B>,
+    shape: &[usize],
+    kernel: impl FnOnce(&[f32], &[f32], &mut [f32]),
+) -> FloatTensor<B> {
+    let y = B::values(y);
+    map1::<B>(x, shape, |x, out| kernel(x, y.as_ref(), out))
+}

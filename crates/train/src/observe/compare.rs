@@ -4,7 +4,7 @@
 //! figure compares directly with that of a compressor (Shannon 1948; Delétang et al. 2023, arXiv:2309.10668). The model's own size is
 //! not counted, as that of the gzip program isn't.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -39,55 +39,26 @@ impl Baselines {
     }
 }
 
-/// Compresses a text with both, in one pass; only the compressors' own state is held in memory.
+/// Compresses files one by one, as `gzip -9 FILES` and `xz -9 FILES` do, and adds up. A model whose rows keep documents apart sees each file
+/// just so.
 ///
-/// For the held-out set, give its files concatenated in their order (`Read::chain`, or one slice): that is the stream
-/// that `cat FILES | gzip -9` and `cat FILES | xz -9` get. xz is liblzma itself at preset 9 with its default checksum,
-/// so its size is the program's. gzip is DEFLATE at level 9 by flate2, whose size is within a percent of the program's,
-/// plus the 18 bytes of gzip's header and trailer.
+/// xz is liblzma itself at preset 9 with the program's default checksum, so its size is the program's. gzip is DEFLATE at level 9 by flate2, whose size
+/// is within a percent of the program's, plus the 18 bytes of gzip's header and trailer.
 ///
 /// # Errors
 ///
-/// When `text` can't be read, or there is no memory for xz: at level 9 it takes some 60 MB and ten times the text, at most
-/// 674 MB. A run that reports its own peak memory reads that first.
+/// When there is no memory for xz: it takes some 60 MB and ten times the largest file, at most 674 MB.
 ///
 /// # Example
 ///
 /// ```
 /// let text = "the cat sat on the mat; ".repeat(1_000);
-/// let baselines = firebox_train::observe::compare::gzip_xz(text.as_bytes())?;
+/// let baselines = firebox_train::observe::compare::gzip_xz([text.into_bytes()])?;
 /// assert_eq!(baselines.bytes, 24_000);
 /// assert!(baselines.gzip_bpb < 0.2 && baselines.xz_bpb < 0.2);
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub fn gzip_xz(mut text: impl Read) -> io::Result<Baselines> {
-    let mut gzip = flate2::write::GzEncoder::new(Counter(0), flate2::Compression::best());
-    let mut xz = liblzma::write::XzEncoder::new(Counter(0), 9);
-    let mut bytes = 0u64;
-    let mut chunk = vec![0u8; 64 << 10];
-    loop {
-        let n = match text.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        gzip.write_all(&chunk[..n])?;
-        xz.write_all(&chunk[..n])?;
-        bytes += n as u64;
-    }
-    let (gzip_bytes, xz_bytes) = (gzip.finish()?.0, xz.finish()?.0);
-    let bpb = |compressed: u64| if bytes == 0 { 0.0 } else { 8.0 * compressed as f64 / bytes as f64 };
-    Ok(Baselines { bytes, gzip_bytes, xz_bytes, gzip_bpb: bpb(gzip_bytes), xz_bpb: bpb(xz_bytes) })
-}
-
-/// Compresses files one by one, as `gzip -9 FILES` and `xz -9 FILES` do, and adds up. A model whose rows keep documents apart sees each file
-/// just so.
-///
-/// # Errors
-///
-/// As [`gzip_xz`].
-pub fn gzip_xz_each(files: impl IntoIterator<Item = Vec<u8>>) -> io::Result<Baselines> {
+pub fn gzip_xz(files: impl IntoIterator<Item = Vec<u8>>) -> io::Result<Baselines> {
     let mut sum = Baselines { bytes: 0, gzip_bytes: 0, xz_bytes: 0, gzip_bpb: 0.0, xz_bpb: 0.0 };
     for file in files.into_iter().filter(|file| !file.is_empty()) {
         let mut gzip = flate2::write::GzEncoder::new(Counter(0), flate2::Compression::best());
