@@ -30,9 +30,19 @@ mod ndarray_adapter {
     use ndarray::{ArcArray, ArrayD, IxDyn};
 
     use super::HostBackend;
+    use crate::buffers::recycle;
 
-    /// A reference-counted array in standard layout.
+    /// A reference-counted array in standard layout. The last holder keeps the buffer for the next operation.
     pub struct Values(ArcArray<f32, IxDyn>);
+
+    impl Drop for Values {
+        fn drop(&mut self) {
+            if self.0.is_unique() {
+                let array = std::mem::replace(&mut self.0, ArcArray::from_shape_simple_fn(IxDyn(&[0]), || 0.0));
+                recycle(array.into_owned().into_raw_vec_and_offset().0);
+            }
+        }
+    }
 
     impl AsRef<[f32]> for Values {
         fn as_ref(&self) -> &[f32] {

@@ -28,6 +28,7 @@
 #![allow(deprecated)]
 
 mod adapter;
+pub mod buffers;
 pub mod device;
 mod kernels;
 pub mod ops;

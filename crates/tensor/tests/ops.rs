@@ -123,6 +123,91 @@ fn linear() {
     }
 }
 
+/// What comes before the product, its width in inputs, and its reference.
+type Pre = (&'static str, usize, fn(&[f64], &[Vec<f64>], usize) -> Vec<f64>);
+
+#[test]
+fn fused_linear() {
+    let pres: [Pre; 6] = [
+        ("nothing", 1, |x, _, _| x.to_vec()),
+        ("layer norm", 1, |x, p, _| reference::norm(x, &p[0], Some(&p[1]), true, 1e-5)),
+        ("rms norm", 1, |x, p, _| reference::norm(x, &p[0], None, false, 1e-6)),
+        ("gelu", 1, |x, _, _| reference::gelu(x)),
+        ("gelu exact", 1, |x, _, _| reference::gelu_exact(x)),
+        ("swiglu", 2, |x, _, i| reference::swiglu(x, i)),
+    ];
+    for (n, i, o) in [(1, 2, 1), (3, 5, 7), (131, 17, 33)] {
+        for (name, width, plain) in pres {
+            // x, w, b, residual, weight and bias of the norm
+            let lengths = [n * width * i, i * o, o, n * o, i, i];
+            let used = if name == "layer norm" {
+                6
+            } else if name == "rms norm" {
+                5
+            } else {
+                4
+            };
+            check(
+                &format!("linear of {name}"),
+                &lengths[..used],
+                |t| {
+                    let pre = match name {
+                        "nothing" => ops::Pre::Nothing,
+                        "layer norm" => {
+                            ops::Pre::LayerNorm { weight: t[4].clone(), bias: Some(t[5].clone()), eps: 1e-5 }
+                        }
+                        "rms norm" => ops::Pre::RmsNorm { weight: t[4].clone(), eps: 1e-6 },
+                        "gelu" => ops::Pre::Gelu,
+                        "gelu exact" => ops::Pre::GeluExact,
+                        _ => ops::Pre::SwiGlu,
+                    };
+                    let x = t[0].clone().reshape([n, width * i]);
+                    let (w, residual) = (t[1].clone().reshape([i, o]), t[3].clone().reshape([n, o]));
+                    ops::fused_linear(x, pre, w, Some(t[2].clone()), Some(residual)).flatten(0, 1)
+                },
+                |x| {
+                    let mut y = reference::linear(&plain(&x[0], &x[4..], i), &x[1], Some(&x[2]), i, o);
+                    y.iter_mut().zip(&x[3]).for_each(|(y, r)| *y += r);
+                    y
+                },
+            );
+        }
+    }
+}
+
+/// Values that several operations use: their gradients add up, in place where the graph allows it.
+#[test]
+fn gradients_of_shared_values_add_up() {
+    for (n, d) in [(1, 3), (131, 40)] {
+        let residual = |x: &[f64], y: Vec<f64>| -> Vec<f64> { x.iter().zip(&y).map(|(x, y)| x + y).collect() };
+        check(
+            "two residual blocks of one weight",
+            &[n * d, d * d, d],
+            |t| {
+                let (w, norm) = (t[1].clone().reshape([d, d]), t[2].clone());
+                // A first product, so that the block's input is inside the graph and not a leaf.
+                let mut x = ops::linear(t[0].clone().reshape([n, d]), w.clone(), None);
+                for _ in 0..2 {
+                    let pre = ops::Pre::RmsNorm { weight: norm.clone(), eps: 1e-6 };
+                    let h = ops::fused_linear(x.clone(), pre, w.clone(), None, None);
+                    x = ops::fused_linear(h.clone(), ops::Pre::Gelu, w.clone(), None, Some(x)) + ops::gelu(h);
+                }
+                x.flatten(0, 1)
+            },
+            |x| {
+                let (w, norm) = (&x[1], &x[2]);
+                let mut x = reference::linear(&x[0], w, None, d, d);
+                for _ in 0..2 {
+                    let h = reference::linear(&reference::norm(&x, norm, None, false, 1e-6), w, None, d, d);
+                    let y = reference::linear(&reference::gelu(&h), w, None, d, d);
+                    x = residual(&residual(&x, y), reference::gelu(&h));
+                }
+                x
+            },
+        );
+    }
+}
+
 #[test]
 fn norms() {
     for (n, d) in [(1, 2), (3, 7), (131, 17), (2, 130)] {
@@ -160,6 +245,7 @@ fn norms() {
 fn activations() {
     for n in [1, 3, 37, 20_000] {
         check("gelu", &[n], |t| ops::gelu(t[0].clone()), |x| reference::gelu(&x[0]));
+        check("exact gelu", &[n], |t| ops::gelu_exact(t[0].clone()), |x| reference::gelu_exact(&x[0]));
     }
     for (n, f) in [(1, 1), (5, 3), (7, 33)] {
         check(

@@ -95,7 +95,7 @@ pub struct ModelRecipe {
     /// Added to the variance.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm_eps: Option<f64>,
-    /// `gelu` or `swi_glu`.
+    /// `gelu`, `gelu_exact` or `swi_glu`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub feed_forward: Option<FeedForward>,
     /// `"learned"` or `{ rotary = { theta = 10000.0 } }`.

@@ -1,7 +1,7 @@
 //! Generation with a KV cache: each new token attends to stored keys and values.
 
 use burn::tensor::{Device, Tensor, activation};
-use firebox_tensor::ops;
+use firebox_tensor::ops::{self, Pre};
 
 use super::model::Decoder;
 
@@ -47,7 +47,7 @@ impl Decoder {
         let rotation = self.attention_config().rope.as_ref().map(|rope| rope.at(&positions, 1, &device));
         let mask = (n > 1).then(|| causal_mask(n, past, &device));
         for (block, stored) in self.blocks.iter().zip(&mut cache.blocks) {
-            let qkv = block.attn.qkv.forward(block.attn_norm.forward(x.clone()));
+            let qkv = block.attn.qkv.forward(x.clone(), block.attn_norm.before(), None);
             let heads = |first: usize, count: usize| {
                 qkv.clone().narrow(2, first * e, count * e).reshape([1, n, count, e]).swap_dims(1, 2)
             };
@@ -69,8 +69,8 @@ impl Decoder {
             }
             let p = activation::softmax(scores, 3).reshape([1, k, g * n, past + n]);
             let y = p.matmul(value).reshape([1, g * k, n, e]).swap_dims(1, 2).reshape([1, n, g * k * e]);
-            x = x + block.attn.out.forward(y);
-            x = x.clone() + block.mlp.forward(block.mlp_norm.forward(x));
+            x = block.attn.out.forward(y, Pre::Nothing, Some(x));
+            x = block.mlp.forward(x.clone(), block.mlp_norm.before(), Some(x));
         }
         cache.tokens += n;
         let last = self.norm.forward(x.narrow(1, n - 1, 1));

@@ -56,6 +56,8 @@ pub enum NormKind {
 pub enum FeedForward {
     /// Linear, GELU (tanh form), linear.
     Gelu,
+    /// Linear, GELU (exact form), linear.
+    GeluExact,
     /// `silu(x gate) * (x up)`, linear.
     SwiGlu,
 }
@@ -141,7 +143,7 @@ impl DecoderConfig {
     /// Width of the first feed-forward projection: `[gate | up]` for SwiGLU.
     pub fn ff_in_width(&self) -> usize {
         match self.feed_forward {
-            FeedForward::Gelu => self.d_ff,
+            FeedForward::Gelu | FeedForward::GeluExact => self.d_ff,
             FeedForward::SwiGlu => 2 * self.d_ff,
         }
     }

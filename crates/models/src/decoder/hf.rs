@@ -83,7 +83,7 @@ impl Family {
     pub fn of(config: &DecoderConfig) -> Self {
         let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
         let gpt2 = config.norm == NormKind::LayerNorm
-            && config.feed_forward == FeedForward::Gelu
+            && config.feed_forward != FeedForward::SwiGlu
             && config.positions == Positions::Learned
             && config.bias
             && full_heads;
@@ -125,7 +125,7 @@ impl Family {
             table.norm(name("mlp_norm", "ln_2", "post_attention_layernorm"), d, norm_bias);
             let input: &[_] = match config.feed_forward {
                 FeedForward::SwiGlu => &[("mlp.gate_proj", config.d_ff), ("mlp.up_proj", config.d_ff)],
-                FeedForward::Gelu => &[("mlp.up_proj", config.d_ff)],
+                FeedForward::Gelu | FeedForward::GeluExact => &[("mlp.up_proj", config.d_ff)],
             };
             table.linear(name("mlp.input", "mlp.c_fc", ""), d, &llama, input, config.bias);
             table.linear(
@@ -155,7 +155,7 @@ impl Family {
                 "n_layer": config.n_layers,
                 "n_head": config.n_heads,
                 "n_inner": config.d_ff,
-                "activation_function": "gelu_new",
+                "activation_function": if config.feed_forward == FeedForward::GeluExact { "gelu" } else { "gelu_new" },
                 "layer_norm_epsilon": config.norm_eps,
                 "tie_word_embeddings": config.tied,
                 "resid_pdrop": config.dropout,
@@ -269,7 +269,7 @@ impl Keys<'_> {
     }
 
     fn gpt2(&self) -> Result<DecoderConfig, HfError> {
-        self.only("activation_function", &["gelu_new", "gelu_pytorch_tanh"])?;
+        self.only("activation_function", &["gelu_new", "gelu_pytorch_tanh", "gelu"])?;
         let (d_model, n_heads) = (self.count("n_embd")?, self.count("n_head")?);
         if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
             return Err(HfError::Key {
@@ -289,7 +289,10 @@ impl Keys<'_> {
             context: self.count("n_positions")?,
             norm: NormKind::LayerNorm,
             norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
-            feed_forward: FeedForward::Gelu,
+            feed_forward: match self.0.get("activation_function") {
+                Some(Value::String(s)) if s == "gelu" => FeedForward::GeluExact,
+                _ => FeedForward::Gelu,
+            },
             positions: Positions::Learned,
             bias: true,
             tied: self.flag_or("tie_word_embeddings", true)?,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_tensor::ops::{self, AttentionConfig, RopeTable};
+use firebox_tensor::ops::{self, AttentionConfig, Pre, RopeTable};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
@@ -287,18 +287,25 @@ impl Staged for Decoder {
                 batch.loss_scale,
             ));
         };
-        let qkv = block.attn.qkv.forward(block.attn_norm.forward(x.clone()));
-        let y = block.attn.out.forward(ops::attention(qkv, &self.context.attention, sequence));
-        let x = x + self.drop(y, step, &format!("attn.{i}"));
-        let y = block.mlp.forward(block.mlp_norm.forward(x.clone()));
-        Flow::Hidden(x + self.drop(y, step, &format!("mlp.{i}")))
+        // A residual is added inside the product before it, unless dropout comes between.
+        let fused = self.context.config.dropout == 0.0 || !x.device().is_autodiff();
+        let residual = |x: &Tensor<3>| fused.then(|| x.clone());
+        let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
+            if fused { y } else { x + self.drop(y, step, &format!("{place}.{i}")) }
+        };
+        let qkv = block.attn.qkv.forward(x.clone(), block.attn_norm.before(), None);
+        let y = ops::attention(qkv, &self.context.attention, sequence);
+        let y = block.attn.out.forward(y, Pre::Nothing, residual(&x));
+        let x = join(x, y, "attn");
+        let y = block.mlp.forward(x.clone(), block.mlp_norm.before(), residual(&x));
+        Flow::Hidden(join(x, y, "mlp"))
     }
 }
 
 impl Linear {
-    /// `[.., in] -> [.., out]`
-    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        ops::linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+    /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
+        ops::fused_linear(x, pre, self.weight.val(), self.bias.as_ref().map(Param::val), residual)
     }
 }
 
@@ -310,15 +317,25 @@ impl Norm {
             NormKind::RmsNorm => ops::rms_norm(x, self.weight.val(), self.eps),
         }
     }
+
+    /// As the first part of a linear layer.
+    pub fn before(&self) -> Pre {
+        let weight = self.weight.val();
+        match self.kind {
+            NormKind::LayerNorm => Pre::LayerNorm { weight, bias: self.bias.as_ref().map(Param::val), eps: self.eps },
+            NormKind::RmsNorm => Pre::RmsNorm { weight, eps: self.eps },
+        }
+    }
 }
 
 impl Mlp {
-    /// `[.., D] -> [.., D]`
-    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let x = self.input.forward(x);
-        self.output.forward(match self.kind {
-            FeedForward::Gelu => ops::gelu(x),
-            FeedForward::SwiGlu => ops::swiglu(x),
-        })
+    /// `mlp(pre(x)) + residual`; `[.., D] -> [.., D]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
+        let activation = match self.kind {
+            FeedForward::Gelu => Pre::Gelu,
+            FeedForward::GeluExact => Pre::GeluExact,
+            FeedForward::SwiGlu => Pre::SwiGlu,
+        };
+        self.output.forward(self.input.forward(x, pre, None), activation, residual)
     }
 }

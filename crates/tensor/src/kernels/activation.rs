@@ -1,43 +1,61 @@
-//! GELU (tanh form), SwiGLU and counted dropout: element-wise kernels with their derivatives.
+//! GELU, SwiGLU and counted dropout: element-wise kernels with their derivatives.
 
 use rayon::prelude::*;
 
 use super::CHUNK;
-use super::simd::{sigmoid, tanh, vectorized};
+use super::simd::{erf, exp, sigmoid, vectorized};
 use crate::random::{Counter, uniform_bits};
 
 /// sqrt(2 / pi)
 const C: f32 = 0.797_884_6;
 /// Cubic coefficient of the tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415, section 2).
 const A: f32 = 0.044_715;
+/// 1 / sqrt(2 pi)
+const DENSITY: f32 = 0.398_942_3;
+
+/// The two forms of GELU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gelu {
+    /// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+    Tanh,
+    /// x / 2 (1 + erf(x / sqrt(2)))
+    Exact,
+}
 
 /// `out = gelu(x)`; reads 4 bytes and writes 4 per element.
-pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
-    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(o, x)| gelu_chunk(x, o));
+pub(crate) fn gelu(x: &[f32], form: Gelu, out: &mut [f32]) {
+    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(o, x)| gelu_chunk(x, form, o));
 }
 
 vectorized! {
-    fn gelu_chunk(x: &[f32], out: &mut [f32]) {
-        for (o, &x) in out.iter_mut().zip(x) {
-            *o = 0.5 * x * (1.0 + tanh(C * (x + A * x * x * x)));
+    fn gelu_chunk(x: &[f32], form: Gelu, out: &mut [f32]) {
+        let pairs = out.iter_mut().zip(x);
+        match form {
+            // 1 + tanh(u) = 2 sigmoid(2 u)
+            Gelu::Tanh => pairs.for_each(|(o, &x)| *o = x * sigmoid(2.0 * C * (x + A * x * x * x))),
+            Gelu::Exact => pairs.for_each(|(o, &x)| *o = 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
         }
     }
 }
 
-/// `dx = dy * gelu'(x)`
-pub(crate) fn gelu_backward(x: &[f32], dy: &[f32], dx: &mut [f32]) {
-    dx.par_chunks_mut(CHUNK)
-        .zip(x.par_chunks(CHUNK))
-        .zip(dy.par_chunks(CHUNK))
-        .for_each(|((dx, x), dy)| gelu_backward_chunk(x, dy, dx));
+/// `g *= gelu'(x)`
+pub(crate) fn gelu_backward(x: &[f32], form: Gelu, g: &mut [f32]) {
+    g.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(g, x)| gelu_backward_chunk(x, form, g));
 }
 
 vectorized! {
-    fn gelu_backward_chunk(x: &[f32], dy: &[f32], dx: &mut [f32]) {
-        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
-            let t = tanh(C * (x + A * x * x * x));
-            let slope = C * (1.0 + 3.0 * A * x * x);
-            *dx = dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope);
+    fn gelu_backward_chunk(x: &[f32], form: Gelu, g: &mut [f32]) {
+        let pairs = g.iter_mut().zip(x);
+        match form {
+            Gelu::Tanh => pairs.for_each(|(g, &x)| {
+                let s = sigmoid(2.0 * C * (x + A * x * x * x));
+                let slope = 2.0 * C * (1.0 + 3.0 * A * x * x);
+                *g *= s + x * s * (1.0 - s) * slope;
+            }),
+            Gelu::Exact => pairs.for_each(|(g, &x)| {
+                let cumulative = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+                *g *= cumulative + x * DENSITY * exp(-0.5 * x * x);
+            }),
         }
     }
 }
@@ -48,9 +66,12 @@ pub(crate) fn swiglu(x: &[f32], f: usize, out: &mut [f32]) {
     if f == 0 {
         return;
     }
-    out.par_chunks_mut(f).zip(x.par_chunks(2 * f)).for_each(|(o, x)| {
-        let (gate, up) = x.split_at(f);
-        swiglu_row(gate, up, o);
+    let rows = (CHUNK / f).max(1);
+    out.par_chunks_mut(rows * f).zip(x.par_chunks(rows * 2 * f)).for_each(|(o, x)| {
+        for (o, x) in o.chunks_exact_mut(f).zip(x.chunks_exact(2 * f)) {
+            let (gate, up) = x.split_at(f);
+            swiglu_row(gate, up, o);
+        }
     });
 }
 
@@ -67,10 +88,14 @@ pub(crate) fn swiglu_backward(x: &[f32], f: usize, dy: &[f32], dx: &mut [f32]) {
     if f == 0 {
         return;
     }
-    dx.par_chunks_mut(2 * f).zip(x.par_chunks(2 * f)).zip(dy.par_chunks(f)).for_each(|((dx, x), dy)| {
-        let (gate, up) = x.split_at(f);
-        let (dgate, dup) = dx.split_at_mut(f);
-        swiglu_backward_row(gate, up, dy, dgate, dup);
+    let rows = (CHUNK / f).max(1);
+    let (wide, narrow) = (rows * 2 * f, rows * f);
+    dx.par_chunks_mut(wide).zip(x.par_chunks(wide)).zip(dy.par_chunks(narrow)).for_each(|((dx, x), dy)| {
+        for ((dx, x), dy) in dx.chunks_exact_mut(2 * f).zip(x.chunks_exact(2 * f)).zip(dy.chunks_exact(f)) {
+            let (gate, up) = x.split_at(f);
+            let (dgate, dup) = dx.split_at_mut(f);
+            swiglu_backward_row(gate, up, dy, dgate, dup);
+        }
     });
 }
 

@@ -4,128 +4,147 @@
 
 use rayon::prelude::*;
 
-use super::add_assign;
-use super::simd::{LANES, dot, sum, vectorized};
+use super::matmul::Into;
+use super::simd::{LANES, fold_lanes, sum, vectorized};
+use super::{add_assign, sum_over_rows};
 
 /// Rows that one task works on. Fixed, so that partial sums of the weights' gradients are added in one order on any number of threads.
 const ROWS: usize = 128;
 
-/// Normalizes each row: `(x - mean) / sqrt(var + eps) * weight + bias` where `bias` is given or `center` is set, without the mean
-/// otherwise.
-pub(crate) fn norm(x: &[f32], weight: &[f32], bias: Option<&[f32]>, center: bool, eps: f32, out: &mut [f32]) {
-    let d = weight.len();
-    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(o, x)| {
-        for (o, x) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            row(x, weight, bias, center, eps, o);
-        }
-    });
+/// Parameters of a norm over rows of `weight.len()` values.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm<'a> {
+    /// `[d]`
+    pub weight: &'a [f32],
+    /// `[d]`
+    pub bias: Option<&'a [f32]>,
+    /// Whether the mean is subtracted: LayerNorm.
+    pub center: bool,
+    /// Added to the variance, or to the mean square.
+    pub eps: f32,
+}
+
+/// `(x - mean) / sqrt(var + eps) * weight + bias` of each row; without the mean unless `center`.
+pub(crate) fn norm(x: &[f32], n: Norm<'_>, out: &mut [f32]) {
+    let d = n.weight.len();
+    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(o, x)| rows(x, n, o));
 }
 
 /// Mean (0 unless `center`) and reciprocal standard deviation of a row.
 #[inline(always)]
-fn statistics(x: &[f32], center: bool, eps: f32, scratch: &mut [f32]) -> (f32, f32) {
+fn statistics(x: &[f32], center: bool, eps: f32) -> (f32, f32) {
     let d = x.len() as f32;
     let mean = if center { sum(x) / d } else { 0.0 };
-    for (s, x) in scratch.iter_mut().zip(x) {
-        *s = x - mean;
+    let mut lanes = [0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for k in 0..LANES {
+            let c = chunk[k] - mean;
+            lanes[k] += c * c;
+        }
     }
-    (mean, 1.0 / (dot(scratch, scratch) / d + eps).sqrt())
+    let mut squares = fold_lanes(lanes, |a, b| a + b);
+    for &v in rest {
+        squares += (v - mean) * (v - mean);
+    }
+    (mean, 1.0 / (squares / d + eps).sqrt())
 }
 
 vectorized! {
-    fn row(x: &[f32], weight: &[f32], bias: Option<&[f32]>, center: bool, eps: f32, out: &mut [f32]) {
-        let (_, r) = statistics(x, center, eps, out);
-        for (o, w) in out.iter_mut().zip(weight) {
-            *o *= r * w;
-        }
-        if let Some(bias) = bias {
-            for (o, b) in out.iter_mut().zip(bias) {
-                *o += b;
+    fn rows(x: &[f32], n: Norm<'_>, out: &mut [f32]) {
+        let d = n.weight.len();
+        for (x, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+            let (mean, r) = statistics(x, n.center, n.eps);
+            for ((o, x), w) in out.iter_mut().zip(x).zip(n.weight) {
+                *o = (x - mean) * r * w;
+            }
+            if let Some(bias) = n.bias {
+                for (o, b) in out.iter_mut().zip(bias) {
+                    *o += b;
+                }
             }
         }
     }
 }
 
-/// Gradients of [`norm`]: `dx` per row; `dweight` and, where there is a bias, `dbias` summed over the rows.
-#[allow(clippy::too_many_arguments)] // slices and shapes of one kernel; a struct would only rename them
+/// Gradients of [`norm`]: turns `g` from the gradient of the output into that of `x`, and adds it to `existing` where that is given. `dweight` and `dbias`
+/// (empty: not wanted) are summed over the rows and overwritten.
 pub(crate) fn norm_backward(
     x: &[f32],
-    weight: &[f32],
-    center: bool,
-    eps: f32,
-    dy: &[f32],
-    dx: &mut [f32],
-    dweight: &mut [f32],
-    mut dbias: Option<&mut [f32]>,
+    n: Norm<'_>,
+    g: &mut [f32],
+    existing: Option<&mut [f32]>,
+    [dweight, dbias]: [&mut [f32]; 2],
 ) {
-    let d = weight.len();
-    let has_bias = dbias.is_some();
-    let partial: Vec<Vec<f32>> = dx
-        .par_chunks_mut(d * ROWS)
-        .zip(x.par_chunks(d * ROWS))
-        .zip(dy.par_chunks(d * ROWS))
-        .map(|((dx, x), dy)| {
-            let mut sums = vec![0.0; if has_bias { 2 * d } else { d }];
-            let (dw, db) = sums.split_at_mut(d);
-            for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
-                row_backward(x, weight, center, eps, dy, dx, dw, db);
-            }
-            sums
-        })
-        .collect();
-    dweight.fill(0.0);
-    if let Some(db) = dbias.as_deref_mut() {
-        db.fill(0.0);
+    let d = n.weight.len();
+    let mut sums = vec![0.0; d + dbias.len()];
+    let chunk = d * ROWS;
+    let inputs = g.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
+    match existing {
+        None => sum_over_rows(inputs, &mut sums, Into::Write, |(g, x), sums| {
+            rows_backward(x, n, g, &mut [], sums);
+        }),
+        Some(existing) => {
+            sum_over_rows(inputs.zip(existing.par_chunks_mut(chunk)), &mut sums, Into::Write, |((g, x), dx), sums| {
+                rows_backward(x, n, g, dx, sums);
+            });
+        }
     }
-    for sums in &partial {
-        add_assign(dweight, &sums[..d]);
-        if let Some(db) = dbias.as_deref_mut() {
-            add_assign(db, &sums[d..]);
+    if !dweight.is_empty() {
+        dweight.copy_from_slice(&sums[..d]);
+    }
+    dbias.copy_from_slice(&sums[d..]);
+}
+
+vectorized! {
+    /// `dx` is empty, or what the gradient is added to; `sums` holds those of the weight, and of the bias if it is longer.
+    fn rows_backward(x: &[f32], n: Norm<'_>, g: &mut [f32], dx: &mut [f32], sums: &mut [f32]) {
+        let d = n.weight.len();
+        let (dw, db) = sums.split_at_mut(d);
+        for (i, (x, g)) in x.chunks_exact(d).zip(g.chunks_exact_mut(d)).enumerate() {
+            row_backward(x, n, g, dw, db);
+            if !dx.is_empty() {
+                add_assign(&mut dx[i * d..(i + 1) * d], g);
+            }
         }
     }
 }
 
-vectorized! {
-    fn row_backward(
-        x: &[f32],
-        weight: &[f32],
-        center: bool,
-        eps: f32,
-        dy: &[f32],
-        dx: &mut [f32],
-        dw: &mut [f32],
-        db: &mut [f32],
-    ) {
-        let d = x.len();
-        let (mean, r) = statistics(x, center, eps, dx);
-        let (weight, dy, dx, dw) = (&weight[..d], &dy[..d], &mut dx[..d], &mut dw[..d]);
-        // With xhat = (x - mean) r and g = dy * weight: dx = r (g - mean(g) - xhat mean(g * xhat)); the middle term falls where no
-        // mean was subtracted. dx holds x - mean until the second loop.
-        for i in 0..d {
-            dw[i] += dy[i] * dx[i] * r;
+/// With xhat = (x - mean) r and h = dy * weight: dx = r (h - mean(h) - xhat mean(h * xhat)); the middle term falls where no mean was
+/// subtracted.
+#[inline(always)]
+fn row_backward(x: &[f32], n: Norm<'_>, g: &mut [f32], dw: &mut [f32], db: &mut [f32]) {
+    let d = x.len();
+    let (mean, r) = statistics(x, n.center, n.eps);
+    let (weight, g, dw) = (&n.weight[..d], &mut g[..d], &mut dw[..d]);
+    if !db.is_empty() {
+        add_assign(db, g);
+    }
+    let (mut h_sum, mut hx_sum) = ([0f32; LANES], [0f32; LANES]);
+    let full = d / LANES * LANES;
+    for i in (0..full).step_by(LANES) {
+        let (x, weight) = (&x[i..i + LANES], &weight[i..i + LANES]);
+        let (g, dw) = (&mut g[i..i + LANES], &mut dw[i..i + LANES]);
+        for k in 0..LANES {
+            let c = x[k] - mean;
+            dw[k] += g[k] * c * r;
+            g[k] *= weight[k];
+            h_sum[k] += g[k];
+            hx_sum[k] += g[k] * c;
         }
-        if !db.is_empty() {
-            add_assign(db, dy);
-        }
-        for i in 0..d {
-            dx[i] = dy[i] * weight[i];
-        }
-        let g_mean = if center { sum(dx) / d as f32 } else { 0.0 };
-        let mut gx = [0f32; LANES];
-        let lanes = LANES;
-        let full = d / lanes * lanes;
-        for i in (0..full).step_by(lanes) {
-            for k in 0..lanes {
-                gx[k] += dx[i + k] * (x[i + k] - mean);
-            }
-        }
-        let mut gx_mean = gx.iter().sum::<f32>();
-        for i in full..d {
-            gx_mean += dx[i] * (x[i] - mean);
-        }
-        let k = gx_mean / d as f32 * r * r;
-        for i in 0..d {
-            dx[i] = r * (dx[i] - g_mean - (x[i] - mean) * k);
-        }
+    }
+    let (mut h_mean, mut hx_mean) = (fold_lanes(h_sum, |a, b| a + b), fold_lanes(hx_sum, |a, b| a + b));
+    for i in full..d {
+        let c = x[i] - mean;
+        dw[i] += g[i] * c * r;
+        g[i] *= weight[i];
+        h_mean += g[i];
+        hx_mean += g[i] * c;
+    }
+    h_mean = if n.center { h_mean / d as f32 } else { 0.0 };
+    let k = hx_mean / d as f32 * r * r;
+    for (g, x) in g.iter_mut().zip(x) {
+        *g = r * (*g - h_mean - (x - mean) * k);
     }
 }

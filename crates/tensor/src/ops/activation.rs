@@ -5,20 +5,30 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Vjp, buffer, dims, map1, map2};
+use super::vjp::{Sink, Vjp, dims, kept, map1};
 use crate::adapter::HostBackend;
+use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::activation;
+pub(super) use crate::kernels::activation::Gelu as Form;
 use crate::random::Counter;
 
 /// GELU in its tanh form (Hendrycks and Gimpel, arXiv:1606.08415), the activation of GPT-2: PyTorch's
 /// `gelu(x, approximate="tanh")`, `gelu_new` in Hugging Face's configs.
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if is_fused(&x.device()) {
-        return Tensor::from_dispatch(Dispatch::fused_gelu(x.into_dispatch()));
+        return Tensor::from_dispatch(Dispatch::fused_gelu(x.into_dispatch(), Gelu(Form::Tanh)));
     }
     let inner = (x.clone() + x.clone().powi_scalar(3) * 0.044_715) * (2.0 / std::f64::consts::PI).sqrt();
     x * (inner.tanh() + 1.0) * 0.5
+}
+
+/// GELU itself, `x Phi(x)` with the normal distribution's Phi: PyTorch's `gelu(x)`, `gelu` in Hugging Face's configs.
+pub fn gelu_exact<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_gelu(x.into_dispatch(), Gelu(Form::Exact)));
+    }
+    burn::tensor::activation::gelu(x)
 }
 
 /// SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) * up` for rows `[gate | up]`.
@@ -59,9 +69,9 @@ pub fn dropout<const D: usize>(x: Tensor<D>, p: f64, counter: Counter) -> Tensor
     x.clone() * Tensor::from_data(TensorData::new(mask, dims.to_vec()), &x.device())
 }
 
-/// See [`gelu`].
+/// See [`gelu`] and [`gelu_exact`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Gelu;
+pub(crate) struct Gelu(Form);
 /// See [`swiglu`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SwiGlu;
@@ -73,23 +83,29 @@ pub(crate) struct Dropout {
 }
 
 impl Vjp<1> for Gelu {
+    const KEEPS: [bool; 1] = [true];
+
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
-        map1::<B>(x, &shape, activation::gelu)
+        map1::<B>(x, &shape, |x, out| activation::gelu(x, self.0, out))
     }
 
     fn backward<B: HostBackend>(
         &self,
-        [x]: [FloatTensor<B>; 1],
+        [x]: [Option<FloatTensor<B>>; 1],
         grad: FloatTensor<B>,
-        _: [bool; 1],
+        [dx]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
-        let shape = dims::<B>(&x);
-        [Some(map2::<B>(x, grad, &shape, activation::gelu_backward))]
+        let shape = dims::<B>(&grad);
+        let (x, mut g) = (B::values(kept(x)), B::into_vec(grad));
+        activation::gelu_backward(x.as_ref(), self.0, &mut g);
+        [dx.put(&shape, g)]
     }
 }
 
 impl Vjp<1> for SwiGlu {
+    const KEEPS: [bool; 1] = [true];
+
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let mut shape = dims::<B>(&x);
         let f = halve_last(&mut shape);
@@ -98,13 +114,15 @@ impl Vjp<1> for SwiGlu {
 
     fn backward<B: HostBackend>(
         &self,
-        [x]: [FloatTensor<B>; 1],
+        [x]: [Option<FloatTensor<B>>; 1],
         grad: FloatTensor<B>,
-        _: [bool; 1],
+        [dx]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
+        let x = kept(x);
         let shape = dims::<B>(&x);
         let f = halve_last(&mut shape.clone());
-        [Some(map2::<B>(x, grad, &shape, |x, dy, dx| activation::swiglu_backward(x, f, dy, dx)))]
+        let (x, dy) = (B::values(x), B::values(grad));
+        [dx.write(&shape, |dx| activation::swiglu_backward(x.as_ref(), f, dy.as_ref(), dx))]
     }
 }
 
@@ -119,6 +137,8 @@ fn halve_last(shape: &mut [usize]) -> usize {
 }
 
 impl Vjp<1> for Dropout {
+    const KEEPS: [bool; 1] = [false];
+
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
         map1::<B>(x, &shape, |x, out| activation::dropout(x, self.p, self.counter, out))
@@ -126,10 +146,12 @@ impl Vjp<1> for Dropout {
 
     fn backward<B: HostBackend>(
         &self,
-        _: [FloatTensor<B>; 1],
+        _: [Option<FloatTensor<B>>; 1],
         grad: FloatTensor<B>,
-        _: [bool; 1],
+        [dx]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
-        [Some(self.forward::<B>([grad]))]
+        let shape = dims::<B>(&grad);
+        let dy = B::values(grad);
+        [dx.write(&shape, |dx| activation::dropout(dy.as_ref(), self.p, self.counter, dx))]
     }
 }

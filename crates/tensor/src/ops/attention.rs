@@ -8,7 +8,7 @@ use burn::tensor::{Tensor, activation};
 
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
-use super::vjp::{Vjp, dims, map1, map2};
+use super::vjp::{Sink, Vjp, dims, kept, map1};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::attention as kernel;
@@ -113,6 +113,8 @@ impl Attention {
 }
 
 impl Vjp<1> for Attention {
+    const KEEPS: [bool; 1] = [true];
+
     fn forward<B: HostBackend>(&self, [qkv]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = self.shape();
         let dims = [shape.batch, shape.tokens, shape.heads * shape.head_dim];
@@ -121,11 +123,13 @@ impl Vjp<1> for Attention {
 
     fn backward<B: HostBackend>(
         &self,
-        [qkv]: [FloatTensor<B>; 1],
+        [qkv]: [Option<FloatTensor<B>>; 1],
         grad: FloatTensor<B>,
-        _: [bool; 1],
+        [dqkv]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
+        let qkv = kept(qkv);
         let (shape, dims) = (self.shape(), dims::<B>(&qkv));
-        [Some(map2::<B>(qkv, grad, &dims, |qkv, dout, dqkv| kernel::attention_backward(qkv, dout, shape, dqkv)))]
+        let (qkv, dout) = (B::values(qkv), B::values(grad));
+        [dqkv.write(&dims, |dqkv| kernel::attention_backward(qkv.as_ref(), dout.as_ref(), shape, dqkv))]
     }
 }

@@ -11,8 +11,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::extension::FusedOps;
-use super::vjp::{Tracked, buffer, dims};
+use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
+use crate::buffers::{buffer, zeros};
 use crate::device::is_fused;
 use crate::kernels::cross_entropy as kernel;
 
@@ -87,8 +88,7 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
         OpsKind::Tracked(prep) => {
             let (h_shape, w_shape) = (dims::<B>(&h), dims::<B>(&w));
             let (h, w) = (B::values(h), B::values(w));
-            let mut gradients =
-                kernel::Gradients { hidden: buffer(h.as_ref().len()), weight: buffer(w.as_ref().len()) };
+            let mut gradients = kernel::Gradients { hidden: buffer(h.as_ref().len()), weight: zeros(w.as_ref().len()) };
             let loss =
                 kernel::linear_cross_entropy(h.as_ref(), w.as_ref(), w_shape[1], &targets, scale, Some(&mut gradients));
             let state = [B::tensor(gradients.hidden, &h_shape), B::tensor(gradients.weight, &w_shape)];

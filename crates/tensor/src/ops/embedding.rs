@@ -7,10 +7,11 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Vjp, dims, map1};
+use super::vjp::{Sink, Vjp, dims, map1};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
-use crate::kernels::embedding as kernel;
+use crate::kernels::matmul::Into;
+use crate::kernels::{embedding as kernel, fill};
 
 /// `table[ids]` as `[B, T, D]`.
 ///
@@ -26,7 +27,7 @@ pub fn embedding(table: Tensor<2>, ids: Arc<[i32]>, batch: usize, tokens: usize)
         panic!("embedding: id {bad} is not in the table of {v} rows");
     }
     if is_fused(&table.device()) {
-        let op = Embedding { ids, batch, tokens };
+        let op = Embedding { vocab: v, ids, batch, tokens };
         return Tensor::from_dispatch(Dispatch::fused_embedding(table.into_dispatch(), op));
     }
     let data = TensorData::new(ids.to_vec(), [batch * tokens]);
@@ -37,12 +38,17 @@ pub fn embedding(table: Tensor<2>, ids: Arc<[i32]>, batch: usize, tokens: usize)
 /// See [`embedding`].
 #[derive(Clone, Debug)]
 pub(crate) struct Embedding {
+    /// Rows of the table.
+    vocab: usize,
     ids: Arc<[i32]>,
     batch: usize,
     tokens: usize,
 }
 
+/// Of the table, whose values backward does not need.
 impl Vjp<1> for Embedding {
+    const KEEPS: [bool; 1] = [false];
+
     fn forward<B: HostBackend>(&self, [table]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let d = dims::<B>(&table)[1];
         map1::<B>(table, &[self.batch, self.tokens, d], |table, out| kernel::gather(table, d, &self.ids, out))
@@ -50,11 +56,17 @@ impl Vjp<1> for Embedding {
 
     fn backward<B: HostBackend>(
         &self,
-        [table]: [FloatTensor<B>; 1],
+        _: [Option<FloatTensor<B>>; 1],
         grad: FloatTensor<B>,
-        _: [bool; 1],
+        [dtable]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
-        let shape = dims::<B>(&table);
-        [Some(map1::<B>(grad, &shape, |dy, dtable| kernel::scatter_add(dy, shape[1], &self.ids, dtable)))]
+        let d = dims::<B>(&grad)[2];
+        let dy = B::values(grad);
+        [dtable.fill(&[self.vocab, d], |dtable, into| {
+            if into == Into::Write {
+                fill(dtable, 0.0);
+            }
+            kernel::scatter_add(dy.as_ref(), d, &self.ids, dtable);
+        })]
     }
 }

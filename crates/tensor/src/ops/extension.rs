@@ -10,24 +10,25 @@ use super::activation::{Dropout, Gelu, SwiGlu};
 use super::attention::Attention;
 use super::cross_entropy;
 use super::embedding::Embedding;
-use super::linear::{Linear, LinearBias};
-use super::norm::{Norm, NormBias};
+use super::linear::Linear;
+use super::norm::Norm;
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"), Autodiff)]
 #[allow(missing_docs)]
 pub(crate) trait FusedOps: Backend {
-    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self>;
-    fn fused_linear_bias(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
-    fn fused_norm_bias(
+    fn fused_linear(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        op: NormBias,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: Linear,
     ) -> FloatTensor<Self>;
-    fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
+    fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self>;
     fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self>;
     fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self>;
@@ -44,29 +45,27 @@ macro_rules! host_backend {
     ($feature:literal, $backend:ident) => {
         #[cfg(feature = $feature)]
         impl FusedOps for burn::backend::$backend {
-            fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self> {
-                op.forward::<Self>([x, w])
-            }
-            fn fused_linear_bias(
+            fn fused_linear(
                 x: FloatTensor<Self>,
                 w: FloatTensor<Self>,
                 b: FloatTensor<Self>,
+                residual: FloatTensor<Self>,
+                norm_weight: FloatTensor<Self>,
+                norm_bias: FloatTensor<Self>,
+                op: Linear,
             ) -> FloatTensor<Self> {
-                LinearBias.forward::<Self>([x, w, b])
+                op.forward::<Self>([x, w, b, residual, norm_weight, norm_bias])
             }
-            fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
-                op.forward::<Self>([x, w])
-            }
-            fn fused_norm_bias(
+            fn fused_norm(
                 x: FloatTensor<Self>,
                 w: FloatTensor<Self>,
                 b: FloatTensor<Self>,
-                op: NormBias,
+                op: Norm,
             ) -> FloatTensor<Self> {
                 op.forward::<Self>([x, w, b])
             }
-            fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
-                Gelu.forward::<Self>([x])
+            fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self> {
+                op.forward::<Self>([x])
             }
             fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 SwiGlu.forward::<Self>([x])
@@ -95,25 +94,22 @@ host_backend!("ndarray", NdArray);
 host_backend!("flex", Flex);
 
 impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
-    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self> {
-        apply::<B, C, _, 2>(op, [x, w])
-    }
-    fn fused_linear_bias(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
-        apply::<B, C, _, 3>(LinearBias, [x, w, b])
-    }
-    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
-        apply::<B, C, _, 2>(op, [x, w])
-    }
-    fn fused_norm_bias(
+    fn fused_linear(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        op: NormBias,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: Linear,
     ) -> FloatTensor<Self> {
+        apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
+    }
+    fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
         apply::<B, C, _, 3>(op, [x, w, b])
     }
-    fn fused_gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        apply::<B, C, _, 1>(Gelu, [x])
+    fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [x])
     }
     fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(SwiGlu, [x])

@@ -1,15 +1,48 @@
-//! Linear layers.
+//! Linear layers, alone or fused with what comes before and after them.
 
 use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
+use super::activation::{self, gelu, gelu_exact, swiglu};
 use super::extension::FusedOps;
-use super::vjp::{Vjp, buffer, dims};
+use super::norm::{self, layer_norm, rms_norm};
+use super::vjp::{Sink, Vjp, dims, kept};
 use crate::adapter::HostBackend;
+use crate::buffers::buffer;
 use crate::device::is_fused;
-use crate::kernels::add_assign;
+use crate::kernels::linear as kernel;
+use crate::kernels::linear::Before;
 use crate::kernels::matmul::{Into, Mat, Threads, matmul};
+
+/// What happens to the input of a linear layer on its way in. On the CPU backends it is made again in backward, so that only the layer's own input is kept.
+#[derive(Clone, Debug)]
+pub enum Pre {
+    /// Nothing.
+    Nothing,
+    /// [`layer_norm`]
+    LayerNorm {
+        /// `[I]`
+        weight: Tensor<1>,
+        /// `[I]`
+        bias: Option<Tensor<1>>,
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// [`rms_norm`]
+    RmsNorm {
+        /// `[I]`
+        weight: Tensor<1>,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// [`gelu`]
+    Gelu,
+    /// [`gelu_exact`]
+    GeluExact,
+    /// [`swiglu`], from rows `[gate | up]` of `2 I` values.
+    SwiGlu,
+}
 
 /// `y = x w + b`, or `y = x w` without a bias.
 ///
@@ -19,15 +52,71 @@ use crate::kernels::matmul::{Into, Mat, Threads, matmul};
 /// # Panics
 /// If the shapes do not fit.
 pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
-    check(&x, w.dims()[0]);
-    if is_fused(&x.device()) {
-        let (x, w) = (x.into_dispatch(), w.into_dispatch());
-        return Tensor::from_dispatch(match b {
-            Some(b) => Dispatch::fused_linear_bias(x, w, b.into_dispatch()),
-            None => Dispatch::fused_linear(x, w, Linear { transposed: false }),
-        });
+    fused_linear(x, Pre::Nothing, w, b, None)
+}
+
+/// `y = pre(x) w + b + residual` in one operation.
+///
+/// # Shapes
+/// - `x`: `[.., I]` (`[.., 2 I]` for SwiGLU), `w`: `[I, O]`, `b`: `[O]`, `residual`: `[.., O]`; output `[.., O]`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn fused_linear<const D: usize>(
+    x: Tensor<D>,
+    pre: Pre,
+    w: Tensor<2>,
+    b: Option<Tensor<1>>,
+    residual: Option<Tensor<D>>,
+) -> Tensor<D> {
+    let (mut dims, [inputs, outputs]) = (x.dims(), w.dims());
+    let width = if matches!(pre, Pre::SwiGlu) { 2 * inputs } else { inputs };
+    check(&x, width);
+    dims[D - 1] = outputs;
+    if let Some(residual) = &residual {
+        assert_eq!(residual.dims(), dims, "linear: the residual does not have the shape of the output");
     }
-    compose(x, w, b)
+    let device = x.device();
+    if is_fused(&device) {
+        let mut norm_parameters = [None, None];
+        let pre = match pre {
+            Pre::Nothing => PreOp::Nothing,
+            Pre::LayerNorm { weight, bias, eps } => {
+                norm_parameters = [Some(weight), bias];
+                PreOp::Norm(norm::Norm { center: true, eps: eps as f32 })
+            }
+            Pre::RmsNorm { weight, eps } => {
+                norm_parameters = [Some(weight), None];
+                PreOp::Norm(norm::Norm { center: false, eps: eps as f32 })
+            }
+            Pre::Gelu => PreOp::Gelu(activation::Form::Tanh),
+            Pre::GeluExact => PreOp::Gelu(activation::Form::Exact),
+            Pre::SwiGlu => PreOp::SwiGlu,
+        };
+        let [norm_weight, norm_bias] = norm_parameters.map(|p| or_none(p, &device).into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_linear(
+            x.into_dispatch(),
+            w.into_dispatch(),
+            or_none(b, &device).into_dispatch(),
+            or_none(residual, &device).into_dispatch(),
+            norm_weight,
+            norm_bias,
+            Linear { pre, transposed: false },
+        ));
+    }
+    let a = match pre {
+        Pre::Nothing => x,
+        Pre::LayerNorm { weight, bias, eps } => layer_norm(x, weight, bias, eps),
+        Pre::RmsNorm { weight, eps } => rms_norm(x, weight, eps),
+        Pre::Gelu => gelu(x),
+        Pre::GeluExact => gelu_exact(x),
+        Pre::SwiGlu => swiglu(x),
+    };
+    let y = compose(a, w, b);
+    match residual {
+        Some(residual) => y + residual,
+        None => y,
+    }
 }
 
 /// `y = x w^T`: a head whose weight has the layout of an embedding.
@@ -39,17 +128,25 @@ pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) 
 /// If the shapes do not fit.
 pub fn linear_transposed<const D: usize>(x: Tensor<D>, w: Tensor<2>) -> Tensor<D> {
     check(&x, w.dims()[1]);
-    if is_fused(&x.device()) {
-        let op = Linear { transposed: true };
-        return Tensor::from_dispatch(Dispatch::fused_linear(x.into_dispatch(), w.into_dispatch(), op));
+    let device = x.device();
+    if is_fused(&device) {
+        let none = || or_none::<1>(None, &device).into_dispatch();
+        let op = Linear { pre: PreOp::Nothing, transposed: true };
+        let (x, w) = (x.into_dispatch(), w.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_linear(x, w, none(), none(), none(), none(), op));
     }
     compose(x, w.transpose(), None)
 }
 
+/// The empty tensor stands for one that is left out.
+pub(super) fn or_none<const D: usize>(tensor: Option<Tensor<D>>, device: &Device) -> Tensor<D> {
+    tensor.unwrap_or_else(|| Tensor::empty([0; D], device))
+}
+
 #[track_caller]
-fn check<const D: usize>(x: &Tensor<D>, inputs: usize) {
+fn check<const D: usize>(x: &Tensor<D>, width: usize) {
     let dims = x.dims();
-    assert_eq!(dims[D - 1], inputs, "linear: input {dims:?} does not end in the weight's {inputs} inputs");
+    assert_eq!(dims[D - 1], width, "linear: input {dims:?} does not end in the weight's {width} inputs");
 }
 
 fn compose<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
@@ -64,111 +161,103 @@ fn compose<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> 
     }
 }
 
-/// `x w`, or `x w^T`.
+/// [`Pre`] without its tensors.
+#[derive(Clone, Copy, Debug)]
+enum PreOp {
+    Nothing,
+    Norm(norm::Norm),
+    Gelu(activation::Form),
+    SwiGlu,
+}
+
+impl PreOp {
+    fn kernel<'a>(self, weight: &'a [f32], bias: &'a [f32]) -> Before<'a> {
+        match self {
+            PreOp::Nothing => Before::Nothing,
+            PreOp::Norm(op) => Before::Norm(op.kernel(weight, bias)),
+            PreOp::Gelu(form) => Before::Gelu(form),
+            PreOp::SwiGlu => Before::SwiGlu,
+        }
+    }
+}
+
+/// `pre(x) w + b + residual` of (x, w, b, residual, the norm's weight and bias).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Linear {
+    pre: PreOp,
     /// Whether the weight is `[O, I]`.
-    pub transposed: bool,
+    transposed: bool,
 }
-
-/// `x w + b`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LinearBias;
 
 /// The weight as `[I, O]`, whatever its layout.
-fn weight<'a>(values: &'a [f32], shape: &[usize], transposed: bool) -> (Mat<'a>, usize, usize) {
+fn weight<'a>(values: &'a [f32], shape: &[usize], transposed: bool) -> Mat<'a> {
     let mat = Mat::new(values, shape[0], shape[1], shape[1]);
-    if transposed { (mat.t(), shape[1], shape[0]) } else { (mat, shape[0], shape[1]) }
+    if transposed { mat.t() } else { mat }
 }
 
-fn forward<B: HostBackend>(
-    x: FloatTensor<B>,
-    w: FloatTensor<B>,
-    b: Option<FloatTensor<B>>,
-    transposed: bool,
-) -> FloatTensor<B> {
-    let (mut shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
-    let (x, w, b) = (B::values(x), B::values(w), b.map(B::values));
-    let (w, inputs, outputs) = weight(w.as_ref(), &w_shape, transposed);
-    let rows = x.as_ref().len() / inputs.max(1);
-    let mut y = buffer(rows * outputs);
-    let into = match &b {
-        Some(b) => {
-            y.chunks_exact_mut(outputs).for_each(|row| row.copy_from_slice(b.as_ref()));
-            Into::Add
+fn some(values: &[f32]) -> Option<&[f32]> {
+    (!values.is_empty()).then_some(values)
+}
+
+impl Vjp<6> for Linear {
+    const KEEPS: [bool; 6] = [true, true, false, false, true, true];
+
+    fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; 6]) -> FloatTensor<B> {
+        let [x, w, b, residual, norm_weight, norm_bias] = inputs;
+        let (mut shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
+        let [x, w, b, residual] = [x, w, b, residual].map(B::values);
+        let [norm_weight, norm_bias] = [norm_weight, norm_bias].map(B::values);
+        let w = weight(w.as_ref(), &w_shape, self.transposed);
+        if let Some(last) = shape.last_mut() {
+            *last = w.cols();
         }
-        None => Into::Write,
-    };
-    matmul(Mat::new(x.as_ref(), rows, inputs, inputs), w, &mut y, outputs, into, Threads::All);
-    if let Some(last) = shape.last_mut() {
-        *last = outputs;
-    }
-    B::tensor(y, &shape)
-}
-
-/// (dx, dw, db)
-type Gradients<B> = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Option<FloatTensor<B>>);
-
-fn backward<B: HostBackend>(
-    x: FloatTensor<B>,
-    w: FloatTensor<B>,
-    dy: FloatTensor<B>,
-    transposed: bool,
-    wanted: [bool; 3],
-) -> Gradients<B> {
-    let (x_shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
-    let (x, w, dy) = (B::values(x), B::values(w), B::values(dy));
-    let (w_mat, inputs, outputs) = weight(w.as_ref(), &w_shape, transposed);
-    let rows = x.as_ref().len() / inputs.max(1);
-    let x = Mat::new(x.as_ref(), rows, inputs, inputs);
-    let dy_mat = Mat::new(dy.as_ref(), rows, outputs, outputs);
-    let dx = wanted[0].then(|| {
-        let mut dx = buffer(rows * inputs);
-        matmul(dy_mat, w_mat.t(), &mut dx, inputs, Into::Write, Threads::All);
-        B::tensor(dx, &x_shape)
-    });
-    let dw = wanted[1].then(|| {
-        let mut dw = buffer(inputs * outputs);
-        let (a, b) = if transposed { (dy_mat.t(), x) } else { (x.t(), dy_mat) };
-        matmul(a, b, &mut dw, w_shape[1], Into::Write, Threads::All);
-        B::tensor(dw, &w_shape)
-    });
-    let db = wanted[2].then(|| {
-        let mut db = buffer(outputs);
-        dy.as_ref().chunks_exact(outputs).for_each(|row| add_assign(&mut db, row));
-        B::tensor(db, &[outputs])
-    });
-    (dx, dw, db)
-}
-
-impl Vjp<2> for Linear {
-    fn forward<B: HostBackend>(&self, [x, w]: [FloatTensor<B>; 2]) -> FloatTensor<B> {
-        forward::<B>(x, w, None, self.transposed)
+        let mut y = buffer(shape.iter().product());
+        let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
+        kernel::linear(x.as_ref(), before, w, some(b.as_ref()), some(residual.as_ref()), &mut y);
+        B::tensor(y, &shape)
     }
 
     fn backward<B: HostBackend>(
         &self,
-        [x, w]: [FloatTensor<B>; 2],
+        [x, w, _, _, norm_weight, norm_bias]: [Option<FloatTensor<B>>; 6],
         grad: FloatTensor<B>,
-        wanted: [bool; 2],
-    ) -> [Option<FloatTensor<B>>; 2] {
-        let (dx, dw, _) = backward::<B>(x, w, grad, self.transposed, [wanted[0], wanted[1], false]);
-        [dx, dw]
-    }
-}
+        [dx, dw, db, dresidual, dnorm_weight, dnorm_bias]: [Sink<B>; 6],
+    ) -> [Option<FloatTensor<B>>; 6] {
+        let (x, w) = (kept(x), kept(w));
+        let (x_shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
+        let dresidual = if dresidual.wanted() { dresidual.hand_over(grad.clone()) } else { None };
+        let (x, w, dy) = (B::values(x), B::values(w), B::values(grad));
+        let [norm_weight, norm_bias] = [kept(norm_weight), kept(norm_bias)].map(B::values);
+        let w_mat = weight(w.as_ref(), &w_shape, self.transposed);
+        let (inputs, outputs) = (w_mat.rows(), w_mat.cols());
+        let rows = dy.as_ref().len() / outputs.max(1);
+        let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
+        let dy_mat = Mat::new(dy.as_ref(), rows, outputs, outputs);
 
-impl Vjp<3> for LinearBias {
-    fn forward<B: HostBackend>(&self, [x, w, b]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
-        forward::<B>(x, w, Some(b), false)
-    }
-
-    fn backward<B: HostBackend>(
-        &self,
-        [x, w, _]: [FloatTensor<B>; 3],
-        grad: FloatTensor<B>,
-        wanted: [bool; 3],
-    ) -> [Option<FloatTensor<B>>; 3] {
-        let (dx, dw, db) = backward::<B>(x, w, grad, false, wanted);
-        [dx, dw, db]
+        let db = db.fill(&[outputs], |db, into| kernel::bias_gradient(dy.as_ref(), db, into));
+        let dw = dw.fill(&w_shape, |dw, into| {
+            kernel::weight_gradient(x.as_ref(), before, inputs, dy_mat, self.transposed, dw, into);
+        });
+        let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
+            .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);
+        let input_wanted = dx.wanted() || norm_gradients.iter().any(|g| !g.is_empty());
+        let dx = if !input_wanted {
+            None
+        } else if matches!(before, Before::Nothing) {
+            dx.fill(&x_shape, |dx, into| matmul(dy_mat, w_mat.t(), dx, inputs, into, Threads::All))
+        } else {
+            let mut da = buffer(rows * inputs);
+            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write, Threads::All);
+            let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
+            dx.replace(&x_shape, |existing| {
+                kernel::input_gradient(x.as_ref(), before, inputs, da, existing, norm_gradients)
+            })
+        };
+        let [dnorm_weight, dnorm_bias] = [(dnorm_weight, 0), (dnorm_bias, 1)].map(|(sink, i)| {
+            let values = std::mem::take(&mut norm_gradients[i]);
+            let shape = [values.len()];
+            sink.put(&shape, values)
+        });
+        [dx, dw, db, dresidual, dnorm_weight, dnorm_bias]
     }
 }

@@ -15,11 +15,11 @@ mod optim;
 mod sequence;
 mod vjp;
 
-pub use activation::{dropout, gelu, swiglu};
+pub use activation::{dropout, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use cross_entropy::linear_cross_entropy;
 pub use embedding::embedding;
-pub use linear::{linear, linear_transposed};
+pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{AdamWHyper, adamw, sum_of_squares};
 pub use sequence::{RopeTable, Sequence, rotate_half};

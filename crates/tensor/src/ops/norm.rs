@@ -5,10 +5,12 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
-use super::vjp::{Vjp, buffer, dims};
+use super::linear::or_none;
+use super::vjp::{Sink, Vjp, dims, kept, map1};
 use crate::adapter::HostBackend;
+use crate::buffers::recycle;
 use crate::device::is_fused;
-use crate::kernels::norm;
+use crate::kernels::norm as kernel;
 
 /// LayerNorm (Ba et al., arXiv:1607.06450): `(x - mean) / sqrt(var + eps) * weight + bias`, `var` biased as in PyTorch.
 ///
@@ -21,11 +23,7 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, bias: Option<
     check(&x, &weight);
     if is_fused(&x.device()) {
         let op = Norm { center: true, eps: eps as f32 };
-        let (x, w) = (x.into_dispatch(), weight.into_dispatch());
-        return Tensor::from_dispatch(match bias {
-            Some(bias) => Dispatch::fused_norm_bias(x, w, bias.into_dispatch(), NormBias(op)),
-            None => Dispatch::fused_norm(x, w, op),
-        });
+        return run(x, weight, bias, op);
     }
     let centered = x.clone() - x.mean_dim(D - 1);
     let y = scaled(centered, weight, eps);
@@ -46,9 +44,14 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     check(&x, &weight);
     if is_fused(&x.device()) {
         let op = Norm { center: false, eps: eps as f32 };
-        return Tensor::from_dispatch(Dispatch::fused_norm(x.into_dispatch(), weight.into_dispatch(), op));
+        return run(x, weight, None, op);
     }
     scaled(x, weight, eps)
+}
+
+fn run<const D: usize>(x: Tensor<D>, weight: Tensor<1>, bias: Option<Tensor<1>>, op: Norm) -> Tensor<D> {
+    let bias = or_none(bias, &x.device()).into_dispatch();
+    Tensor::from_dispatch(Dispatch::fused_norm(x.into_dispatch(), weight.into_dispatch(), bias, op))
 }
 
 #[track_caller]
@@ -62,71 +65,53 @@ fn scaled<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D
     x / (mean_square + eps).sqrt() * weight.unsqueeze()
 }
 
-/// Norm without a bias; `center` subtracts the mean.
+/// `center` subtracts the mean.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Norm {
     pub center: bool,
     pub eps: f32,
 }
 
-/// Norm with a bias.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NormBias(pub Norm);
-
 impl Norm {
-    fn run<B: HostBackend>(&self, x: FloatTensor<B>, w: FloatTensor<B>, b: Option<FloatTensor<B>>) -> FloatTensor<B> {
-        let shape = dims::<B>(&x);
-        let (x, w, b) = (B::values(x), B::values(w), b.map(B::values));
-        let mut out = buffer(x.as_ref().len());
-        norm::norm(x.as_ref(), w.as_ref(), b.as_ref().map(AsRef::as_ref), self.center, self.eps, &mut out);
-        B::tensor(out, &shape)
-    }
-
-    fn run_backward<B: HostBackend>(
-        &self,
-        x: FloatTensor<B>,
-        w: FloatTensor<B>,
-        dy: FloatTensor<B>,
-        bias: bool,
-    ) -> [FloatTensor<B>; 3] {
-        let shape = dims::<B>(&x);
-        let (x, w, dy) = (B::values(x), B::values(w), B::values(dy));
-        let d = w.as_ref().len();
-        let (mut dx, mut dw, mut db) = (buffer(x.as_ref().len()), buffer(d), buffer(if bias { d } else { 0 }));
-        let db_out = bias.then_some(&mut db[..]);
-        norm::norm_backward(x.as_ref(), w.as_ref(), self.center, self.eps, dy.as_ref(), &mut dx, &mut dw, db_out);
-        let n = db.len();
-        [B::tensor(dx, &shape), B::tensor(dw, &[d]), B::tensor(db, &[n])]
+    /// With its parameters; an empty bias is none.
+    pub fn kernel<'a>(self, weight: &'a [f32], bias: &'a [f32]) -> kernel::Norm<'a> {
+        kernel::Norm { weight, bias: (!bias.is_empty()).then_some(bias), center: self.center, eps: self.eps }
     }
 }
 
-impl Vjp<2> for Norm {
-    fn forward<B: HostBackend>(&self, [x, w]: [FloatTensor<B>; 2]) -> FloatTensor<B> {
-        self.run::<B>(x, w, None)
+/// Of (x, weight, bias).
+impl Vjp<3> for Norm {
+    const KEEPS: [bool; 3] = [true; 3];
+
+    fn forward<B: HostBackend>(&self, [x, weight, bias]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
+        let shape = dims::<B>(&x);
+        let (weight, bias) = (B::values(weight), B::values(bias));
+        map1::<B>(x, &shape, |x, out| kernel::norm(x, self.kernel(weight.as_ref(), bias.as_ref()), out))
     }
 
     fn backward<B: HostBackend>(
         &self,
-        [x, w]: [FloatTensor<B>; 2],
+        [x, weight, bias]: [Option<FloatTensor<B>>; 3],
         grad: FloatTensor<B>,
-        _: [bool; 2],
-    ) -> [Option<FloatTensor<B>>; 2] {
-        let [dx, dw, _] = self.run_backward::<B>(x, w, grad, false);
-        [Some(dx), Some(dw)]
-    }
-}
-
-impl Vjp<3> for NormBias {
-    fn forward<B: HostBackend>(&self, [x, w, b]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
-        self.0.run::<B>(x, w, Some(b))
-    }
-
-    fn backward<B: HostBackend>(
-        &self,
-        [x, w, _]: [FloatTensor<B>; 3],
-        grad: FloatTensor<B>,
-        _: [bool; 3],
+        [dx, dweight, dbias]: [Sink<B>; 3],
     ) -> [Option<FloatTensor<B>>; 3] {
-        self.0.run_backward::<B>(x, w, grad, true).map(Some)
+        let x = kept(x);
+        let shape = dims::<B>(&x);
+        let [x, weight, bias] = [x, kept(weight), kept(bias)].map(B::values);
+        let mut g = B::into_vec(grad);
+        let (mut dw, mut db) = (vec![0.0; weight.as_ref().len()], vec![0.0; bias.as_ref().len()]);
+        let dx = dx.replace(&shape, |existing| {
+            let added = existing.is_some();
+            let n = self.kernel(weight.as_ref(), bias.as_ref());
+            kernel::norm_backward(x.as_ref(), n, &mut g, existing, [&mut dw, &mut db]);
+            if added {
+                recycle(g);
+                None
+            } else {
+                Some(g)
+            }
+        });
+        let n = [db.len()];
+        [dx, dweight.put(&[dw.len()], dw), dbias.put(&n, db)]
     }
 }

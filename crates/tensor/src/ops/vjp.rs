@@ -1,5 +1,8 @@
 //! What a fused operation is: a forward and its vector-Jacobian product over the primitives of a CPU backend.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
+
 use burn::backend::Autodiff;
 use burn::backend::TensorMetadata;
 use burn::backend::autodiff::NodeId;
@@ -10,39 +13,164 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
 use crate::adapter::HostBackend;
+use crate::buffers::{buffer, recycle};
+use crate::kernels;
+use crate::kernels::matmul::Into;
 
-/// An operation of `N` float tensors; further arguments are fields.
+/// An operation of `N` float tensors; further arguments are fields. A tensor that is left out is an empty one.
 pub(crate) trait Vjp<const N: usize>: Clone + Send + std::fmt::Debug + 'static {
+    /// Inputs whose values backward reads; the others are not kept for it.
+    const KEEPS: [bool; N];
+
     /// The output.
     fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; N]) -> FloatTensor<B>;
 
-    /// Gradients with respect to the inputs that are `wanted`, from the gradient of the output.
+    /// Gradients with respect to the inputs, from the gradient of the output: each through its [`Sink`], which gives nothing where no
+    /// gradient is wanted. Of the inputs, those that are kept are there.
     fn backward<B: HostBackend>(
         &self,
-        inputs: [FloatTensor<B>; N],
+        inputs: [Option<FloatTensor<B>>; N],
         grad: FloatTensor<B>,
-        wanted: [bool; N],
+        sinks: [Sink<B>; N],
     ) -> [Option<FloatTensor<B>>; N];
+}
+
+/// Where the gradient of one input goes: into nothing, into a new buffer, or on top of a gradient that another operation has made.
+pub(crate) struct Sink<B: HostBackend> {
+    wanted: bool,
+    existing: Option<FloatTensor<B>>,
+}
+
+impl<B: HostBackend> Sink<B> {
+    /// Whether anybody asks for this gradient.
+    pub fn wanted(&self) -> bool {
+        self.wanted
+    }
+
+    /// The gradient of `shape` that `kernel` writes, or adds to what is there, as it is told.
+    pub fn fill(self, shape: &[usize], kernel: impl FnOnce(&mut [f32], Into)) -> Option<FloatTensor<B>> {
+        if !self.wanted {
+            return None;
+        }
+        let (mut values, into) = match self.existing {
+            Some(existing) => (B::into_vec(existing), Into::Add),
+            None => (buffer(shape.iter().product()), Into::Write),
+        };
+        kernel(&mut values, into);
+        Some(B::tensor(values, shape))
+    }
+
+    /// The same for a kernel that can only write.
+    pub fn write(self, shape: &[usize], kernel: impl FnOnce(&mut [f32])) -> Option<FloatTensor<B>> {
+        self.fill(shape, |out, into| match into {
+            Into::Write => kernel(out),
+            Into::Add => {
+                let mut term = buffer(out.len());
+                kernel(&mut term);
+                kernels::add(out, &term);
+                recycle(term);
+            }
+        })
+    }
+
+    /// The same for a kernel that makes the buffer itself, or adds to the one it is given and makes none.
+    pub fn replace(
+        self,
+        shape: &[usize],
+        kernel: impl FnOnce(Option<&mut [f32]>) -> Option<Vec<f32>>,
+    ) -> Option<FloatTensor<B>> {
+        let mut existing = self.existing.map(B::into_vec);
+        let made = kernel(existing.as_deref_mut());
+        let values = made.or(existing)?;
+        if !self.wanted {
+            recycle(values);
+            return None;
+        }
+        Some(B::tensor(values, shape))
+    }
+
+    /// The same for values that are already there.
+    pub fn put(self, shape: &[usize], values: Vec<f32>) -> Option<FloatTensor<B>> {
+        match self.existing {
+            None => self.wanted.then(|| B::tensor(values, shape)),
+            Some(_) => {
+                let sum = self.fill(shape, |out, _| kernels::add(out, &values));
+                recycle(values);
+                sum
+            }
+        }
+    }
+
+    /// The same for a tensor that is handed through.
+    pub fn hand_over(self, grad: FloatTensor<B>) -> Option<FloatTensor<B>> {
+        match self.existing {
+            None => self.wanted.then_some(grad),
+            Some(_) => {
+                let shape = dims::<B>(&grad);
+                let values = B::values(grad);
+                self.fill(&shape, |out, _| kernels::add(out, values.as_ref()))
+            }
+        }
+    }
 }
 
 /// A tensor of the autodiff backend.
 pub(crate) type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
 
+thread_local! {
+    /// Nodes inside the graph that have a gradient by now, the last ones at the end. Backward runs through a graph once, on one thread, and burn refuses to run
+    /// it again; so a node that is in here when an operation of its consumers runs does have a gradient that can be taken out and added to in
+    /// place. Nodes that fall off the front only lose that.
+    static WITH_GRADIENT: RefCell<VecDeque<NodeId>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// Consumers of one node are a few operations apart.
+const REMEMBERED: usize = 64;
+
+/// Forgets a node; whether it was known.
+fn forget(id: NodeId) -> bool {
+    WITH_GRADIENT.with_borrow_mut(|nodes| match nodes.iter().rposition(|&n| n == id) {
+        Some(at) => nodes.remove(at).is_some(),
+        None => false,
+    })
+}
+
+fn remember(id: NodeId) {
+    WITH_GRADIENT.with_borrow_mut(|nodes| {
+        if nodes.len() == REMEMBERED {
+            nodes.pop_front();
+        }
+        nodes.push_back(id);
+    });
+}
+
 #[derive(Debug)]
 struct Run<O>(std::marker::PhantomData<O>);
 
 impl<B: HostBackend, O: Vjp<N>, const N: usize> Backward<B, N> for Run<O> {
-    type State = (O, [NodeId; N]);
+    type State = (O, [Option<NodeId>; N]);
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (op, saved) = ops.state;
-        let inputs = saved.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
-        let wanted = ops.parents.each_ref().map(Option::is_some);
-        let results = op.backward::<B>(inputs, grad, wanted);
+        forget(ops.node.id);
+        let (op, kept) = ops.state;
+        let inputs = kept.map(|id| id.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id)));
+        let sinks = ops.parents.each_ref().map(|parent| match parent {
+            None => Sink { wanted: false, existing: None },
+            Some(parent) => {
+                // A leaf's gradient can be read, but not taken out.
+                let known = !parent.parents.is_empty() && forget(parent.id);
+                Sink { wanted: true, existing: known.then(|| grads.consume::<B>(parent)) }
+            }
+        });
+        let results = op.backward::<B>(inputs, grad, sinks);
         for (parent, result) in ops.parents.into_iter().zip(results) {
             if let (Some(parent), Some(result)) = (parent, result) {
                 grads.register::<B>(parent.id, result);
+                if !parent.parents.is_empty() {
+                    forget(parent.id);
+                    remember(parent.id);
+                }
             }
         }
     }
@@ -57,22 +185,28 @@ pub(crate) fn apply<B: HostBackend, C: CheckpointStrategy, O: Vjp<N>, const N: u
     let primitives = || inputs.each_ref().map(|t| t.primitive().clone());
     match Run::<O>(std::marker::PhantomData).prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {
-            let saved = inputs.each_ref().map(|t| prep.checkpoint(t));
+            let mut keeps = O::KEEPS.into_iter();
+            let kept = inputs.each_ref().map(|t| keeps.next().is_some_and(|k| k).then(|| prep.checkpoint(t)));
             let output = op.forward::<B>(primitives());
-            prep.finish((op, saved), output)
+            prep.finish((op, kept), output)
         }
         OpsKind::UnTracked(prep) => prep.finish(op.forward::<B>(primitives())),
     }
 }
 
+/// An input that backward keeps.
+///
+/// # Panics
+/// If `KEEPS` says otherwise.
+#[track_caller]
+pub(crate) fn kept<T>(input: Option<T>) -> T {
+    // PANIC: see above; both are written side by side in an operation.
+    input.expect("an input that KEEPS names")
+}
+
 /// The shape of a primitive.
 pub(crate) fn dims<B: HostBackend>(tensor: &FloatTensor<B>) -> Vec<usize> {
     tensor.shape().to_vec()
-}
-
-/// A buffer that a kernel is about to fill.
-pub(crate) fn buffer(len: usize) -> Vec<f32> {
-    vec![0.0; len]
 }
 
 /// A tensor of `shape` that `kernel` fills from the values of `x`.
@@ -85,15 +219,4 @@ pub(crate) fn map1<B: HostBackend>(
     let mut out = buffer(shape.iter().product());
     kernel(x.as_ref(), &mut out);
     B::tensor(out, shape)
-}
-
-/// The same from the values of two tensors.
-pub(crate) fn map2<B: HostBackend>(
-    x: FloatTensor<B>,
-    y: FloatTensor<B>,
-    shape: &[usize],
-    kernel: impl FnOnce(&[f32], &[f32], &mut [f32]),
-) -> FloatTensor<B> {
-    let y = B::values(y);
-    map1::<B>(x, shape, |x, out| kernel(x, y.as_ref(), out))
 }

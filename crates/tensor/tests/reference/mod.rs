@@ -37,6 +37,19 @@ pub fn gelu(x: &[f64]) -> Vec<f64> {
     x.iter().map(|&x| 0.5 * x * (1.0 + (c * (x + 0.044715 * x.powi(3))).tanh())).collect()
 }
 
+/// GELU, exact form, with erf from its series: 2 / sqrt(pi) e^-x^2 sum_k 2^k x^(2k+1) / (1 3 5 .. (2k+1)), whose terms have one sign.
+pub fn gelu_exact(x: &[f64]) -> Vec<f64> {
+    let erf = |x: f64| {
+        let (mut term, mut sum) = (x, x);
+        for k in 1..200 {
+            term *= 2.0 * x * x / f64::from(2 * k + 1);
+            sum += term;
+        }
+        2.0 / std::f64::consts::PI.sqrt() * (-x * x).exp() * sum
+    };
+    x.iter().map(|&x| 0.5 * x * (1.0 + erf(x / 2f64.sqrt()))).collect()
+}
+
 /// `silu(gate) * up`, rows `[gate | up]` of `2 f`.
 pub fn swiglu(x: &[f64], f: usize) -> Vec<f64> {
     x.chunks(2 * f).flat_map(|r| (0..f).map(|k| r[k] / (1.0 + (-r[k]).exp()) * r[f + k])).collect()
