@@ -346,7 +346,7 @@ impl<'a> Trainer<'a> {
         // The one host sync of a step: the norm decides whether the update may happen.
         let grad_norm = if clip > 0.0 { grads.clip_(clip) } else { grads.global_norm() };
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Ok(Err(if loss.is_finite() { "a gradient is not finite" } else { LOSS_NOT_FINITE }));
+            return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
         }
         if let Some(model) = self.model.take() {
             self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
@@ -362,11 +362,13 @@ impl<'a> Trainer<'a> {
         if !loss.is_finite() {
             return Ok(Err(LOSS_NOT_FINITE));
         }
-        let mut grad_norm = 0f64;
+        let (mut grad_norm, mut updated) = (0f64, false);
         while let Some(mut grads) = pass.backward(self.model())? {
             grad_norm = grad_norm.hypot(grads.global_norm());
-            if !grad_norm.is_finite() {
-                return Err(TrainError::HalfUpdated { step: self.state.step + 1 });
+            match grad_norm.is_finite() {
+                true => updated |= !grads.is_empty(),
+                false if updated => return Err(TrainError::HalfUpdated { step: self.state.step + 1 }),
+                false => return Ok(Err(GRADIENT_NOT_FINITE)),
             }
             if let Some(model) = self.model.take() {
                 self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
@@ -460,6 +462,7 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
 /// The mean loss and the gradients' norm of an update, or why there was none.
 type Updated = Result<(f64, f64), &'static str>;
 
+const GRADIENT_NOT_FINITE: &str = "a gradient is not finite";
 const LOSS_NOT_FINITE: &str = "the loss is not finite";
 
 /// Numbers of a step that updated the parameters.
