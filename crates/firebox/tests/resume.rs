@@ -45,9 +45,7 @@ fn assert_tidy(run: &Run) {
     let known = ["baselines.json", "checkpoints", "metrics.jsonl", "recipe.toml", "report.html", "run.json"];
     let known = [&known[..], &["samples", "summary.json"]].concat();
     for name in common::names(&run.dir) {
-        // A kill may leave a small file that was being written aside.
-        let aside = name.contains(".tmp-");
-        assert!(known.contains(&&*name) || name.starts_with("events.out.tfevents.") || aside, "left over: {name}");
+        assert!(known.contains(&&*name) || name.starts_with("events.out.tfevents."), "left over: {name}");
     }
     for name in run.checkpoints() {
         assert!(name.strip_prefix("step-").is_some_and(|n| n.parse::<u64>().is_ok()), "left over: {name}");
@@ -106,6 +104,15 @@ fn resume_needs_no_more_than_the_run_and_its_text() {
     }
 }
 
+#[test]
+fn resume_without_a_folder_goes_on_with_the_run_of_the_default_name() {
+    let lab = Lab::new(150);
+    let want = undisturbed(&lab, &LONG).fingerprint();
+    assert!(stop(&lab, "runs/default", &LONG, 3, "TERM"));
+    lab.call(&["train", "--resume", "--data", "docs.jsonl"]).succeeded();
+    want.assert_equals(&lab.run("runs/default").fingerprint(), "the recipe of the run, not the built-in one");
+}
+
 /// Kills of one run. Each comes a random number of steps after a start, and then at a random moment of a step.
 const KILLS: u64 = 24;
 
@@ -151,6 +158,8 @@ fn a_run_killed_before_its_first_checkpoint_starts_again() {
     for resume in [&["--resume"][..], &[]] {
         // What a kill in the middle of the first checkpoint leaves; no process has this number.
         lab.write("run/run.json", "{}");
+        lab.write("run/report.html.tmp-4294967295", "torn");
+        lab.write("run/samples/step-4.txt.tmp-4294967295", "torn");
         lab.write("run/checkpoints/.step-4.tmp-4294967295/model.safetensors", "torn");
         Ended::new(lab.train("run", resume).output().unwrap(), format!("{resume:?}")).succeeded();
         want.assert_equals(&lab.run("run").fingerprint(), "started again");
