@@ -154,7 +154,8 @@ fn each_gradient_comes_once_and_as_early_as_it_can() {
             }
         }
         let mut expected: Vec<String> = parameters(&model).into_iter().map(|(param, _)| param).collect();
-        (seen.sort(), expected.sort());
+        seen.sort();
+        expected.sort();
         assert_eq!((stage, seen), (0, expected), "{name}");
     }
 }

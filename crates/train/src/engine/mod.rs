@@ -122,6 +122,8 @@ pub struct Pass<'a> {
     pending: NamedGrads,
 }
 
+// One for each stage: nothing to save on.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Saved {
     Graph(Recorded),
@@ -153,14 +155,13 @@ impl Pass<'_> {
     pub fn backward<M: Staged>(&mut self, model: &M) -> Result<Option<NamedGrads>, TrainError> {
         let Some(saved) = self.saved.pop() else { return Ok(None) };
         let i = self.first + self.saved.len();
-        let Recorded { input, output } = match (saved, &mut self.spill) {
-            (Saved::Graph(stage), _) => stage,
-            (Saved::Input(flow), _) => self.record(model, i, flow),
-            (Saved::Spilled, Some(spill)) => {
-                let x = spill.pop()?;
-                self.record(model, i, Flow::Hidden(x))
+        let Recorded { input, output } = match saved {
+            Saved::Graph(stage) => stage,
+            Saved::Input(flow) => self.record(model, i, flow),
+            Saved::Spilled => {
+                let x = self.spill.as_mut().map(Spill::pop).transpose()?;
+                self.record(model, i, x.map_or(Flow::Start, Flow::Hidden))
             }
-            (Saved::Spilled, None) => unreachable!("what was written without a file"),
         };
         let mut grads = match self.upstream.take() {
             Some(upstream) => ops::seed(output.hidden(), upstream).backward(),
