@@ -45,9 +45,7 @@ fn assert_tidy(run: &Run) {
     let known = ["baselines.json", "checkpoints", "metrics.jsonl", "recipe.toml", "report.html", "run.json"];
     let known = [&known[..], &["samples", "summary.json"]].concat();
     for name in common::names(&run.dir) {
-        // A kill may leave a small file that was being written aside.
-        let aside = name.contains(".tmp-");
-        assert!(known.contains(&&*name) || name.starts_with("events.out.tfevents.") || aside, "left over: {name}");
+        assert!(known.contains(&&*name) || name.starts_with("events.out.tfevents."), "left over: {name}");
     }
     for name in run.checkpoints() {
         assert!(name.strip_prefix("step-").is_some_and(|n| n.parse::<u64>().is_ok()), "left over: {name}");
@@ -106,6 +104,15 @@ fn resume_needs_no_more_than_the_run_and_its_text() {
     }
 }
 
+#[test]
+fn resume_without_a_folder_goes_on_with_the_run_of_the_default_name() {
+    let lab = Lab::new(150);
+    let want = undisturbed(&lab, &LONG).fingerprint();
+    assert!(stop(&lab, "runs/default", &LONG, 3, "TERM"));
+    lab.call(&["train", "--resume", "--data", "docs.jsonl"]).succeeded();
+    want.assert_equals(&lab.run("runs/default").fingerprint(), "the recipe of the run, not the built-in one");
+}
+
 /// Kills of one run. Each comes a random number of steps after a start, and then at a random moment of a step.
 const KILLS: u64 = 24;
 
@@ -151,6 +158,8 @@ fn a_run_killed_before_its_first_checkpoint_starts_again() {
     for resume in [&["--resume"][..], &[]] {
         // What a kill in the middle of the first checkpoint leaves; no process has this number.
         lab.write("run/run.json", "{}");
+        lab.write("run/report.html.tmp-4294967295", "torn");
+        lab.write("run/samples/step-4.txt.tmp-4294967295", "torn");
         lab.write("run/checkpoints/.step-4.tmp-4294967295/model.safetensors", "torn");
         Ended::new(lab.train("run", resume).output().unwrap(), format!("{resume:?}")).succeeded();
         want.assert_equals(&lab.run("run").fingerprint(), "started again");
@@ -159,16 +168,39 @@ fn a_run_killed_before_its_first_checkpoint_starts_again() {
     }
 }
 
+/// Runs a shell script in the lab with `disk`, a small disk, under it; `$1` is `firebox` and `$2` the small recipe. `None` where none can be mounted.
+fn on_a_small_disk(lab: &Lab, size: &str, script: &str) -> Option<Ended> {
+    std::fs::create_dir(lab.path("disk")).unwrap();
+    // All in a mount namespace of its own, with which the small disk vanishes.
+    let recipe = lab.write("small.toml", common::SMALL);
+    let script = format!("mount -t tmpfs -o size={size} tmpfs disk || exit 77\n{script}");
+    let mut command = Command::new("unshare");
+    // With a user namespace too, root of one's own machine is root enough.
+    let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+    command.args(if root { &["-m"][..] } else { &["-r", "-m"] });
+    command.args(["sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_firebox")]).arg(&recipe);
+    command.current_dir(lab.path(".")).env("FIREBOX_CACHE", lab.path("cache"));
+    let ended = match command.output() {
+        Ok(output) => Ended::new(output, "a full disk".into()),
+        Err(error) => {
+            common::skipped(&format!("no `unshare`, so no small disk: {error}"));
+            return None;
+        }
+    };
+    if ended.code == Some(77) || ended.stderr.starts_with("unshare:") {
+        common::skipped(&format!("no small disk can be mounted here: {}", ended.stderr.trim()));
+        assert!(!(root && std::env::var("CI").is_ok_and(|ci| ci == "true")), "CI runs as root, which may mount");
+        return None;
+    }
+    Some(ended)
+}
+
 #[test]
 fn a_full_disk_costs_only_the_unfinished_checkpoint() {
     let lab = Lab::new(150);
     let want = undisturbed(&lab, &[]).fingerprint();
-    std::fs::create_dir(lab.path("disk")).unwrap();
-    // All in a mount namespace of its own, with which the small disk vanishes. Saving each step and dropping none fills it; with what the
-    // recipe itself keeps, it is large enough.
-    let recipe = lab.write("small.toml", common::SMALL);
+    // Saving each step and dropping none fills the disk; with what the recipe itself keeps, it is large enough.
     let script = r#"
-        mount -t tmpfs -o size=1500k tmpfs disk || exit 77
         "$1" train "$2" --data docs.jsonl --out disk/run --set checkpoint.every=1 --set checkpoint.keep_last=100
         code=$?
         ls -A disk/run/checkpoints > listed
@@ -177,24 +209,25 @@ fn a_full_disk_costs_only_the_unfinished_checkpoint() {
         "$1" train "$2" --data docs.jsonl --out disk/run --resume > resumed 2>&1 || { cat resumed >&2; exit 79; }
         cp -r disk/run disk-run
         exit $code"#;
-    let mut command = Command::new("unshare");
-    // With a user namespace too, root of one's own machine is root enough.
-    let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
-    command.args(if root { &["-m"][..] } else { &["-r", "-m"] });
-    command.args(["sh", "-c", script, "sh", env!("CARGO_BIN_EXE_firebox")]).arg(&recipe);
-    command.current_dir(lab.path(".")).env("FIREBOX_CACHE", lab.path("cache"));
-    let ended = match command.output() {
-        Ok(output) => Ended::new(output, "a full disk".into()),
-        Err(error) => return common::skipped(&format!("no `unshare`, so no small disk: {error}")),
-    };
-    if ended.code == Some(77) || ended.stderr.starts_with("unshare:") {
-        common::skipped(&format!("no small disk can be mounted here: {}", ended.stderr.trim()));
-        assert!(!(root && std::env::var("CI").is_ok_and(|ci| ci == "true")), "CI runs as root, which may mount");
-        return;
-    }
+    let Some(ended) = on_a_small_disk(&lab, "1500k", script) else { return };
     ended.failed(2, &["No space left on device"]);
     let listed = std::fs::read_to_string(lab.path("listed")).unwrap();
     assert!(listed.lines().count() > 1 && listed.lines().all(|name| name.starts_with("step-")), "{listed}");
     assert!(lab.path("logits.safetensors").is_file());
     want.assert_equals(&lab.run("disk-run").fingerprint(), "after the disk was full");
+}
+
+#[test]
+fn activations_that_a_full_disk_cannot_take_end_the_run_and_leave_nothing() {
+    let lab = Lab::new(150);
+    let script = r#"
+        "$1" train "$2" --data docs.jsonl --out disk/run --set train.batch_rows=300 --set train.micro_batch_rows=0 \
+            --set memory.recompute=blocks --set memory.offload=disk --set checkpoint.every=0
+        code=$?
+        ls -A disk/run > listed
+        exit $code"#;
+    let Some(ended) = on_a_small_disk(&lab, "1500k", script) else { return };
+    ended.failed(2, &["activations in disk/run: No space left on device", "memory.offload"]);
+    let listed = std::fs::read_to_string(lab.path("listed")).unwrap();
+    assert!(!listed.contains("tmp") && !listed.contains("checkpoints"), "{listed}");
 }

@@ -15,7 +15,7 @@
 //! let config = DecoderConfig { vocab_size: 64, context: 16, ..presets::depth(2, 64) };
 //! let model = Decoder::new(&config, 1337, &device)?;
 //! let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
-//! let loss = model.loss(&batch, 0);
+//! let loss = model.loss(&batch, Some(0));
 //! let grads = loss.backward();
 //! assert!(model.embed.weight.val().grad(&grads).is_some());
 //! # Ok::<(), Box<dyn std::error::Error>>(())

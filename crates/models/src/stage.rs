@@ -55,6 +55,18 @@ impl Flow {
             other => panic!("expected hidden states, got {other:?}: run the stages in order"),
         }
     }
+
+    /// The loss.
+    ///
+    /// # Panics
+    /// If this is something else: the last stage has not been run.
+    #[track_caller]
+    pub fn loss(self) -> Tensor<1> {
+        match self {
+            Flow::Loss(loss) => loss,
+            other => panic!("expected the loss, got {other:?}: it is the last stage that gives it"),
+        }
+    }
 }
 
 /// A model that runs as a list of stages: embedding, blocks, head with loss. Whoever drives it owns every decision on memory and parallelism.
@@ -62,18 +74,19 @@ pub trait Staged: Module {
     /// Number of stages.
     fn n_stages(&self) -> usize;
 
-    /// Runs stage `i` of training step `step` (which counts dropout's randomness).
+    /// Runs stage `i`: of training step `step`, which counts dropout's randomness, or, for `None`, as in evaluation, without dropout. Whether
+    /// gradients are recorded is another question, which the device of the parameters answers.
     ///
     /// # Panics
     /// If `flow` is not what the stage before it returns.
-    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: u64) -> Flow;
+    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: Option<u64>) -> Flow;
+
+    /// The first stage that uses the parameter of this name (its path in the module): in backward its gradient is complete once that stage is
+    /// done.
+    fn first_stage(&self, param: &str) -> usize;
 
     /// The loss `[1]` of a batch: all stages in order.
-    fn loss(&self, batch: &TokenBatch, step: u64) -> Tensor<1> {
-        let flow = (0..self.n_stages()).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, step));
-        match flow {
-            Flow::Loss(loss) => loss,
-            other => panic!("the last stage must give the loss, got {other:?}"),
-        }
+    fn loss(&self, batch: &TokenBatch, step: Option<u64>) -> Tensor<1> {
+        (0..self.n_stages()).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, step)).loss()
     }
 }

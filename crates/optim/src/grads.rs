@@ -61,6 +61,11 @@ impl NamedGrads {
         self.map.remove(name)
     }
 
+    /// Takes those out whose name satisfies `wanted`.
+    pub fn extract(&mut self, mut wanted: impl FnMut(&str) -> bool) -> Self {
+        Self { map: self.map.extract_if(.., |name, _| wanted(name)).collect() }
+    }
+
     /// The gradient of a parameter.
     pub fn get(&self, name: &str) -> Option<&Tensor<1>> {
         self.map.get(name)

@@ -83,7 +83,8 @@ impl AdamW {
         }
 
         let Self { config, decay, state } = self;
-        Ok(map_trainable(module, &mut |name, rank, param| {
+        let with_gradient: BTreeSet<String> = grads.iter().map(|(name, _)| name.to_owned()).collect();
+        Ok(map_trainable(module, &|name| with_gradient.contains(name), &mut |name, rank, param| {
             let Some(grad) = grads.remove(name) else { return param };
             // The entry leaves the map for the time of the update, so that its tensors have one holder.
             let Some(entry) = state.remove(name) else { return param };

@@ -178,13 +178,19 @@ pub(crate) fn visit_floats<M: Module>(module: &M, f: &mut dyn FnMut(&str, FloatP
     module.visit(&mut Visitor { path: vec![], f });
 }
 
-/// Replaces every trainable float parameter by `f(name, rank, flat values without gradients)`.
+/// Replaces every trainable float parameter whose name is `wanted` by `f(name, rank, flat values without gradients)`. The others are left alone,
+/// graphs that hold them included.
 ///
 /// A parameter is taken out of the module before `f` gets it, so that nothing else holds its memory and `f` may work in place. The
 /// result requires gradients again, as a new leaf, with the parameter's identity and checkpointing strategy.
-pub(crate) fn map_trainable<M: Module>(module: M, f: &mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>) -> M {
+pub(crate) fn map_trainable<M: Module>(
+    module: M,
+    wanted: &dyn Fn(&str) -> bool,
+    f: &mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>,
+) -> M {
     struct Mapper<'a> {
         path: Vec<String>,
+        wanted: &'a dyn Fn(&str) -> bool,
         f: &'a mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>,
     }
     impl ModuleMapper for Mapper<'_> {
@@ -195,7 +201,8 @@ pub(crate) fn map_trainable<M: Module>(module: M, f: &mut dyn FnMut(&str, usize,
             self.path.pop();
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            if !param.is_require_grad() {
+            let name = self.path.join(".");
+            if !param.is_require_grad() || !(self.wanted)(&name) {
                 return param;
             }
             let (id, tensor, mapper) = param.consume();
@@ -203,14 +210,14 @@ pub(crate) fn map_trainable<M: Module>(module: M, f: &mut dyn FnMut(&str, usize,
             let tensor = tensor.inner();
             let shape = tensor.dims();
             let flat = tensor.reshape([shape.iter().product::<usize>()]);
-            let mut tensor = Tensor::from_inner((self.f)(&self.path.join("."), D, flat).reshape(shape));
+            let mut tensor = Tensor::from_inner((self.f)(&name, D, flat).reshape(shape));
             if let Some(strategy) = strategy {
                 tensor = tensor.with_gradient_checkpointing_strategy(strategy);
             }
             Param::from_mapped_value(id, tensor.require_grad(), mapper)
         }
     }
-    module.map(&mut Mapper { path: vec![], f })
+    module.map(&mut Mapper { path: vec![], wanted, f })
 }
 
 #[cfg(test)]
@@ -280,7 +287,7 @@ mod tests {
         net.gain = net.gain.set_require_grad(false);
         let id = net.table.id;
         let mut seen = vec![];
-        let net = map_trainable(net, &mut |name, rank, flat| {
+        let net = map_trainable(net, &|_| true, &mut |name, rank, flat| {
             assert!(!flat.is_autodiff());
             seen.push((name.to_owned(), rank, flat.dims()[0]));
             flat * 2.0

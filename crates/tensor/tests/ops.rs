@@ -397,6 +397,21 @@ fn dropout_is_counted() {
 }
 
 #[test]
+fn a_seed_hands_the_gradient_over() {
+    for device in devices() {
+        let inner = device.clone();
+        let device = device.autodiff();
+        let tensor = |seed: u64, device: &Device| {
+            Tensor::<3>::from_data(TensorData::new(values(2 * 3 * 5, seed), [2, 3, 5]), device)
+        };
+        let (x, upstream) = (tensor(1, &device).require_grad(), tensor(2, &inner));
+        let seeded = ops::seed(ops::gelu(x.clone()), upstream.clone()).backward();
+        let plain = (ops::gelu(x.clone()) * Tensor::from_inner(upstream)).sum().backward();
+        assert_eq!(host(x.grad(&seeded).unwrap()), host(x.grad(&plain).unwrap()));
+    }
+}
+
+#[test]
 fn adamw_follows_its_formula() {
     for device in devices() {
         for n in [1usize, 7, 20_001] {

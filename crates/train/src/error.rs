@@ -41,6 +41,16 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The file in which activations wait for backward.
+    #[error("cannot {operation} the activations in {}: {source}; make room there, or set memory.offload = \"none\"", path.display())]
+    Offload {
+        /// What was attempted.
+        operation: &'static str,
+        /// The folder of the file, which has no name.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The run folder holds another run.
     #[error("{} already holds a run: continue it with --resume, or choose another folder with --out", .0.display())]
     RunExists(PathBuf),
@@ -77,12 +87,21 @@ pub enum TrainError {
         /// The last step that changed the parameters.
         last_good: u64,
     },
+    /// A gradient that was not finite, found when a part of the parameters was updated already.
+    #[error(
+        "a gradient was not finite in step {step}, and optimizer_in_backward had updated a part of the parameters by then: go on from the last \
+         checkpoint with --resume and a lower optimizer.lr, or without memory.optimizer_in_backward, which skips such a step"
+    )]
+    HalfUpdated {
+        /// The step.
+        step: u64,
+    },
 }
 
 impl TrainError {
     /// Whether the cause lies in what the user gave (arguments, recipe, files), so that the exit code is 2.
     pub fn is_input(&self) -> bool {
-        !matches!(self, TrainError::Diverged { .. })
+        !matches!(self, TrainError::Diverged { .. } | TrainError::HalfUpdated { .. })
     }
 
     pub(crate) fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

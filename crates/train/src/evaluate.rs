@@ -40,7 +40,7 @@ pub fn evaluate(model: &Decoder, batches: impl Iterator<Item = Batch>, token_byt
         }
         bytes += batch.target_bytes(token_bytes);
         tokens += n as u64;
-        let loss = to_host(model.loss(&token_batch(batch, n), 0))[0];
+        let loss = to_host(model.loss(&token_batch(batch, n), None))[0];
         nats += f64::from(loss) * n as f64;
     }
     Evaluation {

@@ -1,6 +1,7 @@
 //! # firebox-train
 //!
-//! The training loop of Firebox and everything around it: [recipes](recipe), the [`Trainer`], [checkpoints](checkpoint) that survive a kill,
+//! The training loop of Firebox and everything around it: [recipes](recipe), the [`Trainer`] and its
+//! [engine], [checkpoints](checkpoint) that survive a kill,
 //! [observers](observe) and the report, [evaluation](evaluate) and [generation](generate).
 //!
 //! A run is determined by a recipe and a corpus. It gives the same bits twice, and after an interruption.
@@ -32,6 +33,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod engine;
 mod error;
 pub mod evaluate;
 pub mod generate;

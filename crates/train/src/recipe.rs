@@ -8,6 +8,8 @@ use firebox_optim::{AdamWConfig, DecayRule, Schedule};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::engine::MemoryRecipe;
+
 /// The recipes that come with Firebox: name and text.
 pub const BUILT_IN: [(&str, &str); 4] = [
     ("default", include_str!("../recipes/default.toml")),
@@ -49,6 +51,9 @@ pub struct Recipe {
     /// What is kept.
     #[serde(default)]
     pub checkpoint: CheckpointRecipe,
+    /// How to need less memory.
+    #[serde(default)]
+    pub memory: MemoryRecipe,
 }
 
 fn seed() -> u64 {
@@ -323,6 +328,7 @@ impl Recipe {
             train: TrainRecipe { steps, batch_rows, micro_batch_rows: 16.min(batch_rows), ..TrainRecipe::default() },
             eval: EvalRecipe { every: (steps / 10).max(1), max_batches: 16, ..EvalRecipe::default() },
             checkpoint: CheckpointRecipe { every: (steps / 10).max(1), ..CheckpointRecipe::default() },
+            memory: MemoryRecipe::default(),
         }
     }
 
@@ -365,7 +371,7 @@ impl Recipe {
         if !(self.optimizer.clip >= 0.0 && self.optimizer.clip.is_finite()) {
             return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
         }
-        Ok(())
+        self.memory.validate(self.optimizer.clip, self.train.batch_rows.div_ceil(self.train.micro_rows()))
     }
 }
 

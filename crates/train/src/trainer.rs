@@ -7,16 +7,17 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
-use firebox_models::Staged;
+use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
 use firebox_optim::{AdamW, NamedGrads};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, TensorSpec, Writer, encode_f32, prune};
+use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
-use crate::model_io::{self, to_host};
+use crate::model_io;
 use crate::observe::{EvalRecord, Event, Observer, RunInfo, StepRecord, Summary, memory};
 use crate::recipe::Recipe;
 
@@ -69,6 +70,7 @@ pub struct Trainer<'a> {
     // Taken out while the optimizer updates it.
     model: Option<Decoder>,
     optimizer: AdamW,
+    engine: Engine,
     dataset: &'a Dataset,
     loader: Loader,
     token_bytes: Vec<u32>,
@@ -112,6 +114,7 @@ impl<'a> Trainer<'a> {
             dir: dir.to_path_buf(),
             model: Some(model),
             optimizer,
+            engine: recipe.memory.engine(dir),
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
             state: State { recipe_hash: recipe.hash(), ..State::default() },
@@ -163,7 +166,7 @@ impl<'a> Trainer<'a> {
 
     /// The model, as it is.
     pub fn model(&self) -> &Decoder {
-        // PANIC: `model` is empty only inside `update`.
+        // PANIC: `model` is empty only while the optimizer has it; where that fails, the run is over.
         self.model.as_ref().expect("a model between steps")
     }
 
@@ -297,28 +300,29 @@ impl<'a> Trainer<'a> {
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
     fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
         let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
-        let (loss, mut grads) = self.gradients();
+        let batches = self.batches();
+        let updated = match self.recipe.memory.optimizer_in_backward {
+            true => self.update_in_backward(lr, &batches)?,
+            false => self.update(lr, &batches)?,
+        };
+        drop(batches);
         self.state.step += 1;
         self.state.samples += self.recipe.train.batch_rows as u64;
         self.state.tokens += self.tokens_per_step();
-        let clip = self.recipe.optimizer.clip;
-        // The one host sync of a step: the norm decides whether the update may happen.
-        let grad_norm = if clip > 0.0 { grads.clip_(clip) } else { grads.global_norm() };
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            self.skip(if loss.is_finite() { "a gradient is not finite" } else { "the loss is not finite" }, observer)?;
-            return Ok(None);
-        }
-        if let Some(model) = self.model.take() {
-            self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
-        }
+        let (loss, grad_norm) = match updated {
+            Ok(numbers) => numbers,
+            Err(reason) => {
+                self.skip(reason, observer)?;
+                return Ok(None);
+            }
+        };
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
         Ok(Some(Done { loss, lr, grad_norm }))
     }
 
-    /// Mean loss and gradients of the batch at the current position, summed over micro-batches.
-    fn gradients(&self) -> (f64, NamedGrads) {
-        let model = self.model();
+    /// The micro-batches of the current step.
+    fn batches(&self) -> Vec<TokenBatch> {
         let (rows, micro) = (self.recipe.train.batch_rows, self.recipe.train.micro_rows());
         let parts: Vec<_> = (0..rows)
             .step_by(micro)
@@ -326,18 +330,51 @@ impl<'a> Trainer<'a> {
             .collect();
         // Each part's loss is scaled by the targets of the whole batch, so that parts add up to the large batch.
         let targets = parts.iter().map(firebox_data::Batch::target_count).sum();
-        let mut total = NamedGrads::new();
-        let mut loss_sum = 0.0;
-        for (i, part) in parts.into_iter().enumerate() {
+        parts.into_iter().map(|part| token_batch(part, targets)).collect()
+    }
+
+    /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
+    fn update(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
+        let mut grads = NamedGrads::new();
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
             // Dropout of micro-batches must differ: the upper bits of the step hold their number.
             let counter = self.state.step | (i as u64) << 40;
-            let loss = model.loss(&token_batch(part, targets), counter);
-            let value = loss.clone().inner();
-            let mut grads = loss.backward();
-            total.add(NamedGrads::from_backward(model, &mut grads));
-            loss_sum += f64::from(to_host(value)[0]);
+            loss += self.engine.gradients(self.model(), batch, counter, &mut grads)?;
         }
-        (loss_sum, total)
+        let clip = self.recipe.optimizer.clip;
+        // The one host sync of a step: the norm decides whether the update may happen.
+        let grad_norm = if clip > 0.0 { grads.clip_(clip) } else { grads.global_norm() };
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
+        }
+        if let Some(model) = self.model.take() {
+            self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
+        }
+        Ok(Ok((loss, grad_norm)))
+    }
+
+    /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
+    fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
+        // The recipe was checked: there is one.
+        let mut pass = self.engine.forward(self.model(), &batches[0], self.state.step)?;
+        let loss = pass.loss();
+        if !loss.is_finite() {
+            return Ok(Err(LOSS_NOT_FINITE));
+        }
+        let (mut grad_norm, mut updated) = (0f64, false);
+        while let Some(mut grads) = pass.backward(self.model())? {
+            grad_norm = grad_norm.hypot(grads.global_norm());
+            match grad_norm.is_finite() {
+                true => updated |= !grads.is_empty(),
+                false if updated => return Err(TrainError::HalfUpdated { step: self.state.step + 1 }),
+                false => return Ok(Err(GRADIENT_NOT_FINITE)),
+            }
+            if let Some(model) = self.model.take() {
+                self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
+            }
+        }
+        Ok(Ok((loss, grad_norm)))
     }
 
     fn skip(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
@@ -421,6 +458,12 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
     }
     Ok(ids)
 }
+
+/// The mean loss and the gradients' norm of an update, or why there was none.
+type Updated = Result<(f64, f64), &'static str>;
+
+const GRADIENT_NOT_FINITE: &str = "a gradient is not finite";
+const LOSS_NOT_FINITE: &str = "the loss is not finite";
 
 /// Numbers of a step that updated the parameters.
 struct Done {

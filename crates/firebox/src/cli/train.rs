@@ -62,8 +62,7 @@ pub fn show(name: &str) -> Result<(), CliError> {
 }
 
 pub fn run(args: TrainArgs) -> Result<(), CliError> {
-    let recipe = args.recipe()?;
-    let dir = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+    let (recipe, dir) = args.recipe()?;
     let device = args.device.backend.device()?;
     let found = checkpoint(&dir, args.resume)?;
     let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
@@ -113,23 +112,33 @@ fn program() -> String {
     std::env::args().next().unwrap_or_else(|| "firebox".into())
 }
 
+/// The recipe where none is given, and the name of its run.
+const DEFAULT: &str = "default";
+
 impl TrainArgs {
-    fn recipe(&self) -> Result<Recipe, CliError> {
+    /// The recipe and the folder of the run.
+    fn recipe(&self) -> Result<(Recipe, PathBuf), CliError> {
         let mut set = self.set.clone();
         set.extend(self.seed.map(|seed| format!("seed={seed}")));
-        let stored = self.out.as_ref().map(|dir| dir.join("recipe.toml"));
-        Ok(match (&self.recipe, self.depth) {
+        let dir = |name: &str| self.out.clone().unwrap_or_else(|| Path::new("runs").join(name));
+        let recipe = match (&self.recipe, self.depth) {
             (None, Some(0)) => {
                 let (expected, got) = ("at least 1".into(), "0".into());
                 return Err(TrainError::Input { what: "--depth", expected, got }.into());
             }
             (None, Some(depth)) => Recipe::depth(depth).with(&set)?,
-            (None, None) => match stored.filter(|path| self.resume && path.is_file()) {
-                Some(path) => Recipe::load(&path.display().to_string(), &set)?,
-                None => Recipe::load("default", &set)?,
-            },
+            (None, None) => {
+                let dir = dir(DEFAULT);
+                let stored = dir.join("recipe.toml");
+                if self.resume && stored.is_file() {
+                    return Ok((Recipe::load(&stored.display().to_string(), &set)?, dir));
+                }
+                Recipe::load(DEFAULT, &set)?
+            }
             (Some(name), _) => Recipe::load(name, &set)?,
-        })
+        };
+        let dir = dir(&recipe.name);
+        Ok((recipe, dir))
     }
 }
 

@@ -233,11 +233,11 @@ impl Decoder {
     /// # Panics
     /// If a row is longer than the context, or an id is not in the vocabulary.
     pub fn hidden(&self, batch: &TokenBatch) -> Tensor<3> {
-        let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, 0));
+        let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, None));
         self.norm.forward(flow.hidden())
     }
 
-    /// Logits of every position, `[B, T, V]`. For evaluation: no dropout on a device without gradients.
+    /// Logits of every position, `[B, T, V]`. As in evaluation: without dropout.
     ///
     /// # Panics
     /// As [`hidden`](Self::hidden).
@@ -254,13 +254,15 @@ impl Decoder {
         }
     }
 
-    /// Dropout of (step, place), where gradients are made.
-    fn drop(&self, x: Tensor<3>, step: u64, place: &str) -> Tensor<3> {
-        let p = self.context.config.dropout;
-        if p == 0.0 || !x.device().is_autodiff() {
-            return x;
+    /// Dropout of (step, place); none in evaluation.
+    fn drop(&self, x: Tensor<3>, step: Option<u64>, place: &str) -> Tensor<3> {
+        match step {
+            Some(step) if self.context.config.dropout > 0.0 => {
+                let counter = Counter::new(self.context.seed, Purpose::Dropout, step).fork(place);
+                ops::dropout(x, self.context.config.dropout, counter)
+            }
+            _ => x,
         }
-        ops::dropout(x, p, Counter::new(self.context.seed, Purpose::Dropout, step).fork(place))
     }
 }
 
@@ -270,7 +272,16 @@ impl Staged for Decoder {
         self.blocks.len() + 2
     }
 
-    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: u64) -> Flow {
+    fn first_stage(&self, param: &str) -> usize {
+        let block = param.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        match block {
+            Some(i) => i + 1,
+            None if param.starts_with("embed.") || param.starts_with("positions.") => 0,
+            None => self.blocks.len() + 1,
+        }
+    }
+
+    fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: Option<u64>) -> Flow {
         let sequence = &batch.sequence;
         if i == 0 {
             let x = self.embed_tokens(batch.inputs.clone(), sequence.positions(), sequence.batch(), sequence.tokens());
@@ -288,7 +299,7 @@ impl Staged for Decoder {
             ));
         };
         // A residual is added inside the product before it, unless dropout comes between.
-        let fused = self.context.config.dropout == 0.0 || !x.device().is_autodiff();
+        let fused = step.is_none() || self.context.config.dropout == 0.0;
         let residual = |x: &Tensor<3>| fused.then(|| x.clone());
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
             if fused { y } else { x + self.drop(y, step, &format!("{place}.{i}")) }

@@ -12,6 +12,7 @@ use super::cross_entropy;
 use super::embedding::Embedding;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::seed;
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
 
@@ -39,6 +40,7 @@ pub(crate) trait FusedOps: Backend {
         targets: Arc<[i32]>,
         scale: f32,
     ) -> FloatTensor<Self>;
+    fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -87,6 +89,9 @@ macro_rules! host_backend {
             ) -> FloatTensor<Self> {
                 cross_entropy::forward::<Self>(hidden, weight, &targets, scale)
             }
+            fn fused_seed(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+                seed::forward::<Self>()
+            }
         }
     };
 }
@@ -130,5 +135,8 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         scale: f32,
     ) -> FloatTensor<Self> {
         cross_entropy::apply::<B, C>(hidden, weight, targets, scale)
+    }
+    fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self> {
+        seed::apply::<B, C>(output, upstream)
     }
 }

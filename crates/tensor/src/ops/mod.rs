@@ -12,6 +12,7 @@ mod extension;
 mod linear;
 mod norm;
 mod optim;
+mod seed;
 mod sequence;
 mod vjp;
 
@@ -22,4 +23,5 @@ pub use embedding::embedding;
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{AdamWHyper, adamw, sum_of_squares};
+pub use seed::seed;
 pub use sequence::{RopeTable, Sequence, rotate_half};

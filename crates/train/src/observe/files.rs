@@ -14,7 +14,8 @@ const MAX_SMALL_FILE: u64 = 16 << 20;
 
 /// Writes `run.json`, `recipe.toml`, `samples/step-N.txt` and, at the end, `summary.json`.
 ///
-/// At a start it removes what a run that went further left behind: the old summary, and samples after the first step.
+/// At a start it removes what a run that went further left behind (the old summary, and samples after the first step), and files that a process
+/// was writing aside when it was killed.
 #[derive(Debug, Default)]
 pub struct RunFiles {
     dir: PathBuf,
@@ -34,6 +35,8 @@ impl Observer for RunFiles {
                 self.dir.clone_from(&info.dir);
                 let samples = self.dir.join("samples");
                 fs::create_dir_all(&samples).map_err(ObserveError::write(&samples))?;
+                remove_abandoned(&self.dir)?;
+                remove_abandoned(&samples)?;
                 remove_if_there(&self.dir.join("summary.json"))?;
                 for (step, path) in samples_in(&self.dir)? {
                     if step > info.start_step || info.start_step == 0 {
@@ -80,6 +83,39 @@ pub(crate) fn numbered(dir: &Path, prefix: &str, suffix: &str) -> Result<Vec<(u6
     Ok(found)
 }
 
+/// Removes the files that [`replace`] was writing in this folder in processes that are gone.
+fn remove_abandoned(dir: &Path) -> Result<(), ObserveError> {
+    for entry in fs::read_dir(dir).map_err(ObserveError::read(dir))? {
+        let entry = entry.map_err(ObserveError::read(dir))?;
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.rsplit_once(ASIDE)?.1.parse::<u32>().ok());
+        // One with our own number is not ours: nothing is being written yet. In containers numbers come again.
+        if id.is_some_and(|id| id == std::process::id() || !is_alive(id)) {
+            remove_if_there(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a process has this number; true where the system cannot be asked.
+fn is_alive(id: u32) -> bool {
+    #[cfg(unix)]
+    {
+        let Ok(id) = libc::pid_t::try_from(id) else { return false };
+        // SAFETY: signal 0 is none; the call only says whether it could be sent.
+        let sent = unsafe { libc::kill(id, 0) } == 0;
+        sent || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = id;
+        true
+    }
+}
+
+/// Between the name of a file and the number of the process that is writing it.
+const ASIDE: &str = ".tmp-";
+
 /// Writes a file aside, flushes it and moves it into place, so that a reader sees the old content or the new.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<(), ObserveError> {
     replace_with(path, |file| file.write_all(content))
@@ -88,7 +124,7 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<(), ObserveError> {
 /// As [`replace`], for content that is written piece by piece.
 pub(crate) fn replace_with(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), ObserveError> {
     let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".tmp-{}", std::process::id()));
+    aside.push(format!("{ASIDE}{}", std::process::id()));
     let aside = PathBuf::from(aside);
     let result = (|| {
         let mut file = File::create(&aside)?;
@@ -140,5 +176,31 @@ fn remove_if_there(path: &Path) -> Result<(), ObserveError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ObserveError::write(path)(error)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn only_what_dead_processes_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (alive, own) = (child.id(), std::process::id());
+        let stay =
+            [format!("run.json.tmp-{alive}"), "run.json".into(), "a.tmp-x".into(), "b.tmp-".into(), "tmp-7".into()];
+        let go = [format!("run.json.tmp-{own}"), format!("step-3.txt.tmp-{}", u32::MAX)];
+        for name in stay.iter().chain(&go) {
+            fs::write(dir.path().join(name), "half").unwrap();
+        }
+        remove_abandoned(dir.path()).unwrap();
+        let left = |name: &String| dir.path().join(name).exists();
+        assert!(stay.iter().all(left) && !go.iter().any(left));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        remove_abandoned(dir.path()).unwrap();
+        assert_eq!(left(&stay[0]), !cfg!(unix));
     }
 }

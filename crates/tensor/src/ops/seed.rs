@@ -1,0 +1,64 @@
+//! The start of a backward pass in the middle of a model.
+
+use burn::backend::Dispatch;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::Tensor;
+
+use super::extension::FusedOps;
+use super::vjp::Tracked;
+use crate::adapter::HostBackend;
+use crate::device::is_fused;
+
+/// A tensor `[1]` whose backward gives `output` the gradient `upstream`: with it, a backward pass starts at a tensor that is no scalar, from a
+/// gradient that was computed elsewhere. Its value says nothing.
+///
+/// On the CPU backends `upstream` is handed over as it is, and `output` is not kept.
+///
+/// # Shapes
+/// - `output` (on an autodiff device) and `upstream` (on its inner device) have the same
+///
+/// # Panics
+/// If the shapes differ.
+pub fn seed<const D: usize>(output: Tensor<D>, upstream: Tensor<D>) -> Tensor<1> {
+    let (got, expected) = (upstream.dims(), output.dims());
+    assert_eq!(got, expected, "seed: a gradient of {got:?} for an output of {expected:?}");
+    let upstream = Tensor::from_inner(upstream);
+    if is_fused(&output.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_seed(output.into_dispatch(), upstream.into_dispatch()));
+    }
+    (output * upstream).sum()
+}
+
+#[derive(Debug)]
+struct Seed;
+
+impl<B: HostBackend> Backward<B, 1> for Seed {
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        drop(grads.consume::<B>(&ops.node));
+        let [parent] = ops.parents;
+        if let Some(parent) = parent {
+            grads.register::<B>(parent.id, ops.state);
+        }
+    }
+}
+
+/// The value of a seed.
+pub(crate) fn forward<B: HostBackend>() -> FloatTensor<B> {
+    B::tensor(vec![0.0], &[1])
+}
+
+pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
+    output: Tracked<B, C>,
+    upstream: Tracked<B, C>,
+) -> Tracked<B, C> {
+    match Seed.prepare::<C>([output.node()]).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(upstream.into_primitive(), forward::<B>()),
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>()),
+    }
+}
