@@ -12,7 +12,7 @@ pub(crate) const LANES: usize = 16;
 pub(crate) enum Level {
     /// What the build's target guarantees (SSE2 on x86-64, NEON on AArch64).
     Baseline,
-    /// 256-bit registers.
+    /// 256-bit registers, and fused multiply-add, which every CPU with them has.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// 512-bit registers.
@@ -29,7 +29,7 @@ pub(crate) fn level() -> Level {
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 return Level::Avx512;
             }
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 return Level::Avx2;
             }
         }
@@ -83,6 +83,25 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
     f32::from_bits((((n as i32) + 127) << 23) as u32) * y
+}
+
+/// 2^x to 2 ulp for x in [-126, 127]; 0 below -127, and so for -inf. NaN stays NaN.
+///
+/// Cephes' `exp2f`: x = n + r, a polynomial of degree 6 in r, then the exponent bits.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let x = if x < -127.0 { -127.0 } else { x };
+    let shifted = x + ROUND;
+    let r = x - (shifted - ROUND);
+    let p = 1.535_336_2e-4f32;
+    let p = p * r + 1.339_887_4e-3;
+    let p = p * r + 9.618_437e-3;
+    let p = p * r + 5.550_332_5e-2;
+    let p = p * r + 2.402_264_8e-1;
+    let p = p * r + 6.931_472e-1;
+    // The low bits of `shifted` are n: moved to the exponent they drop the rest, and n = -127 gives 0.
+    f32::from_bits(shifted.to_bits().wrapping_add(127) << 23) * (p * r + 1.0)
 }
 
 /// tanh x through [`exp`], and through its series for small x, where 1 - 2 / (e^2x + 1) cancels.
@@ -157,8 +176,9 @@ fn reduce(x: &[f32], init: f32, map: impl Fn(f32, f32) -> f32, join: impl Fn(f32
     total
 }
 
+/// Joins the lanes pairwise, in one order.
 #[inline(always)]
-fn fold_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn fold_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for k in 0..half {
@@ -184,6 +204,18 @@ mod tests {
             let bound = if x.abs() < 0.15 { 3e-7 * want.abs() } else { 2.4e-7 };
             assert!((f64::from(tanh(x)) - want).abs() <= bound, "tanh {x}");
         }
+    }
+
+    #[test]
+    fn exp2_follows_f64_and_keeps_what_is_not_finite() {
+        for i in -12_600..12_700 {
+            let x = i as f32 * 0.01;
+            let want = f64::from(x).exp2();
+            assert!(((f64::from(exp2(x)) - want) / want).abs() < 3e-7, "exp2 {x}");
+        }
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp2(-127.5), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

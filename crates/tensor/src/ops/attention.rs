@@ -3,12 +3,17 @@
 use std::sync::Arc;
 
 use burn::backend::Dispatch;
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, activation};
 
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
-use super::vjp::{Vjp, dims, map1, map2};
+use super::vjp::{Tracked, buffer, dims};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::attention as kernel;
@@ -112,20 +117,57 @@ impl Attention {
     }
 }
 
-impl Vjp<1> for Attention {
-    fn forward<B: HostBackend>(&self, [qkv]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+impl Attention {
+    /// The output, and the base-2 logarithms of softmax's denominators, `[B, H, T]`.
+    fn run<B: HostBackend>(&self, qkv: FloatTensor<B>) -> [FloatTensor<B>; 2] {
         let shape = self.shape();
-        let dims = [shape.batch, shape.tokens, shape.heads * shape.head_dim];
-        map1::<B>(qkv, &dims, |qkv, out| kernel::attention(qkv, shape, out))
+        let qkv = B::values(qkv);
+        let mut out = buffer(shape.batch * shape.tokens * shape.heads * shape.head_dim);
+        let mut log_sums = buffer(shape.batch * shape.heads * shape.tokens);
+        kernel::attention(qkv.as_ref(), shape, &mut out, &mut log_sums);
+        [
+            B::tensor(out, &[shape.batch, shape.tokens, shape.heads * shape.head_dim]),
+            B::tensor(log_sums, &[shape.batch, shape.heads, shape.tokens]),
+        ]
     }
+}
 
-    fn backward<B: HostBackend>(
-        &self,
-        [qkv]: [FloatTensor<B>; 1],
-        grad: FloatTensor<B>,
-        _: [bool; 1],
-    ) -> [Option<FloatTensor<B>>; 1] {
-        let (shape, dims) = (self.shape(), dims::<B>(&qkv));
-        [Some(map2::<B>(qkv, grad, &dims, |qkv, dout, dqkv| kernel::attention_backward(qkv, dout, shape, dqkv)))]
+pub(crate) fn forward<B: HostBackend>(qkv: FloatTensor<B>, op: &Attention) -> FloatTensor<B> {
+    let [out, _] = op.run::<B>(qkv);
+    out
+}
+
+/// Besides the input, backward reads the output (which the next operation keeps anyway) and the logarithms.
+#[derive(Debug)]
+struct FromOutput;
+
+impl<B: HostBackend> Backward<B, 1> for FromOutput {
+    type State = (Attention, NodeId, [FloatTensor<B>; 2]);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let dout = B::values(grads.consume::<B>(&ops.node));
+        let (op, qkv, saved) = ops.state;
+        let [Some(parent)] = ops.parents else { return };
+        let qkv = checkpointer.retrieve_node_output::<FloatTensor<B>>(qkv);
+        let shape = dims::<B>(&qkv);
+        let (qkv, [out, log_sums]) = (B::values(qkv), saved.map(B::values));
+        let mut dqkv = buffer(qkv.as_ref().len());
+        kernel::attention_backward(qkv.as_ref(), out.as_ref(), log_sums.as_ref(), dout.as_ref(), op.shape(), &mut dqkv);
+        grads.register::<B>(parent.id, B::tensor(dqkv, &shape));
+    }
+}
+
+pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
+    qkv: Tracked<B, C>,
+    op: Attention,
+) -> Tracked<B, C> {
+    let input = qkv.primitive().clone();
+    match FromOutput.prepare::<C>([qkv.node()]).compute_bound().stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let saved = prep.checkpoint(&qkv);
+            let [out, log_sums] = op.run::<B>(input);
+            prep.finish((op, saved, [out.clone(), log_sums]), out)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(input, &op)),
     }
 }

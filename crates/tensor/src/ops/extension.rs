@@ -7,7 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, backend_extension};
 
 use super::activation::{Dropout, Gelu, SwiGlu};
-use super::attention::Attention;
+use super::attention::{self, Attention};
 use super::cross_entropy;
 use super::embedding::Embedding;
 use super::linear::{Linear, LinearBias};
@@ -75,7 +75,7 @@ macro_rules! host_backend {
                 op.forward::<Self>([x])
             }
             fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
-                op.forward::<Self>([qkv])
+                attention::forward::<Self>(qkv, &op)
             }
             fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
                 op.forward::<Self>([table])
@@ -122,7 +122,7 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         apply::<B, C, _, 1>(op, [x])
     }
     fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
-        apply::<B, C, _, 1>(op, [qkv])
+        attention::apply::<B, C>(qkv, op)
     }
     fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [table])

@@ -1,4 +1,5 @@
 //! The plain references of the fused operations: double precision, no blocks, no tricks. Their gradients are finite differences.
+#![allow(dead_code)] // each test file uses some of it
 
 /// `[n, i] x [i, o] + b`
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, i: usize, o: usize) -> Vec<f64> {
