@@ -26,7 +26,11 @@ fn layout(tokens: usize, rows: &[&[usize]]) -> (Vec<i32>, Vec<i32>) {
 /// T, H, K, E, lengths of the segments of each row, rotary positions.
 type Case = (usize, usize, usize, usize, &'static [&'static [usize]], bool);
 
-fn run(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case) {
+fn run(case: &Case) {
+    run_with_window(case, None);
+}
+
+fn run_with_window(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, window: Option<usize>) {
     let (positions, segments) = layout(tokens, rows);
     let sequence = Sequence::new(rows.len(), tokens, positions.clone(), &segments);
     let theta = rotary.then_some(100.0);
@@ -34,13 +38,22 @@ fn run(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case) {
         n_heads: heads,
         n_kv_heads: kv_heads,
         head_dim,
+        window,
         rope: theta.map(|theta| Arc::new(RopeTable::new(theta, head_dim, tokens))),
     };
     let width = config.qkv_width();
-    let plain =
-        reference::Attention { tokens, heads, kv_heads, head_dim, positions: &positions, segments: &segments, theta };
+    let plain = reference::Attention {
+        tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        positions: &positions,
+        segments: &segments,
+        window: window.unwrap_or(usize::MAX),
+        theta,
+    };
     check(
-        &format!("attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?}"),
+        &format!("attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?} window {window:?}"),
         &[rows.len() * tokens * width],
         |t| ops::attention(t[0].clone().reshape([rows.len(), tokens, width]), &config, &sequence).flatten(0, 2),
         |x| plain.forward(&x[0]),
@@ -78,12 +91,30 @@ fn block_borders() {
 }
 
 #[test]
+fn windows() {
+    let cases: &[(Case, usize)] = &[
+        ((1, 1, 1, 2, &[&[1]], false), 1),
+        ((70, 2, 1, 3, &[&[70]], false), 1),
+        ((70, 2, 1, 3, &[&[70], &[40, 30]], false), 7),
+        ((65, 3, 1, 4, &[&[65]], true), 64),
+        ((9, 1, 1, 2, &[&[9]], true), 100),
+        ((129, 2, 2, 4, &[&[129], &[100, 29]], true), 33),
+        ((300, 1, 1, 2, &[&[300]], false), 20),
+        ((530, 1, 1, 2, &[&[530]], true), 200),
+    ];
+    for (case, window) in cases {
+        run_with_window(case, Some(*window));
+    }
+}
+
+#[test]
 fn the_same_bits_on_any_number_of_threads() {
     for device in devices() {
         for (batch, tokens, heads, kv_heads) in [(2, 65, 2, 1), (1, 300, 4, 2), (1, 150, 1, 1)] {
             let run = |threads: usize| {
                 let device = device.clone().autodiff();
-                let config = AttentionConfig { n_heads: heads, n_kv_heads: kv_heads, head_dim: 6, rope: None };
+                let config =
+                    AttentionConfig { n_heads: heads, n_kv_heads: kv_heads, head_dim: 6, window: None, rope: None };
                 let n = batch * tokens * config.qkv_width();
                 rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                     let x = Tensor::<1>::from_data(TensorData::new(values(n, 1), [n]), &device).require_grad();

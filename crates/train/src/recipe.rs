@@ -89,6 +89,9 @@ pub struct ModelRecipe {
     /// Tokens per row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<usize>,
+    /// Tokens that a query sees at most, itself included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
     /// `layer_norm` or `rms_norm`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormKind>,
@@ -409,6 +412,7 @@ impl ModelRecipe {
                 base.d_ff
             }),
             context: self.context.unwrap_or(base.context),
+            window: self.window.or(base.window),
             norm: self.norm.unwrap_or(base.norm),
             norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
             feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
@@ -437,6 +441,7 @@ impl ModelRecipe {
             head_dim: Some(head_dim),
             d_ff: Some(d_ff),
             context: Some(context),
+            window: config.window,
             norm: Some(config.norm),
             norm_eps: Some(config.norm_eps),
             feed_forward: Some(config.feed_forward),

@@ -196,6 +196,7 @@ impl Decoder {
                     n_heads: config.n_heads,
                     n_kv_heads: config.n_kv_heads,
                     head_dim: config.head_dim,
+                    window: config.window,
                     rope,
                 },
                 seed,

@@ -41,8 +41,10 @@ pub(crate) struct Shape<'a> {
     pub kv_heads: usize,
     /// E
     pub head_dim: usize,
-    /// First token (inside its row) that each query sees, `[B, T]`; never decreases along a row.
+    /// First token (inside its row) of each query's segment, `[B, T]`; never decreases along a row.
     pub starts: &'a [u32],
+    /// How many keys a query sees at most, itself included.
+    pub window: usize,
     /// Cosines and sines, if positions are rotary.
     pub rope: Option<Rope<'a>>,
 }
@@ -92,7 +94,7 @@ impl Shape<'_> {
     }
     /// First key that query `i` of batch row `b` sees.
     fn first(&self, b: usize, i: usize) -> usize {
-        self.starts[b * self.tokens + i] as usize
+        (self.starts[b * self.tokens + i] as usize).max((i + 1).saturating_sub(self.window))
     }
 
     /// The panels of `keys` that the queries `i..i + 8` see.

@@ -27,6 +27,8 @@ pub struct AttentionConfig {
     pub n_kv_heads: usize,
     /// E
     pub head_dim: usize,
+    /// How many keys a query sees at most, itself included (Mistral's sliding window, arXiv:2310.06825); all before it if `None`.
+    pub window: Option<usize>,
     /// Rotations of queries and keys, if positions are rotary.
     pub rope: Option<Arc<RopeTable>>,
 }
@@ -38,17 +40,19 @@ impl AttentionConfig {
     }
 }
 
-/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself. No T x T matrix is kept on the fused backends.
+/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself, at most
+/// `window` of them. No T x T matrix is kept on the fused backends.
 ///
 /// # Shapes
 /// - `qkv`: `[B, T, (H + 2 K) E]`; output `[B, T, H E]`
 ///
 /// # Panics
-/// If the shapes do not fit, or a position is beyond the rotary table.
+/// If the shapes do not fit, the window is 0, or a position is beyond the rotary table.
 pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
     let [batch, tokens, width] = qkv.dims();
     let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
+    assert!(config.window != Some(0), "attention: a query sees itself: give a window of at least 1");
     assert_eq!(width, config.qkv_width(), "attention: [q | k | v] of {h} + 2 * {k} heads of {e}, got width {width}");
     assert!(
         batch == sequence.batch() && tokens == sequence.tokens(),
@@ -87,7 +91,10 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
     let scores = q.matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
     let scores = scores.reshape([batch, h, tokens, tokens]);
     // Large, but finite: a row of -inf would turn into NaN.
-    let p = activation::softmax(scores.mask_fill(sequence.mask(&device).expand([batch, h, tokens, tokens]), -1e30), 3);
+    let p = activation::softmax(
+        scores.mask_fill(sequence.mask(config.window, &device).expand([batch, h, tokens, tokens]), -1e30),
+        3,
+    );
     let out = p.reshape([batch, k, g * tokens, tokens]).matmul(v);
     out.reshape([batch, h, tokens, e]).swap_dims(1, 2).reshape([batch, tokens, h * e])
 }
@@ -101,7 +108,7 @@ pub(crate) struct Attention {
 
 impl Attention {
     fn shape(&self) -> kernel::Shape<'_> {
-        let AttentionConfig { n_heads, n_kv_heads, head_dim, rope } = &self.config;
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, window, rope } = &self.config;
         kernel::Shape {
             batch: self.sequence.batch(),
             tokens: self.sequence.tokens(),
@@ -109,6 +116,7 @@ impl Attention {
             kv_heads: *n_kv_heads,
             head_dim: *head_dim,
             starts: self.sequence.starts(),
+            window: window.unwrap_or(usize::MAX),
             rope: rope.as_deref().map(|table| {
                 let (cos, sin) = table.tables();
                 kernel::Rope { cos, sin, positions: self.sequence.positions() }

@@ -51,6 +51,7 @@ pub struct Attention<'a> {
     pub head_dim: usize,
     pub positions: &'a [i32],
     pub segments: &'a [i32],
+    pub window: usize,
     pub theta: Option<f64>,
 }
 
@@ -79,8 +80,9 @@ impl Attention<'_> {
                 let kv = head / (h / k);
                 for i in 0..t {
                     let q = vector(b, i, head, true);
-                    let seen: Vec<usize> =
-                        (0..=i).filter(|&j| self.segments[b * t + j] == self.segments[b * t + i]).collect();
+                    let seen: Vec<usize> = (0..=i)
+                        .filter(|&j| self.segments[b * t + j] == self.segments[b * t + i] && i - j < self.window)
+                        .collect();
                     let scores: Vec<f64> = seen
                         .iter()
                         .map(|&j| {
