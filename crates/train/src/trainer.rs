@@ -110,7 +110,7 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             dir: dir.to_path_buf(),
-            model: Some(model),
+            model: Some(model.with_loss(recipe.train.loss())),
             optimizer,
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),

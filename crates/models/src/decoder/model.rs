@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_tensor::ops::{self, AttentionConfig, RopeTable};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, RopeTable};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
@@ -38,6 +38,7 @@ struct Context {
     config: DecoderConfig,
     attention: AttentionConfig,
     seed: u64,
+    loss: LossConfig,
 }
 
 /// A table of `D`-wide rows.
@@ -200,6 +201,7 @@ impl Decoder {
                     rope,
                 },
                 seed,
+                loss: LossConfig::default(),
             },
         })
     }
@@ -213,6 +215,12 @@ impl Decoder {
         self.context.config.dropout = dropout;
         self.context.config.validate()?;
         Ok(self)
+    }
+
+    /// The same parameters with another loss in training; in evaluation it is the cross-entropy alone.
+    pub fn with_loss(mut self, loss: LossConfig) -> Self {
+        self.context.loss = loss;
+        self
     }
 
     /// Its shape.
@@ -280,13 +288,10 @@ impl Staged for Decoder {
         let x = flow.hidden();
         let Some(block) = self.blocks.get(i - 1) else {
             let [b, t, d] = x.dims();
+            let loss = if x.device().is_autodiff() { self.context.loss } else { LossConfig::default() };
             let x = self.norm.forward(x).reshape([b * t, d]);
-            return Flow::Loss(ops::linear_cross_entropy(
-                x,
-                self.head_weight(),
-                batch.targets.clone(),
-                batch.loss_scale,
-            ));
+            let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
+            return Flow::Loss(ops::linear_cross_entropy(x, self.head_weight(), targets, scale, &loss));
         };
         let qkv = block.attn.qkv.forward(block.attn_norm.forward(x.clone()));
         let y = block.attn.out.forward(ops::attention(qkv, &self.context.attention, sequence));
@@ -321,5 +326,29 @@ impl Mlp {
             FeedForward::Gelu => ops::gelu(x),
             FeedForward::SwiGlu => ops::swiglu(x),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use firebox_tensor::device::Backend;
+
+    use super::*;
+    use crate::decoder::presets;
+
+    #[test]
+    fn another_loss_is_for_training_alone() {
+        let device = Backend::NdArray.device().unwrap();
+        let config = DecoderConfig { context: 8, ..presets::depth(1, 31) };
+        let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
+        let loss = |device: &Device, loss: LossConfig| -> f32 {
+            Decoder::new(&config, 3, device).unwrap().with_loss(loss).loss(&batch, 0).into_scalar()
+        };
+        let smoothed = LossConfig { label_smoothing: 0.5, z_loss: 0.1 };
+        let plain = loss(&device, LossConfig::default());
+        assert_eq!(plain, loss(&device, smoothed));
+        assert_eq!(plain, loss(&device.clone().autodiff(), LossConfig::default()));
+        assert!(loss(&device.autodiff(), smoothed) > plain + 0.5, "z-loss adds 0.1 log(31)^2");
     }
 }

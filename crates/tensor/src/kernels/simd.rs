@@ -149,13 +149,23 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     reduce(x, f32::NEG_INFINITY, f32::max, f32::max)
 }
 
-/// Replaces every x by e^(scale * (x - shift)) and returns the sum.
+/// Replaces every x by e^(x - shift) and returns the sum in [`LANES`] fixed lanes, in one pass.
 #[inline(always)]
-pub(crate) fn exp_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
-    for v in x.iter_mut() {
-        *v = exp((*v - shift) * scale);
+pub(crate) fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = exp(*x - shift);
+            *lane += *x;
+        }
     }
-    sum(x)
+    let mut total = fold_lanes(lanes, |a, b| a + b);
+    for x in rest {
+        *x = exp(*x - shift);
+        total += *x;
+    }
+    total
 }
 
 /// Folds `x` in [`LANES`] fixed lanes: `map` joins an element to its lane, `join` two lanes.

@@ -1,14 +1,12 @@
 //! The fused operations as an extension of burn's backends: routing alone, the work is in [`Vjp`](super::vjp::Vjp) implementations.
 
-use std::sync::Arc;
-
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, backend_extension};
 
 use super::activation::{Dropout, Gelu, SwiGlu};
 use super::attention::{self, Attention};
-use super::cross_entropy;
+use super::cross_entropy::{self, CrossEntropy};
 use super::embedding::Embedding;
 use super::linear::{Linear, LinearBias};
 use super::norm::{Norm, NormBias};
@@ -35,8 +33,7 @@ pub(crate) trait FusedOps: Backend {
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        scale: f32,
+        op: CrossEntropy,
     ) -> FloatTensor<Self>;
 }
 
@@ -83,10 +80,9 @@ macro_rules! host_backend {
             fn fused_linear_cross_entropy(
                 hidden: FloatTensor<Self>,
                 weight: FloatTensor<Self>,
-                targets: Arc<[i32]>,
-                scale: f32,
+                op: CrossEntropy,
             ) -> FloatTensor<Self> {
-                cross_entropy::forward::<Self>(hidden, weight, &targets, scale)
+                cross_entropy::forward::<Self>(hidden, weight, &op)
             }
         }
     };
@@ -130,9 +126,8 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        scale: f32,
+        op: CrossEntropy,
     ) -> FloatTensor<Self> {
-        cross_entropy::apply::<B, C>(hidden, weight, targets, scale)
+        cross_entropy::apply::<B, C>(hidden, weight, op)
     }
 }

@@ -17,7 +17,7 @@ mod vjp;
 
 pub use activation::{dropout, gelu, swiglu};
 pub use attention::{AttentionConfig, attention};
-pub use cross_entropy::linear_cross_entropy;
+pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
 pub use linear::{linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};

@@ -106,15 +106,26 @@ impl Attention<'_> {
     }
 }
 
-/// `scale * sum -log softmax(h w^T)[target]` over targets that are not negative; `w` is `[v, d]`.
-pub fn linear_cross_entropy(hidden: &[f64], w: &[f64], d: usize, targets: &[i32], scale: f64) -> Vec<f64> {
+/// `scale * sum(-(1 - e) log softmax(h w^T)[target] - e mean(log softmax(h w^T)) + z (log sum exp h w^T)^2)` over targets that are not
+/// negative, with e = `smoothing` and z = `z_loss`; `w` is `[v, d]`.
+pub fn linear_cross_entropy(
+    hidden: &[f64],
+    w: &[f64],
+    d: usize,
+    targets: &[i32],
+    scale: f64,
+    (smoothing, z_loss): (f64, f64),
+) -> Vec<f64> {
     let mut total = 0.0;
     for (row, &target) in hidden.chunks(d).zip(targets) {
         if target >= 0 {
             let logits: Vec<f64> = w.chunks(d).map(|w| row.iter().zip(w).map(|(a, b)| a * b).sum()).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
-            total += top + sum.ln() - logits[target as usize];
+            let log = top + sum.ln();
+            let log_p: Vec<f64> = logits.iter().map(|l| l - log).collect();
+            let mean = log_p.iter().sum::<f64>() / log_p.len() as f64;
+            total += -(1.0 - smoothing) * log_p[target as usize] - smoothing * mean + z_loss * log * log;
         }
     }
     vec![total * scale]
