@@ -9,13 +9,12 @@
 //! Scores are logarithms to base 2: `log2(e) / sqrt(E)` is part of the packed queries.
 
 use std::f32::consts::{LN_2, LOG2_E};
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::matmul::Into;
-use super::panel::{Columns, PANEL, Row, pack, transpose, unpack_row};
+use super::panel::{AHEAD, Columns, PANEL, Parts, Place, Row, pack, transpose, unpack};
 use super::scratch::with_scratch;
 use super::simd::{LANES, dot, exp2, fold_lanes, vectorized};
 use super::tile::{Left, STRIP, tile};
@@ -167,38 +166,6 @@ impl Shape<'_> {
     }
 }
 
-/// A matrix whose parts several tasks write.
-struct Parts<'a> {
-    data: *mut f32,
-    len: usize,
-    width: usize,
-    lifetime: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: it is a mutable slice whose one accessor leaves it to the caller that no two threads have the same values.
-unsafe impl Sync for Parts<'_> {}
-
-impl<'a> Parts<'a> {
-    /// Rows of `width` values.
-    fn new(data: &'a mut [f32], width: usize) -> Self {
-        Self { data: data.as_mut_ptr(), len: data.len(), width, lifetime: PhantomData }
-    }
-
-    /// The columns from `column` on, `n` of them, of one row.
-    ///
-    /// # Safety
-    /// No other part with the same values may exist while the result does.
-    ///
-    /// # Panics
-    /// If they are not in the matrix.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, row: usize, column: usize, n: usize) -> &mut [f32] {
-        assert!(column + n <= self.width && (row + 1) * self.width <= self.len, "attention: part outside its matrix");
-        // SAFETY: inside the slice that `new` borrowed for 'a, and nobody else's by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width + column), n) }
-    }
-}
-
 /// Cuts `n` rows off the front of `rows`.
 fn cut<'a>(rows: &mut &'a mut [Row], n: usize) -> &'a mut [Row] {
     let (head, tail) = std::mem::take(rows).split_at_mut(n);
@@ -211,12 +178,11 @@ fn with_rows<R>(n: usize, work: impl FnOnce(&mut [Row]) -> R) -> R {
     with_scratch(n * PANEL, |values| work(values.as_chunks_mut().0))
 }
 
-/// Running maximum and sum of a query's probabilities, and what to multiply its earlier results with.
-#[derive(Clone, Copy)]
+/// Of each query of a block: the running maximum and sum of its probabilities, and what its earlier results are multiplied with.
 struct Running {
-    top: f32,
-    sum: f32,
-    correction: f32,
+    tops: [[f32; STRIP]; QUERIES / STRIP],
+    sums: [[f32; STRIP]; QUERIES / STRIP],
+    corrections: [[f32; STRIP]; QUERIES / STRIP],
 }
 
 /// `out [B, T, H E]` and the base-2 logarithm of softmax's denominators, `log_sums [B, H, T]`, from `qkv [B, T, (H + 2 K) E]`.
@@ -251,16 +217,19 @@ pub(crate) fn attention(qkv: &[f32], shape: Shape<'_>, out: &mut [f32], log_sums
                 let (head, block) = (kv * g + unit / blocks, shape.block(unit % blocks * QUERIES));
                 let from = shape.head(qkv, b, Part::Query, head);
                 pack(from, block.clone(), shape.rope(b), shape.query_factor(), q, QUERIES, 0);
-                let mut running = [Running { top: f32::NEG_INFINITY, sum: 0.0, correction: 0.0 }; QUERIES];
+                let (tops, zeros) = ([[f32::NEG_INFINITY; STRIP]; _], [[0.0; STRIP]; _]);
+                let mut running = Running { tops, sums: zeros, corrections: zeros };
                 forward_block(&shape, b, &block, q, kt, v, &mut running, o, scores);
                 // SAFETY: each (batch row, head, block of queries) is one task's alone.
-                unsafe {
-                    let log_sums = log_sums.part(b * heads + head, block.start, block.len());
-                    for (i, (running, log_sum)) in running.iter().zip(log_sums).enumerate() {
-                        let out = out.part(b * t + block.start + i, head * e, e);
-                        unpack_row(o, QUERIES, i, 1.0 / running.sum, None, out);
-                        *log_sum = running.top + running.sum.log2();
-                    }
+                let (mut out, mut log_sums) = unsafe {
+                    let rows = b * t + block.start..b * t + block.end;
+                    let log_row = b * heads + head;
+                    (out.part(rows, head * e, e), log_sums.part(log_row..log_row + 1, block.start, block.len()))
+                };
+                let sums = running.sums.as_flattened();
+                unpack(o, QUERIES, &std::array::from_fn::<_, QUERIES, _>(|i| 1.0 / sums[i]), None, &mut out);
+                for ((log_sum, top), sum) in log_sums.row(0).iter_mut().zip(running.tops.as_flattened()).zip(sums) {
+                    *log_sum = top + sum.log2();
                 }
             }
         });
@@ -276,7 +245,7 @@ fn forward_block(
     q: &[Row],
     kt: &[Row],
     v: &[Row],
-    running: &mut [Running; QUERIES],
+    running: &mut Running,
     o: &mut [Row],
     scores: &mut [Row],
 ) {
@@ -289,10 +258,10 @@ fn forward_block(
             let rows = s * STRIP..(s * STRIP + STRIP).min(block.len());
             let scores = &mut scores[(reach.start - k0 / PANEL) * QUERIES + rows.start..];
             let (column, row) = (reach.start * PANEL, block.start + rows.start);
-            softmax(scores, reach.len(), column, row, &firsts[rows.clone()], &mut running[rows.clone()]);
+            softmax(scores, reach.len(), column, row, &firsts[rows.clone()], running, s);
             let into = if k0 > firsts[rows.start] { Into::Add } else { Into::Write };
             if into == Into::Add {
-                correct(o, &running[rows.clone()], rows.start);
+                correct(o, &running.corrections[s], rows.start);
             }
             let k = (row + rows.len()).min(k0 + KEYS) - column;
             for x in 0..shape.panels() {
@@ -345,20 +314,14 @@ pub(crate) fn attention_backward(
         (0..batch * heads).into_par_iter().for_each(|task| {
             let (b, head) = (task / heads, task % heads);
             let log_sums = &log_sums[task * t..(task + 1) * t];
-            backward_head(&shape, qkv, out, log_sums, dout, b, head, |i| {
-                let row = b * t + i;
-                // SAFETY: each (batch row, head) is one task's alone, and so is its key-value head if nobody shares it.
-                unsafe {
-                    let q = dqkv.part(row, shape.column(Part::Query, head), e);
-                    if g > 1 {
-                        let (k, v) = shared_rows.part(task * t + i, 0, 2 * e).split_at_mut(e);
-                        [q, k, v]
-                    } else {
-                        let [k, v] = [Part::Key, Part::Value].map(|part| dqkv.part(row, shape.column(part, head), e));
-                        [q, k, v]
-                    }
-                }
-            });
+            // SAFETY: each (batch row, head) is one task's alone, and so is its key-value head if nobody shares it.
+            let places = unsafe {
+                let place = |part, head| dqkv.part(b * t..(b + 1) * t, shape.column(part, head), e);
+                let shared = |at| shared_rows.part(task * t..(task + 1) * t, at, e);
+                let q = place(Part::Query, head);
+                if g > 1 { [q, shared(0), shared(e)] } else { [q, place(Part::Key, head), place(Part::Value, head)] }
+            };
+            backward_head(&shape, qkv, out, log_sums, dout, b, head, places);
         });
         let shared = &*shared;
         (0..if g > 1 { batch * t } else { 0 }).into_par_iter().with_min_len(16).for_each(|row| {
@@ -366,7 +329,8 @@ pub(crate) fn attention_backward(
             for kv in 0..kv_heads {
                 for (part, at) in [(Part::Key, 0), (Part::Value, e)] {
                     // SAFETY: each row is one task's alone.
-                    let sum = unsafe { dqkv.part(row, shape.column(part, kv), e) };
+                    let mut sum = unsafe { dqkv.part(row..row + 1, shape.column(part, kv), e) };
+                    let sum = sum.row(0);
                     sum.fill(0.0);
                     for head in kv * g..(kv + 1) * g {
                         super::add_assign(sum, &shared[((b * heads + head) * t + i) * 2 * e + at..][..e]);
@@ -377,9 +341,9 @@ pub(crate) fn attention_backward(
     });
 }
 
-/// The gradients of one query head: into the places for each token's query, key and value that `write` gives.
+/// The gradients of one query head: into the places for its queries', keys' and values'.
 #[allow(clippy::too_many_arguments)]
-fn backward_head<'a>(
+fn backward_head(
     shape: &Shape<'_>,
     qkv: &[f32],
     out: &[f32],
@@ -387,7 +351,7 @@ fn backward_head<'a>(
     dout: &[f32],
     b: usize,
     head: usize,
-    write: impl Fn(usize) -> [&'a mut [f32]; 3],
+    [mut dq_out, mut dk_out, mut dv_out]: [Place<'_>; 3],
 ) {
     let Shape { tokens: t, head_dim: e, .. } = *shape;
     let kv = head / shape.group();
@@ -465,15 +429,10 @@ fn backward_head<'a>(
                 }
             }
         }
-        let rope = shape.rope(b);
-        for i in 0..t {
-            let rope = rope.map(|rope| rope.angles(i, e / 2));
-            let [q_row, k_row, v_row] = write(i);
-            unpack_row(dq, n, i, shape.scale(), rope, q_row);
-            // The queries carry log2(e) / sqrt(E), of which the logarithm's base is not part of the gradient.
-            unpack_row(dk, n, i, LN_2, rope, k_row);
-            unpack_row(dv, n, i, 1.0, None, v_row);
-        }
+        unpack(dq, n, &[shape.scale()], shape.rope(b), &mut dq_out);
+        // The queries carry log2(e) / sqrt(E), of which the logarithm's base is not part of the gradient.
+        unpack(dk, n, &[LN_2], shape.rope(b), &mut dk_out);
+        unpack(dv, n, &[1.0], None, &mut dv_out);
     });
 }
 
@@ -481,6 +440,7 @@ vectorized! {
     /// Dot products of the rows of two matrices.
     fn row_dots(x: Columns<'_>, y: Columns<'_>, out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
+            (x.prefetch(i + AHEAD), y.prefetch(i + AHEAD));
             *out = dot(x.row(i), y.row(i));
         }
     }
@@ -504,22 +464,46 @@ fn mask(row: &mut Row, column: usize, first: usize, end: usize, value: f32) {
 }
 
 vectorized! {
-    /// Turns a strip's scores into probabilities that are not yet divided by their sum, and continues the running softmax. The strip's
-    /// first panel begins at key `column`, its first row is query `row`.
-    fn softmax(scores: &mut [Row], panels: usize, column: usize, row: usize, firsts: &[usize], running: &mut [Running]) {
-        for (i, (&first, running)) in firsts.iter().zip(running).enumerate() {
-            let mut tops = [f32::NEG_INFINITY; PANEL];
+    /// Turns the scores of strip `strip` into probabilities that are not yet divided by their sum, and continues the running softmax. The strip's first panel begins at key `column`, its first row is query `row`.
+    fn softmax(
+        scores: &mut [Row],
+        panels: usize,
+        column: usize,
+        row: usize,
+        firsts: &[usize],
+        running: &mut Running,
+        strip: usize,
+    ) {
+        // Row by row in three steps, so that the end of one row's reduction does not hold up the next row.
+        let mut tops = [f32::NEG_INFINITY; STRIP];
+        for (i, (top, &first)) in tops.iter_mut().zip(firsts).enumerate() {
+            let mut lanes = [f32::NEG_INFINITY; PANEL];
             for p in 0..panels {
                 let scores = &mut scores[p * QUERIES + i];
                 mask(scores, column + p * PANEL, first, row + i + 1, f32::NEG_INFINITY);
-                for (top, &score) in tops.iter_mut().zip(&*scores) {
-                    *top = if score > *top { score } else { *top };
+                for (lane, &score) in lanes.iter_mut().zip(&*scores) {
+                    *lane = if score > *lane { score } else { *lane };
                 }
             }
-            let top = fold(&tops, |a, b| if a > b { a } else { b });
-            let top = if running.top > top { running.top } else { top };
-            // No key of this block: every score is -inf, and so is the maximum.
-            let shift = if top == f32::NEG_INFINITY { 0.0 } else { top };
+            *top = fold(&lanes, |a, b| if a > b { a } else { b });
+        }
+        let old = running.tops[strip];
+        for (top, old) in tops.iter_mut().zip(old) {
+            *top = if old > *top { old } else { *top };
+        }
+        running.tops[strip] = tops;
+        // No key of this block: every score is -inf, and so is the maximum.
+        let shifts = tops.map(|top| if top == f32::NEG_INFINITY { 0.0 } else { top });
+        let mut corrections = old;
+        for (correction, shift) in corrections.iter_mut().zip(shifts) {
+            *correction = exp2(*correction - shift);
+        }
+        running.corrections[strip] = corrections;
+        for (sum, correction) in running.sums[strip].iter_mut().zip(corrections) {
+            *sum *= correction;
+        }
+        for i in 0..firsts.len() {
+            let shift = shifts[i];
             let mut sums = [0f32; PANEL];
             for p in 0..panels {
                 for (sum, score) in sums.iter_mut().zip(&mut scores[p * QUERIES + i]) {
@@ -527,20 +511,18 @@ vectorized! {
                     *sum += *score;
                 }
             }
-            running.correction = exp2(running.top - shift);
-            running.sum = running.sum * running.correction + fold(&sums, |a, b| a + b);
-            running.top = top;
+            running.sums[strip][i] += fold(&sums, |a, b| a + b);
         }
     }
 }
 
 vectorized! {
     /// Multiplies the results of earlier blocks of keys by their corrections.
-    fn correct(o: &mut [Row], running: &[Running], row: usize) {
+    fn correct(o: &mut [Row], corrections: &[f32], row: usize) {
         for panel in o.chunks_exact_mut(QUERIES) {
-            for (o, running) in panel[row..].iter_mut().zip(running) {
+            for (o, correction) in panel[row..].iter_mut().zip(corrections) {
                 for o in o {
-                    *o *= running.correction;
+                    *o *= correction;
                 }
             }
         }

@@ -2,12 +2,16 @@
 //!
 //! Rows of a panel are whole cache lines, and every step of a product over panels is a constant offset ([`tile`](super::tile)).
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::simd::vectorized;
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
+
+/// How many rows ahead of their use they are asked for.
+pub(crate) const AHEAD: usize = 12;
 
 /// A row of a panel.
 pub(crate) type Row = [f32; PANEL];
@@ -26,6 +30,18 @@ impl<'a> Columns<'a> {
     #[inline(always)]
     pub fn row(&self, i: usize) -> &'a [f32] {
         &self.values[i * self.stride + self.first..][..self.width]
+    }
+
+    /// Asks for row `i`, which is needed soon: rows of one head are pages apart, where the hardware does not look ahead.
+    #[inline(always)]
+    pub fn prefetch(&self, i: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for at in (0..self.width).step_by(16) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let at = self.values.as_ptr().wrapping_add(i * self.stride + self.first + at);
+            // SAFETY: a hint, which no address makes fail.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
     }
 }
 
@@ -60,7 +76,7 @@ vectorized! {
         let half = from.width / 2;
         for (i, at) in tokens.zip(at..) {
             let row = from.row(i);
-            prefetch(from, i + 12);
+            from.prefetch(i + AHEAD);
             let Some(rope) = rope else {
                 for (x, row) in row.chunks(PANEL).enumerate() {
                     for (out, x) in out[x * far + at].iter_mut().zip(row) {
@@ -97,36 +113,73 @@ pub(crate) fn transpose(from: &[Row], out: &mut [Row]) {
 }
 
 vectorized! {
-    /// `out = factor * row i` of a matrix in panels, rotated back by `angles` (cosines and sines).
-    pub(crate) fn unpack_row(
-        panels: &[Row],
-        far: usize,
-        i: usize,
-        factor: f32,
-        angles: Option<(&[f32], &[f32])>,
-        out: &mut [f32],
-    ) {
-        for (x, out) in out.chunks_mut(PANEL).enumerate() {
-            for (out, x) in out.iter_mut().zip(&panels[x * far + i]) {
-                *out = x * factor;
+    /// Writes the rows of a matrix in panels, each times its factor (or all times the only one), rotated back.
+    pub(crate) fn unpack(panels: &[Row], far: usize, factors: &[f32], rope: Option<Rope<'_>>, out: &mut Place<'_>) {
+        let (rows, half) = (out.rows.len(), out.width / 2);
+        for i in 0..rows {
+            let factor = factors[i.min(factors.len() - 1)];
+            let out = out.row(i);
+            for (x, out) in out.chunks_mut(PANEL).enumerate() {
+                for (out, x) in out.iter_mut().zip(&panels[x * far + i]) {
+                    *out = x * factor;
+                }
             }
-        }
-        if let Some((cos, sin)) = angles {
-            let (x, y) = out.split_at_mut(cos.len());
-            for (((x, y), cos), sin) in x.iter_mut().zip(y).zip(cos).zip(sin) {
-                (*x, *y) = (*x * cos + *y * sin, *y * cos - *x * sin);
+            if let Some(rope) = rope {
+                let (cos, sin) = rope.angles(i, half);
+                let (x, y) = out.split_at_mut(half);
+                for (((x, y), cos), sin) in x.iter_mut().zip(y).zip(cos).zip(sin) {
+                    (*x, *y) = (*x * cos + *y * sin, *y * cos - *x * sin);
+                }
             }
         }
     }
 }
 
-/// Asks for a row that is needed soon: rows of one head are pages apart, where the hardware does not look ahead.
-#[inline(always)]
-fn prefetch(from: Columns<'_>, i: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..from.width).step_by(16) {
-        let at = from.values.as_ptr().wrapping_add(i * from.stride + from.first + at);
-        // SAFETY: a hint, which no address makes fail.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()) };
+/// A row-major matrix whose parts several tasks write.
+pub(crate) struct Parts<'a> {
+    data: *mut f32,
+    len: usize,
+    width: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is a mutable slice whose one accessor leaves it to the caller that no two parts share a value.
+unsafe impl Sync for Parts<'_> {}
+
+impl<'a> Parts<'a> {
+    /// Rows of `width` values.
+    pub fn new(data: &'a mut [f32], width: usize) -> Self {
+        Self { data: data.as_mut_ptr(), len: data.len(), width, lifetime: PhantomData }
+    }
+
+    /// Columns `column..column + width` of `rows`.
+    ///
+    /// # Safety
+    /// No other part with one of these values may exist while this one does.
+    ///
+    /// # Panics
+    /// If they are not in the matrix.
+    pub unsafe fn part(&self, rows: Range<usize>, column: usize, width: usize) -> Place<'_> {
+        assert!(column + width <= self.width && rows.end * self.width <= self.len, "part outside its matrix");
+        Place { matrix: self, rows, column, width }
+    }
+}
+
+/// A part of a matrix that is the holder's alone.
+pub(crate) struct Place<'a> {
+    matrix: &'a Parts<'a>,
+    rows: Range<usize>,
+    column: usize,
+    width: usize,
+}
+
+impl Place<'_> {
+    /// Its row `i`.
+    #[inline(always)]
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows.len());
+        let at = (self.rows.start + i) * self.matrix.width + self.column;
+        // SAFETY: `Parts::part` checked that it is inside the matrix, and its caller promised that nobody else has it.
+        unsafe { std::slice::from_raw_parts_mut(self.matrix.data.add(at), self.width) }
     }
 }
