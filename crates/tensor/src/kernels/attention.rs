@@ -440,7 +440,8 @@ vectorized! {
     /// Dot products of the rows of two matrices.
     fn row_dots(x: Columns<'_>, y: Columns<'_>, out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
-            (x.prefetch(i + AHEAD), y.prefetch(i + AHEAD));
+            x.prefetch(i + AHEAD);
+            y.prefetch(i + AHEAD);
             *out = dot(x.row(i), y.row(i));
         }
     }
