@@ -42,6 +42,8 @@ impl<'a> Columns<'a> {
             // SAFETY: a hint, which no address makes fail.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = i;
     }
 }
 
