@@ -26,6 +26,7 @@ fn models() -> [(&'static str, Decoder); 2] {
         head_dim: 6,
         d_ff: 22,
         context: 17,
+        window: None,
         norm: NormKind::RmsNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::SwiGlu,

@@ -4,7 +4,7 @@
 //! randomness that is counted instead of drawn.
 //!
 //! On the CPU backends (`ndarray`, the default, and `flex`) every operation of [`ops`] is one multi-threaded kernel with a handwritten backward:
-//! linear layers, causal attention (grouped heads, segments, rotary positions, no T x T matrix kept), norms, activations, embedding, and
+//! linear layers, causal attention (grouped heads, segments, windows, rotary positions, no T x T matrix kept), norms, activations, embedding, and
 //! a head with cross-entropy whose logits never exist all at once. On the others (`wgpu`, `vulkan`, `metal`, `webgpu`, `cuda`, `rocm`) the
 //! same functions compose burn's own operations.
 //!

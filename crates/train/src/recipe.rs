@@ -5,6 +5,7 @@ use std::path::Path;
 use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
 use firebox_optim::{AdamWConfig, DecayRule, Schedule};
+use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -94,6 +95,9 @@ pub struct ModelRecipe {
     /// Tokens per row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<usize>,
+    /// Tokens that a query sees at most, itself included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
     /// `layer_norm` or `rms_norm`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormKind>,
@@ -164,6 +168,10 @@ pub struct TrainRecipe {
     pub batch_rows: usize,
     /// Rows that are in memory at once; gradients of the others are accumulated. 0: all.
     pub micro_batch_rows: usize,
+    /// Share of each target that is spread over the vocabulary; in training alone.
+    pub label_smoothing: f64,
+    /// Factor of the squared logarithm of softmax's denominator, added to the loss; in training alone.
+    pub z_loss: f64,
     /// A line of metrics every so many steps.
     pub log_every: u64,
     /// Steps in a row with a loss or gradient that is not finite (they are skipped) before the run stops.
@@ -172,11 +180,24 @@ pub struct TrainRecipe {
 
 impl Default for TrainRecipe {
     fn default() -> Self {
-        Self { steps: 1000, batch_rows: 16, micro_batch_rows: 0, log_every: 10, max_bad_steps: 5 }
+        Self {
+            steps: 1000,
+            batch_rows: 16,
+            micro_batch_rows: 0,
+            label_smoothing: 0.0,
+            z_loss: 0.0,
+            log_every: 10,
+            max_bad_steps: 5,
+        }
     }
 }
 
 impl TrainRecipe {
+    /// What the loss is besides the cross-entropy.
+    pub fn loss(&self) -> LossConfig {
+        LossConfig { label_smoothing: self.label_smoothing, z_loss: self.z_loss }
+    }
+
     /// Rows of one forward and backward pass.
     pub fn micro_rows(&self) -> usize {
         if self.micro_batch_rows == 0 { self.batch_rows } else { self.micro_batch_rows.min(self.batch_rows) }
@@ -368,6 +389,12 @@ impl Recipe {
                 return fail(key, "at least 1", "0".into());
             }
         }
+        if !(0.0..1.0).contains(&self.train.label_smoothing) {
+            return fail("train.label_smoothing", "a share in [0, 1)", self.train.label_smoothing.to_string());
+        }
+        if !(self.train.z_loss >= 0.0 && self.train.z_loss.is_finite()) {
+            return fail("train.z_loss", "a factor, or 0 for none", self.train.z_loss.to_string());
+        }
         if !(self.optimizer.clip >= 0.0 && self.optimizer.clip.is_finite()) {
             return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
         }
@@ -415,6 +442,7 @@ impl ModelRecipe {
                 base.d_ff
             }),
             context: self.context.unwrap_or(base.context),
+            window: self.window.or(base.window),
             norm: self.norm.unwrap_or(base.norm),
             norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
             feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
@@ -443,6 +471,7 @@ impl ModelRecipe {
             head_dim: Some(head_dim),
             d_ff: Some(d_ff),
             context: Some(context),
+            window: config.window,
             norm: Some(config.norm),
             norm_eps: Some(config.norm_eps),
             feed_forward: Some(config.feed_forward),
@@ -539,18 +568,24 @@ mod tests {
             "schedule={ kind = \"constant\" }",
             "model.d_model=96",
             "model.n_heads=3",
+            "model.window=16",
+            "train.z_loss=1e-4",
         ])
         .unwrap();
         assert_eq!(recipe.optimizer.lr, 5e-4);
         assert_eq!(recipe.eval.prompt, "Once upon");
         assert_eq!(recipe.schedule, Schedule::Constant { warmup_steps: 0 });
         assert_eq!(recipe.model.resolve(512).unwrap().head_dim, 32);
+        assert_eq!(recipe.model.resolve(512).unwrap().window, Some(16));
+        assert_eq!(recipe.train.loss(), LossConfig { label_smoothing: 0.0, z_loss: 1e-4 });
         for (bad, says) in [
             ("optimizer.lrr=1", "did you mean `lr`?"),
             ("trian.steps=1", "did you mean `train`?"),
             ("train.steps", "key=value"),
             ("train.steps=many", "steps"),
             ("train.steps=0", "at least 1"),
+            ("train.label_smoothing=1.0", "[0, 1)"),
+            ("train.z_loss=-1.0", "train.z_loss"),
             ("data.tokeniser=char", "did you mean `tokenizer`?"),
         ] {
             let error = set(&[bad]).unwrap_err().to_string();

@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             dir: dir.to_path_buf(),
-            model: Some(model),
+            model: Some(model.with_loss(recipe.train.loss())),
             optimizer,
             engine: recipe.memory.engine(dir),
             loader,

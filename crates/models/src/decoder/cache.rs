@@ -5,7 +5,7 @@ use firebox_tensor::ops::{self, Pre};
 
 use super::model::Decoder;
 
-/// Keys (rotated) and values of the tokens so far, `[1, K, T, E]` per block.
+/// Keys (rotated) and values of the tokens so far that the next one may see, `[1, K, T, E]` per block.
 #[derive(Clone, Debug)]
 pub struct KvCache {
     blocks: Vec<Option<[Tensor<4>; 2]>>,
@@ -18,12 +18,12 @@ impl KvCache {
         Self { blocks: vec![None; model.blocks.len()], tokens: 0 }
     }
 
-    /// How many tokens it holds.
+    /// How many tokens the sequence has.
     pub fn len(&self) -> usize {
         self.tokens
     }
 
-    /// Whether it holds none.
+    /// Whether it has none.
     pub fn is_empty(&self) -> bool {
         self.tokens == 0
     }
@@ -45,7 +45,11 @@ impl Decoder {
         let mut x = self.embed_tokens(ids.into(), &positions, 1, n);
         let device = x.device();
         let rotation = self.attention_config().rope.as_ref().map(|rope| rope.at(&positions, 1, &device));
-        let mask = (n > 1).then(|| causal_mask(n, past, &device));
+        // Of the past, a window leaves what the first new token sees besides itself.
+        let window = config.window.unwrap_or(usize::MAX);
+        let past = past.min(window - 1);
+        let mask = (n > 1).then(|| causal_mask(n, past, window, &device));
+        let keep = (past + n).min(window - 1);
         for (block, stored) in self.blocks.iter().zip(&mut cache.blocks) {
             let qkv = block.attn.qkv.forward(x.clone(), block.attn_norm.before(), None);
             let heads = |first: usize, count: usize| {
@@ -60,7 +64,8 @@ impl Decoder {
                 key = Tensor::cat(vec![old_key, key], 2);
                 value = Tensor::cat(vec![old_value, value], 2);
             }
-            *stored = Some([key.clone(), value.clone()]);
+            let kept = |x: &Tensor<4>| x.clone().narrow(2, past + n - keep, keep);
+            *stored = (keep > 0).then(|| [kept(&key), kept(&value)]);
             // The H / K query heads of a group are rows of one product.
             let scores = q.reshape([1, k, g * n, e]).matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
             let mut scores = scores.reshape([1, g * k, n, past + n]);
@@ -79,8 +84,39 @@ impl Decoder {
 }
 
 /// `[1, 1, n, past + n]`: 0 where a new token may look, a large negative number where it may not.
-fn causal_mask(n: usize, past: usize, device: &Device) -> Tensor<4> {
+fn causal_mask(n: usize, past: usize, window: usize, device: &Device) -> Tensor<4> {
+    let hidden = |i: usize, j: usize| j > past + i || past + i - j >= window;
     let values: Vec<f32> =
-        (0..n).flat_map(|i| (0..past + n).map(move |j| if j > past + i { -1e30 } else { 0.0 })).collect();
+        (0..n).flat_map(|i| (0..past + n).map(move |j| if hidden(i, j) { -1e30 } else { 0.0 })).collect();
     Tensor::from_data(burn::tensor::TensorData::new(values, [1, 1, n, past + n]), device)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use firebox_tensor::device::Backend;
+
+    use super::*;
+    use crate::decoder::{DecoderConfig, presets};
+    use crate::stage::TokenBatch;
+
+    #[test]
+    fn a_window_is_the_same_with_and_without_the_cache() {
+        let device = Backend::NdArray.device().unwrap();
+        let ids: Vec<i32> = (0..12).map(|i| i * 7 % 31).collect();
+        for window in [None, Some(1), Some(3), Some(50)] {
+            let config = DecoderConfig { n_kv_heads: 1, context: 16, window, ..presets::depth(2, 31) };
+            let model = Decoder::new(&config, 3, &device).unwrap();
+            let mut cache = KvCache::new(&model);
+            let mut done = 0;
+            for n in [1, 5, 1, 1, 4] {
+                let got = model.forward_cached(&ids[done..done + n], &mut cache);
+                done += n;
+                let batch = TokenBatch::plain(1, done, ids[..done].to_vec(), vec![-1; done]);
+                let want = model.logits(&batch).narrow(1, done - 1, 1).reshape([31]);
+                let difference: f32 = (got - want).abs().max().into_scalar();
+                assert!(difference < 1e-4, "window {window:?}, {done} tokens: {difference}");
+            }
+        }
+    }
 }

@@ -22,6 +22,9 @@ pub struct DecoderConfig {
     pub d_ff: usize,
     /// Tokens per row: the longest sequence.
     pub context: usize,
+    /// How many tokens a query sees at most, itself included; the whole row if `None` (Mistral's sliding window, arXiv:2310.06825).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
     /// Normalization before each part and at the end.
     pub norm: NormKind,
     /// Added to the variance.
@@ -115,6 +118,9 @@ impl DecoderConfig {
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             return fail("n_kv_heads", self.n_kv_heads.to_string(), format!("must divide n_heads = {}", self.n_heads));
         }
+        if self.window == Some(0) {
+            return fail("window", "0".into(), "must be at least 1: a query sees itself".into());
+        }
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -161,14 +167,15 @@ impl DecoderConfig {
         tables + positions + self.n_layers * (attention + mlp + 2 * norm) + norm
     }
 
-    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses, and 12 H E T per layer
-    /// for attention (Chowdhery et al., arXiv:2204.02311, appendix B), halved because a causal query sees half of the tokens.
+    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses, and 12 H E per layer
+    /// and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
     pub fn flops_per_token(&self) -> f64 {
         let d = self.d_model;
         let per_layer =
             d * self.qkv_width() + self.n_heads * self.head_dim * d + d * self.ff_in_width() + self.d_ff * d;
         let weights = self.n_layers * per_layer + self.vocab_size * d;
-        let attention = 6 * self.n_layers * self.n_heads * self.head_dim * self.context;
-        (6 * weights + attention) as f64
+        let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
+        let keys = window * (1.0 - window / (2.0 * context));
+        (6 * weights) as f64 + (12 * self.n_layers * self.n_heads * self.head_dim) as f64 * keys
     }
 }

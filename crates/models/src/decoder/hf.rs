@@ -1,4 +1,4 @@
-//! Names, layouts and configs of Hugging Face's GPT-2 and Llama.
+//! Names, layouts and configs of Hugging Face's GPT-2, Llama, and Mistral (which is Llama with a sliding window).
 //!
 //! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
 //! only maps values in memory: files belong to whoever reads and writes them.
@@ -14,7 +14,7 @@ use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
 pub enum Family {
     /// `GPT2LMHeadModel`
     Gpt2,
-    /// `LlamaForCausalLM`
+    /// `LlamaForCausalLM`, or `MistralForCausalLM` where attention has a window.
     Llama,
     /// Neither: Firebox's own names and config, for combinations that Hugging Face has no class for.
     Firebox,
@@ -25,7 +25,7 @@ pub enum Family {
 pub enum HfError {
     /// It is of an architecture that this decoder does not cover.
     #[error(
-        "config.json: architecture `{got}` is not one of gpt2, llama, firebox: this checkpoint cannot be loaded as a decoder"
+        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, firebox: this checkpoint cannot be loaded as a decoder"
     )]
     Architecture {
         /// Its `model_type`.
@@ -86,6 +86,7 @@ impl Family {
             && config.feed_forward != FeedForward::SwiGlu
             && config.positions == Positions::Learned
             && config.bias
+            && config.window.is_none()
             && full_heads;
         let llama = config.norm == NormKind::RmsNorm
             && config.feed_forward == FeedForward::SwiGlu
@@ -166,9 +167,13 @@ impl Family {
             }),
             Family::Llama => {
                 let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
-                json!({
-                    "architectures": ["LlamaForCausalLM"],
-                    "model_type": "llama",
+                let (class, model_type) = match config.window {
+                    None => ("LlamaForCausalLM", "llama"),
+                    Some(_) => ("MistralForCausalLM", "mistral"),
+                };
+                let mut json = json!({
+                    "architectures": [class],
+                    "model_type": model_type,
                     "vocab_size": config.vocab_size,
                     "hidden_size": config.d_model,
                     "intermediate_size": config.d_ff,
@@ -185,7 +190,11 @@ impl Family {
                     "tie_word_embeddings": config.tied,
                     "initializer_range": config.init_std,
                     "torch_dtype": "float32",
-                })
+                });
+                if let Some(window) = config.window {
+                    json["sliding_window"] = window.into();
+                }
+                json
             }
             Family::Firebox => json!({
                 "architectures": ["FireboxDecoder"],
@@ -210,6 +219,12 @@ pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
     let (family, config) = match model_type {
         "gpt2" => (Family::Gpt2, keys.gpt2()?),
         "llama" => (Family::Llama, keys.llama()?),
+        // Where the file says nothing, transformers takes 4096.
+        "mistral" => {
+            let said = keys.0.contains_key("sliding_window");
+            let window = if said { keys.count_or("sliding_window")? } else { Some(4096) };
+            (Family::Llama, DecoderConfig { window, ..keys.llama()? })
+        }
         "firebox" => {
             let decoder = keys.0.get("decoder").cloned().unwrap_or(Value::Null);
             let config = serde_json::from_value(decoder).map_err(|e| HfError::Key {
@@ -287,6 +302,7 @@ impl Keys<'_> {
             head_dim: d_model / n_heads,
             d_ff: self.count_or("n_inner")?.unwrap_or(4 * d_model),
             context: self.count("n_positions")?,
+            window: None,
             norm: NormKind::LayerNorm,
             norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
             feed_forward: match self.0.get("activation_function") {
@@ -330,6 +346,7 @@ impl Keys<'_> {
             head_dim: self.count_or("head_dim")?.unwrap_or(d_model / n_heads.max(1)),
             d_ff: self.count("intermediate_size")?,
             context: self.count_or("max_position_embeddings")?.unwrap_or(2048),
+            window: None,
             norm: NormKind::RmsNorm,
             norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
             feed_forward: FeedForward::SwiGlu,
@@ -462,6 +479,21 @@ mod tests {
             parsed.dropout = config.dropout;
             assert_eq!(parsed, config, "{name}");
         }
+    }
+
+    #[test]
+    fn a_window_makes_llama_a_mistral() {
+        let llama = presets::named("llama-30m").unwrap();
+        let config = DecoderConfig { window: Some(100), dropout: 0.0, ..llama.clone() };
+        let mut json = Family::of(&config).config_json(&config);
+        assert_eq!(json["model_type"], "mistral");
+        assert_eq!(parse_config(&json).unwrap(), (Family::Llama, config));
+        json["sliding_window"] = Value::Null;
+        assert_eq!(parse_config(&json).unwrap().1.window, None);
+        json.as_object_mut().unwrap().remove("sliding_window");
+        assert_eq!(parse_config(&json).unwrap().1.window, Some(4096));
+        let gpt2 = DecoderConfig { window: Some(100), ..presets::named("gpt2").unwrap() };
+        assert_eq!(Family::of(&gpt2), Family::Firebox);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_tensor::ops::{self, AttentionConfig, Pre, RopeTable};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
@@ -38,6 +38,7 @@ struct Context {
     config: DecoderConfig,
     attention: AttentionConfig,
     seed: u64,
+    loss: LossConfig,
 }
 
 /// A table of `D`-wide rows.
@@ -196,9 +197,11 @@ impl Decoder {
                     n_heads: config.n_heads,
                     n_kv_heads: config.n_kv_heads,
                     head_dim: config.head_dim,
+                    window: config.window,
                     rope,
                 },
                 seed,
+                loss: LossConfig::default(),
             },
         })
     }
@@ -212,6 +215,12 @@ impl Decoder {
         self.context.config.dropout = dropout;
         self.context.config.validate()?;
         Ok(self)
+    }
+
+    /// The same parameters with another loss in training; in evaluation it is the cross-entropy alone.
+    pub fn with_loss(mut self, loss: LossConfig) -> Self {
+        self.context.loss = loss;
+        self
     }
 
     /// Its shape.
@@ -290,13 +299,10 @@ impl Staged for Decoder {
         let x = flow.hidden();
         let Some(block) = self.blocks.get(i - 1) else {
             let [b, t, d] = x.dims();
+            let loss = if step.is_some() { self.context.loss } else { LossConfig::default() };
             let x = self.norm.forward(x).reshape([b * t, d]);
-            return Flow::Loss(ops::linear_cross_entropy(
-                x,
-                self.head_weight(),
-                batch.targets.clone(),
-                batch.loss_scale,
-            ));
+            let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
+            return Flow::Loss(ops::linear_cross_entropy(x, self.head_weight(), targets, scale, &loss));
         };
         // A residual is added inside the product before it, unless dropout comes between.
         let fused = step.is_none() || self.context.config.dropout == 0.0;
@@ -348,5 +354,29 @@ impl Mlp {
             FeedForward::SwiGlu => Pre::SwiGlu,
         };
         self.output.forward(self.input.forward(x, pre, None), activation, residual)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use firebox_tensor::device::Backend;
+
+    use super::*;
+    use crate::decoder::presets;
+
+    #[test]
+    fn another_loss_is_for_training_alone() {
+        let device = Backend::NdArray.device().unwrap();
+        let config = DecoderConfig { context: 8, ..presets::depth(1, 31) };
+        let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
+        let loss = |step: Option<u64>, loss: LossConfig| -> f32 {
+            Decoder::new(&config, 3, &device).unwrap().with_loss(loss).loss(&batch, step).into_scalar()
+        };
+        let smoothed = LossConfig { label_smoothing: 0.5, z_loss: 0.1 };
+        let plain = loss(None, LossConfig::default());
+        assert_eq!(plain, loss(None, smoothed));
+        assert_eq!(plain, loss(Some(0), LossConfig::default()));
+        assert!(loss(Some(0), smoothed) > plain + 0.5, "z-loss adds 0.1 log(31)^2");
     }
 }

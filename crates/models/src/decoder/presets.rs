@@ -18,6 +18,7 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
         head_dim,
         d_ff: (d_model * 8 / 3).next_multiple_of(32),
         context: 256,
+        window: None,
         norm: NormKind::RmsNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::SwiGlu,
@@ -46,6 +47,7 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
         head_dim: d_model / n_heads,
         d_ff: 4 * d_model,
         context: 1024,
+        window: None,
         norm: NormKind::LayerNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::Gelu,
@@ -68,6 +70,7 @@ fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_
         n_kv_heads,
         head_dim: d_model / n_heads,
         context: 4096,
+        window: None,
         tied: false,
         init_std: 0.02,
         ..depth(n_layers, 32_000)

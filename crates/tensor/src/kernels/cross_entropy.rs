@@ -5,75 +5,109 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{Into, Mat, Threads, matmul};
-use super::simd::{exp_sum, max, vectorized};
+use super::matmul::{Into, Mat, matmul};
+use super::scratch::with_scratch;
+use super::simd::{exp_sum, max, sum, vectorized};
 
-/// Bytes of logits that exist at once: small against a model's activations, large enough for full speed of the products.
+/// Bytes of logits that exist at once, where that is enough rows.
 const LOGITS_BYTES: usize = 16 << 20;
 
-/// Gradients of the summed loss, before the upstream gradient.
-pub(crate) struct Gradients {
-    /// With respect to the hidden states, `[n, d]`.
-    pub hidden: Vec<f32>,
-    /// With respect to the head's weight, `[v, d]`.
-    pub weight: Vec<f32>,
+/// Fewer rows make the products wait for memory: each reads or writes the whole weight. At V = 50257 and D = 768, 80 rows run at
+/// 0.8 of the speed of 256, and 512 at 1.05.
+const MIN_ROWS: usize = 256;
+
+/// Bytes that even those may take.
+const MAX_LOGITS_BYTES: usize = 64 << 20;
+
+/// What a row's loss is besides its cross-entropy.
+#[derive(Clone, Copy)]
+pub(crate) struct Loss {
+    /// Factor of every row's loss.
+    pub scale: f32,
+    /// Share of the target that is spread over the vocabulary.
+    pub label_smoothing: f32,
+    /// Factor of the squared logarithm of softmax's denominator.
+    pub z_loss: f32,
 }
 
-/// `scale * sum_i -log softmax(hidden_i weight^T)[target_i]` over the rows whose target is not negative; `hidden` is `[n, d]`, `weight`
-/// `[v, d]`. The sum runs in f64.
+/// Where the gradients of the summed loss go, before the upstream gradient; overwritten.
+pub(crate) struct Gradients<'a> {
+    /// With respect to the hidden states, `[n, d]`.
+    pub hidden: &'a mut [f32],
+    /// With respect to the head's weight, `[v, d]`.
+    pub weight: &'a mut [f32],
+}
+
+/// The sum of the losses of the rows whose target is not negative; `hidden` is `[n, d]`, `weight` `[v, d]`. The sum runs in f64.
 pub(crate) fn linear_cross_entropy(
     hidden: &[f32],
     weight: &[f32],
     d: usize,
     targets: &[i32],
-    scale: f32,
-    mut gradients: Option<&mut Gradients>,
+    loss: Loss,
+    mut gradients: Option<Gradients<'_>>,
 ) -> f32 {
     let v = weight.len() / d;
-    let rows = (LOGITS_BYTES / 4 / v.max(1)).clamp(1, targets.len().max(1));
-    let mut logits = vec![0f32; rows * v];
-    let mut total = 0f64;
-    for (c, targets) in targets.chunks(rows).enumerate() {
-        let n = targets.len();
-        let range = c * rows * d..(c * rows + n) * d;
-        let h = Mat::new(&hidden[range.clone()], n, d, d);
-        let logits = &mut logits[..n * v];
-        matmul(h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write, Threads::All);
-        let with_gradient = gradients.is_some();
-        let losses: Vec<f32> = logits
-            .par_chunks_exact_mut(v)
-            .zip(targets.par_iter())
-            .map(|(row, &target)| softmax_loss(row, target, scale, with_gradient))
-            .collect();
-        total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
-        if let Some(g) = gradients.as_deref_mut() {
-            let dlogits = Mat::new(logits, n, v, v);
-            matmul(dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write, Threads::All);
-            matmul(dlogits.t(), h, &mut g.weight, d, Into::Add, Threads::All);
-        }
+    let fit = |bytes: usize| bytes / (4 * v.max(1));
+    let rows = fit(LOGITS_BYTES).max(fit(MAX_LOGITS_BYTES).min(MIN_ROWS)).clamp(1, targets.len().max(1));
+    if let (Some(g), true) = (&mut gradients, targets.is_empty()) {
+        g.weight.fill(0.0);
     }
-    (total * f64::from(scale)) as f32
+    let mut total = 0f64;
+    with_scratch(rows * v, |logits| {
+        for (c, targets) in targets.chunks(rows).enumerate() {
+            let n = targets.len();
+            let range = c * rows * d..(c * rows + n) * d;
+            let h = Mat::new(&hidden[range.clone()], n, d, d);
+            let logits = &mut logits[..n * v];
+            matmul(h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
+            let with_gradient = gradients.is_some();
+            let losses: Vec<f32> = logits
+                .par_chunks_exact_mut(v)
+                .zip(targets.par_iter())
+                .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
+                .collect();
+            total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+            if let Some(g) = &mut gradients {
+                let dlogits = Mat::new(logits, n, v, v);
+                let into = if c == 0 { Into::Write } else { Into::Add };
+                matmul(dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
+                matmul(dlogits.t(), h, g.weight, d, into);
+            }
+        }
+    });
+    (total * f64::from(loss.scale)) as f32
 }
 
 vectorized! {
-    /// The row's loss; turns its logits into `scale * (softmax - onehot)` where that is asked for.
-    fn softmax_loss(row: &mut [f32], target: i32, scale: f32, with_gradient: bool) -> f32 {
+    /// The row's loss, not yet scaled; turns its logits into the gradient of the scaled one where that is asked for.
+    ///
+    /// With l the logarithm of softmax's denominator and e the smoothing, the loss is `l - (1 - e) x_t - e mean(x) + z l^2`, and its gradient
+    /// `softmax(x) (1 + 2 z l) - (1 - e) onehot - e / V`.
+    fn row_loss(row: &mut [f32], target: i32, loss: Loss, with_gradient: bool) -> f32 {
         if target < 0 {
             row.fill(0.0);
             return 0.0;
         }
+        let Loss { scale, label_smoothing, z_loss } = loss;
         let target = target as usize;
         let at_target = row[target];
+        let mean = if label_smoothing > 0.0 { sum(row) / row.len() as f32 } else { 0.0 };
         let top = max(row);
-        let sum = exp_sum(row, top, 1.0);
+        let denominator = exp_sum(row, top);
+        let log = top + denominator.ln();
         if with_gradient {
-            let k = scale / sum;
+            let k = scale * (1.0 + 2.0 * z_loss * log) / denominator;
+            let spread = scale * label_smoothing / row.len() as f32;
             for x in row.iter_mut() {
-                *x *= k;
+                *x = *x * k - spread;
             }
-            row[target] -= scale;
+            row[target] -= scale * (1.0 - label_smoothing);
         }
         // A non-finite logit must reach the loss, although `exp` and `max` would hide it.
-        if at_target.is_finite() && top.is_finite() { top + sum.ln() - at_target } else { f32::NAN }
+        if !(at_target.is_finite() && top.is_finite()) {
+            return f32::NAN;
+        }
+        log - at_target + label_smoothing * (at_target - mean) + z_loss * log * log
     }
 }

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::activation::{Gelu, gelu, gelu_backward, swiglu, swiglu_backward};
-use super::matmul::{Into, Mat, Threads, matmul};
+use super::matmul::{Into, Mat, matmul};
 use super::norm::{Norm, norm, norm_backward};
 use super::{CHUNK, add, add_chunk, copy, sum_over_rows};
 use crate::buffers::{buffer, recycle};
@@ -83,7 +83,7 @@ pub(crate) fn linear(
             Into::Add
         }
     };
-    before.with(x, inputs, |a| matmul(Mat::new(a, rows, inputs, inputs), w, y, outputs, into, Threads::All));
+    before.with(x, inputs, |a| matmul(Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
 }
 
 /// `dw (+)= before(x)^T dy` in the layout of the weight: `[inputs, outputs]`, or `[outputs, inputs]` where `transposed`.
@@ -99,7 +99,7 @@ pub(crate) fn weight_gradient(
     before.with(x, inputs, |a| {
         let a = Mat::new(a, dy.rows(), inputs, inputs);
         let (l, r, width) = if transposed { (dy.t(), a, inputs) } else { (a.t(), dy, dy.cols()) };
-        matmul(l, r, dw, width, into, Threads::All);
+        matmul(l, r, dw, width, into);
     });
 }
 

@@ -47,20 +47,11 @@ pub(crate) enum Into {
     Add,
 }
 
-/// Whether a product may use every thread of the pool, or runs on the calling one (inside a parallel loop).
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Threads {
-    /// This thread.
-    One,
-    /// The pool.
-    All,
-}
-
-/// `c = a b` or `c += a b`, with `c` row-major, its rows `c_stride` apart.
+/// `c = a b` or `c += a b`, with `c` row-major, its rows `c_stride` apart; on the threads of the pool.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub(crate) fn matmul(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, into: Into, threads: Threads) {
+pub(crate) fn matmul(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, into: Into) {
     assert_eq!(a.cols, b.rows, "matmul: inner dimensions differ");
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_fits(c.len(), m, n, c_stride);
@@ -68,10 +59,6 @@ pub(crate) fn matmul(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, int
         return;
     }
     let add = into == Into::Add;
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(0),
-    };
     let i = |stride: usize| stride as isize;
     // SAFETY: `Mat::new` and the check above keep every index that `gemm` forms from shape and strides inside the three
     // slices; `c` is borrowed mutably, so that it overlaps neither operand.
@@ -95,7 +82,7 @@ pub(crate) fn matmul(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, int
             false,
             false,
             false,
-            parallelism,
+            Parallelism::Rayon(0),
         );
     }
 }

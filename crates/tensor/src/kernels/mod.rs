@@ -15,7 +15,10 @@ pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod norm;
+pub(crate) mod panel;
+pub(crate) mod scratch;
 pub(crate) mod simd;
+pub(crate) mod tile;
 
 /// Elements a task of an element-wise kernel works on: 64 KiB of f32, so that its inputs and outputs stay in a core's L2 cache.
 pub(crate) const CHUNK: usize = 16 * 1024;

@@ -12,7 +12,7 @@ pub(crate) const LANES: usize = 16;
 pub(crate) enum Level {
     /// What the build's target guarantees (SSE2 on x86-64, NEON on AArch64).
     Baseline,
-    /// 256-bit registers.
+    /// 256-bit registers, and fused multiply-add, which every CPU with them has.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// 512-bit registers.
@@ -29,7 +29,7 @@ pub(crate) fn level() -> Level {
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 return Level::Avx512;
             }
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 return Level::Avx2;
             }
         }
@@ -83,6 +83,25 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
     f32::from_bits((((n as i32) + 127) << 23) as u32) * y
+}
+
+/// 2^x to 2 ulp for x in [-126, 127]; 0 below -127, and so for -inf. NaN stays NaN.
+///
+/// Cephes' `exp2f`: x = n + r, a polynomial of degree 6 in r, then the exponent bits.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let x = if x < -127.0 { -127.0 } else { x };
+    let shifted = x + ROUND;
+    let r = x - (shifted - ROUND);
+    let p = 1.535_336_2e-4f32;
+    let p = p * r + 1.339_887_4e-3;
+    let p = p * r + 9.618_437e-3;
+    let p = p * r + 5.550_332_5e-2;
+    let p = p * r + 2.402_264_8e-1;
+    let p = p * r + 6.931_472e-1;
+    // The low bits of `shifted` are n: moved to the exponent they drop the rest, and n = -127 gives 0.
+    f32::from_bits(shifted.to_bits().wrapping_add(127) << 23) * (p * r + 1.0)
 }
 
 /// The error function, to 4e-7: an odd rational function, x P(x^2) / Q(x^2), on [-4, 4], beyond which it is 1 to f32's precision.
@@ -141,13 +160,23 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     reduce(x, f32::NEG_INFINITY, f32::max, f32::max)
 }
 
-/// Replaces every x by e^(scale * (x - shift)) and returns the sum.
+/// Replaces every x by e^(x - shift) and returns the sum in [`LANES`] fixed lanes, in one pass.
 #[inline(always)]
-pub(crate) fn exp_sum(x: &mut [f32], shift: f32, scale: f32) -> f32 {
-    for v in x.iter_mut() {
-        *v = exp((*v - shift) * scale);
+pub(crate) fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = exp(*x - shift);
+            *lane += *x;
+        }
     }
-    sum(x)
+    let mut total = fold_lanes(lanes, |a, b| a + b);
+    for x in rest {
+        *x = exp(*x - shift);
+        total += *x;
+    }
+    total
 }
 
 /// Folds `x` in [`LANES`] fixed lanes: `map` joins an element to its lane, `join` two lanes.
@@ -207,6 +236,18 @@ mod tests {
             let want = (density(0.0) + density(x) + inner) * h / 3.0;
             assert!((f64::from(erf(x as f32)) - want).abs() < 4e-7, "erf {x}: {} {want}", erf(x as f32));
         }
+    }
+
+    #[test]
+    fn exp2_follows_f64_and_keeps_what_is_not_finite() {
+        for i in -12_600..12_700 {
+            let x = i as f32 * 0.01;
+            let want = f64::from(x).exp2();
+            assert!(((f64::from(exp2(x)) - want) / want).abs() < 3e-7, "exp2 {x}");
+        }
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp2(-127.5), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use burn::backend::Dispatch;
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, activation};
 
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
-use super::vjp::{Sink, Vjp, dims, kept, map1};
+use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
+use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::attention as kernel;
 
@@ -22,6 +28,8 @@ pub struct AttentionConfig {
     pub n_kv_heads: usize,
     /// E
     pub head_dim: usize,
+    /// How many keys a query sees at most, itself included (Mistral's sliding window, arXiv:2310.06825); all before it if `None`.
+    pub window: Option<usize>,
     /// Rotations of queries and keys, if positions are rotary.
     pub rope: Option<Arc<RopeTable>>,
 }
@@ -33,17 +41,19 @@ impl AttentionConfig {
     }
 }
 
-/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself. No T x T matrix is kept on the fused backends.
+/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself, at most
+/// `window` of them. No T x T matrix is kept on the fused backends.
 ///
 /// # Shapes
 /// - `qkv`: `[B, T, (H + 2 K) E]`; output `[B, T, H E]`
 ///
 /// # Panics
-/// If the shapes do not fit, or a position is beyond the rotary table.
+/// If the shapes do not fit, the window is 0, or a position is beyond the rotary table.
 pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
     let [batch, tokens, width] = qkv.dims();
     let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
+    assert!(config.window != Some(0), "attention: a query sees itself: give a window of at least 1");
     assert_eq!(width, config.qkv_width(), "attention: [q | k | v] of {h} + 2 * {k} heads of {e}, got width {width}");
     assert!(
         batch == sequence.batch() && tokens == sequence.tokens(),
@@ -82,7 +92,10 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
     let scores = q.matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
     let scores = scores.reshape([batch, h, tokens, tokens]);
     // Large, but finite: a row of -inf would turn into NaN.
-    let p = activation::softmax(scores.mask_fill(sequence.mask(&device).expand([batch, h, tokens, tokens]), -1e30), 3);
+    let p = activation::softmax(
+        scores.mask_fill(sequence.mask(config.window, &device).expand([batch, h, tokens, tokens]), -1e30),
+        3,
+    );
     let out = p.reshape([batch, k, g * tokens, tokens]).matmul(v);
     out.reshape([batch, h, tokens, e]).swap_dims(1, 2).reshape([batch, tokens, h * e])
 }
@@ -96,7 +109,7 @@ pub(crate) struct Attention {
 
 impl Attention {
     fn shape(&self) -> kernel::Shape<'_> {
-        let AttentionConfig { n_heads, n_kv_heads, head_dim, rope } = &self.config;
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, window, rope } = &self.config;
         kernel::Shape {
             batch: self.sequence.batch(),
             tokens: self.sequence.tokens(),
@@ -104,6 +117,7 @@ impl Attention {
             kv_heads: *n_kv_heads,
             head_dim: *head_dim,
             starts: self.sequence.starts(),
+            window: window.unwrap_or(usize::MAX),
             rope: rope.as_deref().map(|table| {
                 let (cos, sin) = table.tables();
                 kernel::Rope { cos, sin, positions: self.sequence.positions() }
@@ -112,24 +126,57 @@ impl Attention {
     }
 }
 
-impl Vjp<1> for Attention {
-    const KEEPS: [bool; 1] = [true];
-
-    fn forward<B: HostBackend>(&self, [qkv]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+impl Attention {
+    /// The output, and the base-2 logarithms of softmax's denominators, `[B, H, T]`.
+    fn run<B: HostBackend>(&self, qkv: FloatTensor<B>) -> [FloatTensor<B>; 2] {
         let shape = self.shape();
-        let dims = [shape.batch, shape.tokens, shape.heads * shape.head_dim];
-        map1::<B>(qkv, &dims, |qkv, out| kernel::attention(qkv, shape, out))
+        let qkv = B::values(qkv);
+        let mut out = buffer(shape.batch * shape.tokens * shape.heads * shape.head_dim);
+        let mut log_sums = buffer(shape.batch * shape.heads * shape.tokens);
+        kernel::attention(qkv.as_ref(), shape, &mut out, &mut log_sums);
+        [
+            B::tensor(out, &[shape.batch, shape.tokens, shape.heads * shape.head_dim]),
+            B::tensor(log_sums, &[shape.batch, shape.heads, shape.tokens]),
+        ]
     }
+}
 
-    fn backward<B: HostBackend>(
-        &self,
-        [qkv]: [Option<FloatTensor<B>>; 1],
-        grad: FloatTensor<B>,
-        [dqkv]: [Sink<B>; 1],
-    ) -> [Option<FloatTensor<B>>; 1] {
-        let qkv = kept(qkv);
-        let (shape, dims) = (self.shape(), dims::<B>(&qkv));
-        let (qkv, dout) = (B::values(qkv), B::values(grad));
-        [dqkv.write(&dims, |dqkv| kernel::attention_backward(qkv.as_ref(), dout.as_ref(), shape, dqkv))]
+pub(crate) fn forward<B: HostBackend>(qkv: FloatTensor<B>, op: &Attention) -> FloatTensor<B> {
+    let [out, _] = op.run::<B>(qkv);
+    out
+}
+
+/// Besides the input, backward reads the output (which the next operation keeps anyway) and the logarithms.
+#[derive(Debug)]
+struct FromOutput;
+
+impl<B: HostBackend> Backward<B, 1> for FromOutput {
+    type State = (Attention, NodeId, [FloatTensor<B>; 2]);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let dout = B::values(grads.consume::<B>(&ops.node));
+        let (op, qkv, saved) = ops.state;
+        let [Some(parent)] = ops.parents else { return };
+        let qkv = checkpointer.retrieve_node_output::<FloatTensor<B>>(qkv);
+        let shape = dims::<B>(&qkv);
+        let (qkv, [out, log_sums]) = (B::values(qkv), saved.map(B::values));
+        let mut dqkv = buffer(qkv.as_ref().len());
+        kernel::attention_backward(qkv.as_ref(), out.as_ref(), log_sums.as_ref(), dout.as_ref(), op.shape(), &mut dqkv);
+        grads.register::<B>(parent.id, B::tensor(dqkv, &shape));
+    }
+}
+
+pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
+    qkv: Tracked<B, C>,
+    op: Attention,
+) -> Tracked<B, C> {
+    let input = qkv.primitive().clone();
+    match FromOutput.prepare::<C>([qkv.node()]).compute_bound().stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let saved = prep.checkpoint(&qkv);
+            let [out, log_sums] = op.run::<B>(input);
+            prep.finish((op, saved, [out.clone(), log_sums]), out)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(input, &op)),
     }
 }

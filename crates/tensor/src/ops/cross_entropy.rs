@@ -13,47 +13,96 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 use super::extension::FusedOps;
 use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
-use crate::buffers::{buffer, zeros};
+use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::cross_entropy as kernel;
 
-/// `scale * sum_i -log softmax(hidden_i weight^T)[target_i]`, in nats, over the rows whose target is not negative. With `scale` = 1 / (number of
-/// such rows of the whole batch), the losses of micro-batches add up to the mean loss of the batch, and so do their gradients.
+/// What a language model's loss is besides the cross-entropy; the default is nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossConfig {
+    /// Share of each target that is spread evenly over the vocabulary, in [0, 1) (Szegedy et al., arXiv:1512.00567, section 7; as PyTorch's).
+    pub label_smoothing: f64,
+    /// Factor of the squared logarithm of softmax's denominator, which keeps it near 0 (PaLM, arXiv:2204.02311, section 5: 1e-4).
+    pub z_loss: f64,
+}
+
+/// `scale` times the sum of the losses, in nats, of the rows whose target is not negative: with x the logits `hidden_i weight^T`, e the label
+/// smoothing and z the z-loss,
+/// `-(1 - e) log softmax(x)[target_i] - e mean(log softmax(x)) + z (log sum exp x)^2`.
+/// A row with any negative target counts nothing, in the loss and in the gradients. With `scale` = 1 / (number of the other rows of the whole
+/// batch), the losses of micro-batches add up to the mean loss of the batch, and so do their gradients.
 ///
 /// # Shapes
 /// - `hidden`: `[N, D]`, `weight`: `[V, D]`, `targets`: `N` values; output `[1]`
 ///
 /// # Panics
-/// If a target is not below V, or the number of targets is not N.
-pub fn linear_cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Arc<[i32]>, scale: f64) -> Tensor<1> {
+/// If a target is not below V, the number of targets is not N, or a value of `loss` is out of range.
+pub fn linear_cross_entropy(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Arc<[i32]>,
+    scale: f64,
+    loss: &LossConfig,
+) -> Tensor<1> {
     let ([n, _], [v, _]) = (hidden.dims(), weight.dims());
     assert_eq!(targets.len(), n, "cross-entropy: {} targets for {n} rows", targets.len());
     if let Some(bad) = targets.iter().find(|&&t| t >= 0 && t as usize >= v) {
         panic!("cross-entropy: target {bad} is not in the vocabulary of {v}");
     }
+    let LossConfig { label_smoothing, z_loss } = *loss;
+    assert!((0.0..1.0).contains(&label_smoothing), "cross-entropy: label smoothing {label_smoothing} is not in [0, 1)");
+    assert!(z_loss >= 0.0 && z_loss.is_finite(), "cross-entropy: z-loss {z_loss} is not a factor of at least 0");
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
-        return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, targets, scale as f32));
+        let op = CrossEntropy { targets, scale, loss: *loss };
+        return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
     let device = hidden.device();
-    let log_p = activation::log_softmax(hidden.matmul(weight.transpose()), 1);
+    let logits = hidden.matmul(weight.transpose());
+    let log_p = activation::log_softmax(logits.clone(), 1);
     let at: Vec<i32> = targets.iter().map(|&t| t.max(0)).collect();
     let kept: Vec<f32> = targets.iter().map(|&t| f32::from(u8::from(t >= 0))).collect();
     let at = Tensor::<2, Int>::from_data(TensorData::new(at, [n, 1]), &device);
     let kept = Tensor::<2>::from_data(TensorData::new(kept, [n, 1]), &device);
-    (log_p.gather(1, at) * kept).sum() * -scale
+    let log_p_at = log_p.clone().gather(1, at.clone());
+    let mut losses = log_p_at.clone() * (label_smoothing - 1.0);
+    if label_smoothing > 0.0 {
+        losses = losses - log_p.mean_dim(1) * label_smoothing;
+    }
+    if z_loss > 0.0 {
+        let log_sum = logits.gather(1, at) - log_p_at;
+        losses = losses + log_sum.clone() * log_sum * z_loss;
+    }
+    (losses * kept).sum() * scale
+}
+
+/// See [`linear_cross_entropy`].
+#[derive(Clone, Debug)]
+pub(crate) struct CrossEntropy {
+    targets: Arc<[i32]>,
+    scale: f64,
+    loss: LossConfig,
+}
+
+impl CrossEntropy {
+    fn run(&self, hidden: &[f32], weight: &[f32], d: usize, gradients: Option<kernel::Gradients<'_>>) -> f32 {
+        let loss = kernel::Loss {
+            scale: self.scale as f32,
+            label_smoothing: self.loss.label_smoothing as f32,
+            z_loss: self.loss.z_loss as f32,
+        };
+        kernel::linear_cross_entropy(hidden, weight, d, &self.targets, loss, gradients)
+    }
 }
 
 pub(crate) fn forward<B: HostBackend>(
     hidden: FloatTensor<B>,
     weight: FloatTensor<B>,
-    targets: &[i32],
-    scale: f32,
+    op: &CrossEntropy,
 ) -> FloatTensor<B> {
     let d = dims::<B>(&weight)[1];
     let (hidden, weight) = (B::values(hidden), B::values(weight));
-    let loss = kernel::linear_cross_entropy(hidden.as_ref(), weight.as_ref(), d, targets, scale, None);
-    B::tensor(vec![loss], &[1])
+    B::tensor(vec![op.run(hidden.as_ref(), weight.as_ref(), d, None)], &[1])
 }
 
 #[derive(Debug)]
@@ -80,20 +129,18 @@ impl<B: HostBackend> Backward<B, 2> for Scaled {
 pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     hidden: Tracked<B, C>,
     weight: Tracked<B, C>,
-    targets: Arc<[i32]>,
-    scale: f32,
+    op: CrossEntropy,
 ) -> Tracked<B, C> {
     let (h, w) = (hidden.primitive().clone(), weight.primitive().clone());
     match Scaled.prepare::<C>([hidden.node(), weight.node()]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (h_shape, w_shape) = (dims::<B>(&h), dims::<B>(&w));
             let (h, w) = (B::values(h), B::values(w));
-            let mut gradients = kernel::Gradients { hidden: buffer(h.as_ref().len()), weight: zeros(w.as_ref().len()) };
-            let loss =
-                kernel::linear_cross_entropy(h.as_ref(), w.as_ref(), w_shape[1], &targets, scale, Some(&mut gradients));
-            let state = [B::tensor(gradients.hidden, &h_shape), B::tensor(gradients.weight, &w_shape)];
-            prep.finish(state, B::tensor(vec![loss], &[1]))
+            let (mut dh, mut dw) = (buffer(h.as_ref().len()), buffer(w.as_ref().len()));
+            let gradients = kernel::Gradients { hidden: &mut dh, weight: &mut dw };
+            let loss = op.run(h.as_ref(), w.as_ref(), w_shape[1], Some(gradients));
+            prep.finish([B::tensor(dh, &h_shape), B::tensor(dw, &w_shape)], B::tensor(vec![loss], &[1]))
         }
-        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(h, w, &targets, scale)),
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(h, w, &op)),
     }
 }

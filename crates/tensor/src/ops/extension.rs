@@ -1,14 +1,12 @@
 //! The fused operations as an extension of burn's backends: routing alone, the work is in [`Vjp`](super::vjp::Vjp) implementations.
 
-use std::sync::Arc;
-
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, backend_extension};
 
 use super::activation::{Dropout, Gelu, SwiGlu};
-use super::attention::Attention;
-use super::cross_entropy;
+use super::attention::{self, Attention};
+use super::cross_entropy::{self, CrossEntropy};
 use super::embedding::Embedding;
 use super::linear::Linear;
 use super::norm::Norm;
@@ -37,8 +35,7 @@ pub(crate) trait FusedOps: Backend {
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        scale: f32,
+        op: CrossEntropy,
     ) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
 }
@@ -76,7 +73,7 @@ macro_rules! host_backend {
                 op.forward::<Self>([x])
             }
             fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
-                op.forward::<Self>([qkv])
+                attention::forward::<Self>(qkv, &op)
             }
             fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
                 op.forward::<Self>([table])
@@ -84,10 +81,9 @@ macro_rules! host_backend {
             fn fused_linear_cross_entropy(
                 hidden: FloatTensor<Self>,
                 weight: FloatTensor<Self>,
-                targets: Arc<[i32]>,
-                scale: f32,
+                op: CrossEntropy,
             ) -> FloatTensor<Self> {
-                cross_entropy::forward::<Self>(hidden, weight, &targets, scale)
+                cross_entropy::forward::<Self>(hidden, weight, &op)
             }
             fn fused_seed(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
                 seed::forward::<Self>()
@@ -123,7 +119,7 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         apply::<B, C, _, 1>(op, [x])
     }
     fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self> {
-        apply::<B, C, _, 1>(op, [qkv])
+        attention::apply::<B, C>(qkv, op)
     }
     fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [table])
@@ -131,10 +127,9 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        targets: Arc<[i32]>,
-        scale: f32,
+        op: CrossEntropy,
     ) -> FloatTensor<Self> {
-        cross_entropy::apply::<B, C>(hidden, weight, targets, scale)
+        cross_entropy::apply::<B, C>(hidden, weight, op)
     }
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self> {
         seed::apply::<B, C>(output, upstream)

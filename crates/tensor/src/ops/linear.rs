@@ -13,7 +13,7 @@ use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::linear as kernel;
 use crate::kernels::linear::Before;
-use crate::kernels::matmul::{Into, Mat, Threads, matmul};
+use crate::kernels::matmul::{Into, Mat, matmul};
 
 /// What happens to the input of a linear layer on its way in. On the CPU backends it is made again in backward, so that only the layer's own input is kept.
 #[derive(Clone, Debug)]
@@ -244,10 +244,10 @@ impl Vjp<6> for Linear {
         let dx = if !input_wanted {
             None
         } else if matches!(before, Before::Nothing) {
-            dx.fill(&x_shape, |dx, into| matmul(dy_mat, w_mat.t(), dx, inputs, into, Threads::All))
+            dx.fill(&x_shape, |dx, into| matmul(dy_mat, w_mat.t(), dx, inputs, into))
         } else {
             let mut da = buffer(rows * inputs);
-            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write, Threads::All);
+            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
             let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
             dx.replace(&x_shape, |existing| {
                 kernel::input_gradient(x.as_ref(), before, inputs, da, existing, norm_gradients)

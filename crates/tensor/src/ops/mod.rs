@@ -18,7 +18,7 @@ mod vjp;
 
 pub use activation::{dropout, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
-pub use cross_entropy::linear_cross_entropy;
+pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};

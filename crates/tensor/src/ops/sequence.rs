@@ -16,7 +16,7 @@ struct Inner {
     positions: Vec<i32>,
     starts: Vec<u32>,
     // What composed attention needs on its device, made at the first layer.
-    mask: OnceLock<Tensor<4, Bool>>,
+    mask: OnceLock<(Option<usize>, Tensor<4, Bool>)>,
     rotation: OnceLock<[Tensor<4>; 2]>,
 }
 
@@ -68,26 +68,26 @@ impl Sequence {
         &self.0.positions
     }
 
-    /// First token of the row that each token may attend to, `[B, T]`.
+    /// First token of each token's segment, `[B, T]`.
     pub(crate) fn starts(&self) -> &[u32] {
         &self.0.starts
     }
 
-    /// `[B, 1, T, T]`, true where a query must not see a key.
-    pub(crate) fn mask(&self, device: &Device) -> Tensor<4, Bool> {
+    /// `[B, 1, T, T]`, true where a query must not see a key. One window serves all layers of a model.
+    pub(crate) fn mask(&self, window: Option<usize>, device: &Device) -> Tensor<4, Bool> {
         let (batch, t) = (self.0.batch, self.0.tokens);
-        self.0
-            .mask
-            .get_or_init(|| {
-                let hidden: Vec<bool> = (0..batch * t)
-                    .flat_map(|i| {
-                        let (first, last) = (self.0.starts[i] as usize, i % t);
-                        (0..t).map(move |key| key < first || key > last)
-                    })
-                    .collect();
-                Tensor::from_data(TensorData::new(hidden, [batch, 1, t, t]), device)
-            })
-            .clone()
+        let make = || {
+            let hidden: Vec<bool> = (0..batch * t)
+                .flat_map(|i| {
+                    let (start, last) = (self.0.starts[i] as usize, i % t);
+                    let first = start.max((last + 1).saturating_sub(window.unwrap_or(usize::MAX)));
+                    (0..t).map(move |key| key < first || key > last)
+                })
+                .collect();
+            Tensor::from_data(TensorData::new(hidden, [batch, 1, t, t]), device)
+        };
+        let (made_for, mask) = self.0.mask.get_or_init(|| (window, make()));
+        if *made_for == window { mask.clone() } else { make() }
     }
 
     /// Cosines and sines of each token's position, `[B, 1, T, E / 2]`. One table serves all layers of a model.

@@ -1,4 +1,5 @@
 //! The plain references of the fused operations: double precision, no blocks, no tricks. Their gradients are finite differences.
+#![allow(dead_code)] // each test file uses some of it
 
 /// `[n, i] x [i, o] + b`
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, i: usize, o: usize) -> Vec<f64> {
@@ -63,6 +64,7 @@ pub struct Attention<'a> {
     pub head_dim: usize,
     pub positions: &'a [i32],
     pub segments: &'a [i32],
+    pub window: usize,
     pub theta: Option<f64>,
 }
 
@@ -91,8 +93,9 @@ impl Attention<'_> {
                 let kv = head / (h / k);
                 for i in 0..t {
                     let q = vector(b, i, head, true);
-                    let seen: Vec<usize> =
-                        (0..=i).filter(|&j| self.segments[b * t + j] == self.segments[b * t + i]).collect();
+                    let seen: Vec<usize> = (0..=i)
+                        .filter(|&j| self.segments[b * t + j] == self.segments[b * t + i] && i - j < self.window)
+                        .collect();
                     let scores: Vec<f64> = seen
                         .iter()
                         .map(|&j| {
@@ -116,15 +119,26 @@ impl Attention<'_> {
     }
 }
 
-/// `scale * sum -log softmax(h w^T)[target]` over targets that are not negative; `w` is `[v, d]`.
-pub fn linear_cross_entropy(hidden: &[f64], w: &[f64], d: usize, targets: &[i32], scale: f64) -> Vec<f64> {
+/// `scale * sum(-(1 - e) log softmax(h w^T)[target] - e mean(log softmax(h w^T)) + z (log sum exp h w^T)^2)` over targets that are not
+/// negative, with e = `smoothing` and z = `z_loss`; `w` is `[v, d]`.
+pub fn linear_cross_entropy(
+    hidden: &[f64],
+    w: &[f64],
+    d: usize,
+    targets: &[i32],
+    scale: f64,
+    (smoothing, z_loss): (f64, f64),
+) -> Vec<f64> {
     let mut total = 0.0;
     for (row, &target) in hidden.chunks(d).zip(targets) {
         if target >= 0 {
             let logits: Vec<f64> = w.chunks(d).map(|w| row.iter().zip(w).map(|(a, b)| a * b).sum()).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
-            total += top + sum.ln() - logits[target as usize];
+            let log = top + sum.ln();
+            let log_p: Vec<f64> = logits.iter().map(|l| l - log).collect();
+            let mean = log_p.iter().sum::<f64>() / log_p.len() as f64;
+            total += -(1.0 - smoothing) * log_p[target as usize] - smoothing * mean + z_loss * log * log;
         }
     }
     vec![total * scale]
