@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use crate::stats::bytes;
+
 /// The machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Machine {
@@ -39,6 +41,21 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// The line under a table: what it was measured on and with.
+    pub fn describe(&self, threads: usize, software: &[&str]) -> String {
+        let mut versions: Vec<&str> = vec![];
+        for version in software.iter().chain([&self.rustc.as_str()]) {
+            if !version.is_empty() && !versions.contains(version) {
+                versions.push(version);
+            }
+        }
+        let cores = if self.cores == 1 { "1 core".to_owned() } else { format!("{} cores", self.cores) };
+        let memory = bytes(self.memory_bytes);
+        format!("{}, {cores}, {memory}, {}; {threads} threads; {}.", self.cpu, self.system, versions.join(", "))
+    }
+}
+
 /// The value of the first line `key : value`.
 fn value(text: &str, key: &str) -> Option<String> {
     let line = text.lines().find(|line| line.starts_with(key))?;
@@ -59,6 +76,9 @@ mod tests {
         let text = "processor\t: 0\nmodel name\t: AMD EPYC 7B12\nmodel name\t: other\n";
         assert_eq!(value(text, "model name").as_deref(), Some("AMD EPYC 7B12"));
         assert_eq!(value(text, "MemTotal"), None);
-        assert!(Machine::here().cores > 0);
+        let machine = Machine::here();
+        assert!(machine.cores > 0);
+        let text = machine.describe(2, &["Firebox 1", "PyTorch 2", "PyTorch 2"]);
+        assert!(text.contains("; 2 threads; Firebox 1, PyTorch 2, rustc"), "{text}");
     }
 }

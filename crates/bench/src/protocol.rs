@@ -85,7 +85,7 @@ impl Training {
 }
 
 /// Random tokens by SplitMix64 of a counter (Steele et al., OOPSLA 2014), which `torch/worker.py` computes as well.
-fn tokens(seed: u64, count: usize, vocab: usize) -> Vec<i32> {
+pub fn tokens(seed: u64, count: usize, vocab: usize) -> Vec<i32> {
     (1..=count as u64)
         .map(|i| {
             let mut z = i.wrapping_add(seed).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -159,16 +159,29 @@ impl Request {
     }
 }
 
-/// Answers the driver's lines until it has enough: the loop of every worker written in Rust. `run(case, n)` returns the value.
-pub fn serve(ready: &Ready, mut run: impl FnMut(usize, usize) -> Result<f64>) -> Result<()> {
+/// Measures a turn, from its beginning or from where the worker starts it again.
+pub struct Clock(Instant);
+
+impl Clock {
+    /// What came before was preparation.
+    pub fn start(&mut self) {
+        self.0 = Instant::now();
+    }
+}
+
+/// Answers the driver's lines until it has enough: the loop of every worker written in Rust. `run(case, n, clock)` returns the value.
+///
+/// # Errors
+/// What `run` returns, and the streams.
+pub fn serve(ready: &Ready, mut run: impl FnMut(usize, usize, &mut Clock) -> Result<f64>) -> Result<()> {
     say(ready)?;
     for line in io::stdin().lock().lines() {
         let line = line.map_err(Error::io("read", "standard input"))?;
         match Request::parse(&line) {
             Some(Request::Go { case, n }) => {
-                let start = Instant::now();
-                let value = run(case, n)?;
-                say(&Done { seconds: start.elapsed().as_secs_f64(), value })?;
+                let mut clock = Clock(Instant::now());
+                let value = run(case, n, &mut clock)?;
+                say(&Done { seconds: clock.0.elapsed().as_secs_f64(), value })?;
             }
             Some(Request::Quit) => break,
             None => return Err(Error::Protocol { expected: "`go CASE N` or `quit`", got: line }),

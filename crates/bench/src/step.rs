@@ -56,7 +56,7 @@ pub fn work(task: &Training) -> Result<()> {
     }
     let params = task.model.num_params() as u64;
     let software = format!("Firebox {}", env!("CARGO_PKG_VERSION"));
-    serve(&Ready { params, loss, rss_before_model_bytes, software }, |_, n| {
+    serve(&Ready { params, loss, rss_before_model_bytes, software }, |_, n, _| {
         let mut loss = f64::NAN;
         for _ in 0..n {
             loss = state.step()?;

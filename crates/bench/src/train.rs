@@ -1,7 +1,5 @@
 //! `bench train`: training steps of whole models.
 
-use std::fmt::Write;
-
 use serde::{Deserialize, Serialize};
 
 use crate::contender::{Contender, Programs};
@@ -33,6 +31,8 @@ pub struct Report {
     pub name: String,
     /// What it is.
     pub title: String,
+    /// What is aimed for.
+    pub target: Option<Target>,
     /// Where it was measured.
     pub machine: Machine,
     /// Threads of each contender.
@@ -115,8 +115,9 @@ pub fn run(programs: &Programs, spec: &Spec, settings: &Settings) -> Result<Repo
     }
     let tokens = steps * training.tokens_per_step();
     Ok(Report {
-        name: spec.name.to_owned(),
-        title: spec.title.to_owned(),
+        name: spec.name.clone(),
+        title: spec.title.clone(),
+        target: spec.target,
         machine: Machine::here(),
         threads: settings.threads,
         training: Training { warmup_steps, ..training.clone() },
@@ -127,7 +128,32 @@ pub fn run(programs: &Programs, spec: &Spec, settings: &Settings) -> Result<Repo
     })
 }
 
+/// All models in one table: what Firebox reaches beside PyTorch, and the target in parentheses.
+pub fn overview(reports: &[Report]) -> String {
+    let mut table = Table::new(["model", "speed to the best PyTorch", "MFU", "peak memory to PyTorch"]);
+    for report in reports {
+        let both = report.best_torch().zip(report.torch_memory());
+        if let Some((firebox, (best, memory))) = report.of(Contender::Firebox).zip(both) {
+            let target =
+                |text: fn(Target) -> String| report.target.map_or_else(String::new, |t| format!(" ({})", text(t)));
+            let of_memory = firebox.peak_rss_bytes as f64 / memory.peak_rss_bytes as f64;
+            table.row([
+                report.name.clone(),
+                times(firebox.speed().median / best.speed().median) + &target(|t| format!("≥ {}", times(t.speed))),
+                percent(report.mfu(firebox)) + &target(|t| format!("≥ {}", percent(t.mfu))),
+                times(of_memory) + &target(|t| format!("≤ {}", times(t.memory))),
+            ]);
+        }
+    }
+    table.to_string()
+}
+
 impl Report {
+    /// Versions of what took part.
+    pub fn software(&self) -> Vec<&str> {
+        self.results.iter().map(|outcome| outcome.software.as_str()).collect()
+    }
+
     /// The contender's outcome.
     pub fn of(&self, contender: Contender) -> Option<&Outcome> {
         self.results.iter().find(|outcome| outcome.contender == contender)
@@ -154,16 +180,9 @@ impl Report {
 
     /// The table and what was aimed for, in Markdown.
     pub fn markdown(&self) -> String {
-        let mut table = Table::new([
-            "",
-            "tokens/s",
-            "min – max",
-            "to the best PyTorch",
-            "MFU",
-            "peak memory",
-            "first loss",
-            "loss",
-        ]);
+        let header =
+            ["", "tokens/s", "min – max", "to the best PyTorch", "MFU", "peak memory", "before the model", "loss"];
+        let mut table = Table::new(header);
         let (best, memory) = (self.best_torch(), self.torch_memory());
         for outcome in &self.results {
             let speed = outcome.speed();
@@ -174,14 +193,14 @@ impl Report {
                 best.map_or_else(String::new, |best| times(speed.median / best.speed().median)),
                 percent(self.mfu(outcome)),
                 bytes(outcome.peak_rss_bytes),
-                format!("{:.3}", outcome.first_loss),
-                format!("{:.3}", outcome.loss),
+                bytes(outcome.rss_before_model_bytes),
+                format!("{:.3} → {:.3}", outcome.first_loss, outcome.loss),
             ]);
         }
         let Training { batch, tokens, model, warmup_steps, .. } = &self.training;
         let mut text = format!(
-            "{}. {} parameters, batches of {batch} x {tokens} tokens, {} MFLOP a token. `loss` is after {} steps. Peak rate \
-             {} GFLOP/s.\n\n{table}\n",
+            "{}. {} parameters, batches of {batch} x {tokens} tokens, {} MFLOP a token; the loss is of the first step and of \
+             step {}. Peak rate {} GFLOP/s.\n\n{table}\n",
             self.title,
             number(model.num_params() as f64),
             number(self.flops_per_token / 1e6),
@@ -195,11 +214,7 @@ impl Report {
     }
 
     fn targets(&self, firebox: &Outcome, best: &Outcome, memory: &Outcome) -> String {
-        let Some(Target { speed, mfu, memory: share }) =
-            crate::models::all().into_iter().find(|spec| spec.name == self.name).map(|spec| spec.target)
-        else {
-            return String::new();
-        };
+        let Some(Target { speed, mfu, memory: share }) = self.target else { return String::new() };
         let ratio = firebox.speed().median / best.speed().median;
         let (used, of_memory) = (self.mfu(firebox), firebox.peak_rss_bytes as f64 / memory.peak_rss_bytes as f64);
         let mut table = Table::new(["firebox", "measured", "target", ""]);
@@ -214,9 +229,6 @@ impl Report {
             format!("≤ {}", times(share)),
             of_memory <= share,
         );
-        let mut text = String::new();
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "{table}");
-        text
+        table.to_string()
     }
 }

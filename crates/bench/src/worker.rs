@@ -203,7 +203,8 @@ pub fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("torch").join(name)
 }
 
-fn keep_tail(mut stream: impl Read, tail: &Mutex<Vec<u8>>) {
+/// Reads a stream to its end and keeps the last of it.
+pub fn keep_tail(mut stream: impl Read, tail: &Mutex<Vec<u8>>) {
     let mut buffer = [0; 1024];
     while let Ok(n @ 1..) = stream.read(&mut buffer) {
         let mut tail = lock(tail);

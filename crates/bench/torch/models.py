@@ -115,9 +115,13 @@ def initialize(module, std):
         nn.init.zeros_(module.bias)
 
 
+def adamw_of(groups, lr, betas):
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
 def adamw(model, lr, betas, weight_decay):
     """Fused AdamW that decays matrices alone, nanoGPT's way."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    return adamw_of(groups, lr, betas)
