@@ -82,8 +82,13 @@ struct Common {
 }
 
 impl Common {
-    fn programs(&self) -> Programs {
-        Programs { python: self.python.clone(), baseline: self.baseline.clone(), cache: self.results.clone() }
+    fn programs(&self) -> Result<Programs> {
+        Ok(Programs {
+            own: std::env::current_exe().map_err(Error::io("find", "this program"))?,
+            python: self.python.clone(),
+            baseline: self.baseline.clone(),
+            cache: self.results.clone(),
+        })
     }
 
     fn settings(&self, contenders: &[Contender], rounds: usize) -> Settings {
@@ -141,7 +146,7 @@ impl Train {
         let settings = self.common.settings(&contenders, 5);
         all_train(&settings)?;
         for spec in &specs {
-            let report = train::run(&self.common.programs(), spec, &settings)?;
+            let report = train::run(&self.common.programs()?, spec, &settings)?;
             println!("## {}\n\n{}", spec.name, report.markdown());
             self.common.save(&format!("train-{}", spec.name), &report)?;
         }
@@ -198,7 +203,7 @@ impl Kernels {
                 advice: "leave it out of --contenders",
             });
         }
-        let report = kernels::run(&self.common.programs(), kernels, &settings)?;
+        let report = kernels::run(&self.common.programs()?, kernels, &settings)?;
         println!("{}", report.markdown());
         self.common.save("kernels", &report)?;
         if self.common.write_docs {
@@ -226,7 +231,7 @@ impl Scaling {
         all_train(&settings)?;
         let axes = if self.axes.is_empty() { Axis::value_variants() } else { &self.axes };
         for &axis in axes {
-            let report = scaling::run(&self.common.programs(), axis, &settings)?;
+            let report = scaling::run(&self.common.programs()?, axis, &settings)?;
             println!("## {}\n\n{}", axis.name(), report.markdown());
             let svg = report.plot()?;
             self.common.save(&format!("scaling-{}", axis.name()), &report)?;
@@ -272,7 +277,7 @@ impl Speedrun {
         }
         let firebox: Option<&Path> = self.firebox.as_deref();
         let task = speedrun::Task { data: &self.data, recipe: &self.recipe, firebox, quick: settings.quick };
-        let report = speedrun::run(&self.common.programs(), &task, &settings)?;
+        let report = speedrun::run(&self.common.programs()?, &task, &settings)?;
         println!("{}", report.markdown());
         self.common.save("speedrun", &report)?;
         if self.common.write_docs {

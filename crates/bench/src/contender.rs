@@ -89,6 +89,8 @@ impl fmt::Display for Contender {
 /// Where the programs are that contenders run in.
 #[derive(Clone, Debug, Default)]
 pub struct Programs {
+    /// This program.
+    pub own: PathBuf,
     /// A Python that has PyTorch.
     pub python: Option<PathBuf>,
     /// This program, built with the feature `baseline`.

@@ -199,10 +199,10 @@ impl Report {
         }
         let Training { batch, tokens, model, warmup_steps, .. } = &self.training;
         let mut text = format!(
-            "{}. {} parameters, batches of {batch} x {tokens} tokens, {} MFLOP a token; the loss is of the first step and of \
+            "{}. {}M parameters, batches of {batch} x {tokens} tokens, {} MFLOP a token; the loss is of the first step and of \
              step {}. Peak rate {} GFLOP/s.\n\n{table}\n",
             self.title,
-            number(model.num_params() as f64),
+            number(model.num_params() as f64 / 1e6),
             number(self.flops_per_token / 1e6),
             warmup_steps + self.steps,
             number(self.peak() / 1e9),

@@ -174,7 +174,6 @@ impl Drop for Worker {
 }
 
 fn command(programs: &Programs, contender: Contender) -> Result<Command> {
-    let own = || std::env::current_exe().map_err(Error::io("find", "this program"));
     let missing = |what, option| Error::Program { contender, what, option };
     let worker = |program: &Path| {
         let mut command = Command::new(program);
@@ -182,11 +181,11 @@ fn command(programs: &Programs, contender: Contender) -> Result<Command> {
         command
     };
     Ok(match contender.runtime() {
-        Runtime::Own => worker(&own()?),
+        Runtime::Own => worker(&programs.own),
         Runtime::Baseline => {
             // This program may be it.
-            let program = if cfg!(feature = "baseline") { Some(own()?) } else { programs.baseline.clone() };
-            worker(&program.ok_or_else(|| missing("a build with burn's own modules", "--baseline PATH"))?)
+            let program = if cfg!(feature = "baseline") { Some(&programs.own) } else { programs.baseline.as_ref() };
+            worker(program.ok_or_else(|| missing("a build with burn's own modules", "--baseline PATH"))?)
         }
         Runtime::Python => {
             let python =
