@@ -102,19 +102,28 @@ impl Common {
 
     /// Keeps a result as JSON.
     fn save(&self, name: &str, result: &impl serde::Serialize) -> Result<()> {
-        let path = self.path(name);
+        let path = self.path(&format!("{name}.json"));
         let text = serde_json::to_string_pretty(result).map_err(|source| Error::Json { what: "a result", source })?;
-        fs::create_dir_all(&self.results).map_err(Error::io("create", &self.results))?;
-        fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
+        write(&path, &(text + "\n"))?;
         eprintln!("    {}", path.display());
         Ok(())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.results.join(format!("{name}.json"))
+    /// The file of a result; a smoke run does not replace a real one.
+    fn path(&self, file: &str) -> PathBuf {
+        if self.quick { self.results.join("quick").join(file) } else { self.results.join(file) }
     }
 }
 
+/// Writes a file, and its folder if there is none.
+fn write(path: &Path, text: &str) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    }
+    fs::write(path, text).map_err(Error::io("write", path))
+}
+
+/// Fails where a contender trains no models.
 fn all_train(settings: &Settings) -> Result<()> {
     match settings.contenders.iter().find(|contender| !contender.trains()) {
         Some(&contender) => {
@@ -157,7 +166,7 @@ impl Train {
     fn write_docs(&self) -> Result<()> {
         let mut reports: Vec<train::Report> = vec![];
         for spec in models::all() {
-            let path = self.common.path(&format!("train-{}", spec.name));
+            let path = self.common.path(&format!("train-{}.json", spec.name));
             if path.exists() {
                 let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
                 reports.push(serde_json::from_str(&text).map_err(|source| Error::Json { what: "a result", source })?);
@@ -178,7 +187,7 @@ impl Train {
 #[derive(Args)]
 struct Kernels {
     /// Only kernels whose name contains this, as `attention` or `sgemm 2048`.
-    #[arg(value_name = "FILTER")]
+    #[arg(value_name = "FILTER", conflicts_with = "write_docs")]
     filter: Option<String>,
     #[command(flatten)]
     common: Common,
@@ -235,8 +244,7 @@ impl Scaling {
             println!("## {}\n\n{}", axis.name(), report.markdown());
             let svg = report.plot()?;
             self.common.save(&format!("scaling-{}", axis.name()), &report)?;
-            let path = self.common.results.join(format!("scaling-{}.svg", axis.name()));
-            fs::write(&path, &svg).map_err(Error::io("write", &path))?;
+            write(&self.common.path(&format!("scaling-{}.svg", axis.name())), &svg)?;
             if let (true, Some((_, first))) = (self.common.write_docs, report.points.first()) {
                 let title = format!("Time and peak memory of a training step over {}", axis.name());
                 let image = docs::write_plot(axis.name(), &title, &svg)?;
