@@ -44,14 +44,14 @@ impl Bench {
     pub fn run(self, workspace: &Workspace) -> Result<ExitCode> {
         let needs = Needs::of(&self.arguments);
         say::heading("building the benchmark");
-        let binary = build_binary(workspace, "firebox-bench", "firebox-bench", "release", &[])?;
+        let binary = build_binary(workspace, &["firebox-bench", "firebox"], "firebox-bench", "release", &[])?;
         let mut command = Command::new(&binary);
         command.args(&self.arguments).env("FIREBOX_BENCH_RESULTS", workspace.target.join("bench"));
         if needs.torch {
             command.env("FIREBOX_BENCH_PYTHON", Python::new(workspace, "bench", REQUIREMENTS).install()?);
         }
         if needs.firebox {
-            command.env("FIREBOX_BENCH_FIREBOX", build_binary(workspace, "firebox", "firebox", "release", &[])?);
+            command.env("FIREBOX_BENCH_FIREBOX", build_binary(workspace, &["firebox"], "firebox", "release", &[])?);
         }
         if needs.burn {
             command.env("FIREBOX_BENCH_BASELINE", baseline(workspace)?);
@@ -63,7 +63,7 @@ impl Bench {
 /// The benchmark once more, with models of burn's own modules, and with burn built as fast as it gets.
 fn baseline(workspace: &Workspace) -> Result<PathBuf> {
     say::heading("building burn's own modules, fully optimized (first time: 15 minutes on 2 cores)");
-    build_binary(workspace, "firebox-bench", "firebox-bench", "baseline", &["baseline"])
+    build_binary(workspace, &["firebox-bench"], "firebox-bench", "baseline", &["baseline"])
 }
 
 /// What the arguments ask for beyond the benchmark itself.

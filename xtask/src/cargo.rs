@@ -64,16 +64,20 @@ pub fn output<S: AsRef<OsStr>>(program: &str, arguments: &[S]) -> Option<String>
 }
 
 /// Builds one binary in a profile and returns where cargo put it.
+///
+/// Features are those that all of `packages` ask for together: a package beside the binary's own keeps its dependencies, which are
+/// shared, from being built once more.
 pub fn build_binary(
     workspace: &Workspace,
-    package: &'static str,
+    packages: &[&str],
     binary: &'static str,
     profile: &str,
     features: &[&str],
 ) -> Result<PathBuf> {
     let mut command = cargo(workspace);
     command
-        .args(["build", "--profile", profile, "--locked", "-p", package, "--bin", binary])
+        .args(["build", "--profile", profile, "--locked", "--bin", binary])
+        .args(packages.iter().flat_map(|package| ["-p", package]))
         .arg("--message-format=json-render-diagnostics");
     if !features.is_empty() {
         command.arg("--features").arg(features.join(","));
@@ -99,7 +103,7 @@ pub fn build_binary(
     if !status.success() {
         return Err(Error::Failed { command: line(&command), status });
     }
-    executable.ok_or(Error::NoExecutable { package, binary })
+    executable.ok_or(Error::NoExecutable { binary })
 }
 
 /// Becomes the program, so that signals and the exit code are the program's own.

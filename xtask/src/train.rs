@@ -118,7 +118,7 @@ impl Train {
             None => say::heading("building Firebox"),
         }
         let start = Instant::now();
-        let binary = build_binary(workspace, "firebox", "firebox", "release", &self.backend.features())?;
+        let binary = build_binary(workspace, &["firebox"], "firebox", "release", &self.backend.features())?;
         eprintln!("    built in {}", say::duration(start.elapsed()));
         let arguments = self.arguments();
         say::heading(&format!("firebox {}", arguments.join(" ")));

@@ -27,6 +27,8 @@ pub struct Panel {
 /// Pixels of a panel; plotters' SVG has whole coordinates, so plots are drawn large and shown smaller.
 const PANEL: (u32, u32) = (880, 640);
 const FONT: i32 = 30;
+/// Room for the lines' names at their ends: the longest is torch-compile.
+const LABEL: i32 = 210;
 const TEXT: RGBColor = RGBColor(0x55, 0x52, 0x4e);
 const GRID: RGBColor = RGBColor(0xdd, 0xd8, 0xd1);
 /// Colours that are told apart without red and green (Okabe and Ito, 2008).
@@ -82,7 +84,7 @@ fn draw(panel: &Panel, area: &DrawingArea<SVGBackend, plotters::coord::Shift>) -
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, style.clone())
         .margin(24)
-        .margin_right(60)
+        .margin_right(LABEL)
         .x_label_area_size(56)
         .y_label_area_size(130)
         .build_cartesian_2d(
@@ -109,10 +111,23 @@ fn draw(panel: &Panel, area: &DrawingArea<SVGBackend, plotters::coord::Shift>) -
         chart
             .draw_series(series.points.iter().map(|&point| Circle::new(point, 8, color.filled())))
             .map_err(|error| error.to_string())?;
-        // The key stands in the upper left, where curves that grow leave room.
-        let label = style.color(&color).pos(Pos::new(HPos::Left, VPos::Top));
-        area.draw(&Text::new(series.label.clone(), (180, 80 + 38 * i as i32), label))
-            .map_err(|error| error.to_string())?;
+    }
+    // Each line's name stands at its end; names that would overlap move down.
+    let mut ends: Vec<(i32, i32, usize)> = vec![];
+    let origin = area.get_pixel_range();
+    for (i, series) in panel.series.iter().enumerate() {
+        if let Some(end) = series.points.last() {
+            let (x, y) = chart.backend_coord(end);
+            ends.push((y - origin.1.start, x - origin.0.start, i));
+        }
+    }
+    ends.sort_unstable();
+    let mut lowest = i32::MIN / 2;
+    for (y, x, i) in ends {
+        lowest = y.max(lowest + FONT + 4);
+        let label = style.color(&COLORS[i % COLORS.len()]).pos(Pos::new(HPos::Left, VPos::Center));
+        let text = Text::new(panel.series[i].label.clone(), (x + 16, lowest), label);
+        area.draw(&text).map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -156,12 +156,12 @@ impl Report {
         let axis = self.axis.name();
         plot::panels(&[
             Panel {
-                title: format!("time of a step over {axis}"),
+                title: format!("Time of a step over {axis}"),
                 value: |ms| format!("{} ms", number(ms)),
                 series: series(|report, outcome| 1e3 * seconds(report, outcome)),
             },
             Panel {
-                title: format!("peak memory over {axis}"),
+                title: format!("Peak memory over {axis}"),
                 value: |mb| format!("{mb:.0} MB"),
                 series: series(|_, outcome| outcome.peak_rss_bytes as f64 / 1e6),
             },
