@@ -1,8 +1,8 @@
 //! Contenders in turns: A, B, C, A, B, C, …, so that whatever else the machine does meets all of them alike.
 
 use crate::contender::Programs;
-use crate::error::Result;
-use crate::protocol::{Done, Ended, Job, Ready};
+use crate::error::{Error, Result};
+use crate::protocol::{Done, Ended, Job, Ready, Task};
 use crate::worker::Worker;
 
 /// A contender's part in a race.
@@ -26,7 +26,9 @@ pub struct Raced {
     pub ended: Ended,
 }
 
-/// Starts all contenders, one after the other, and runs them in turns. `said` hears of each round: contender, round, result.
+/// Starts all contenders, one after the other, and runs them in turns. `said` hears of each step of it.
+///
+/// Whoever trains must train the same model: the number of parameters is compared with that of the job's shape.
 ///
 /// # Errors
 /// The first worker that fails ends the race, and all the others.
@@ -34,7 +36,14 @@ pub fn race(programs: &Programs, entries: &[Entry], said: &mut dyn FnMut(&str)) 
     let mut workers = vec![];
     for entry in entries {
         said(&format!("{} warms up", entry.job.contender));
-        workers.push(Worker::start(programs, &entry.job)?);
+        let (worker, ready) = Worker::start(programs, &entry.job)?;
+        if let Task::Train(training) = &entry.job.task {
+            let (expected, got) = (training.model.num_params() as u64, ready.params);
+            if got != expected {
+                return Err(Error::OtherModel { contender: worker.contender(), expected, got });
+            }
+        }
+        workers.push((worker, ready));
     }
     let mut done: Vec<Vec<Done>> = vec![vec![]; entries.len()];
     let last = entries.iter().map(|entry| entry.rounds).max().unwrap_or(0);
