@@ -3,8 +3,8 @@
 use std::env;
 use std::ffi::OsStr;
 use std::io::BufReader;
-use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 
 use cargo_metadata::Message;
 
@@ -63,16 +63,21 @@ pub fn output<S: AsRef<OsStr>>(program: &str, arguments: &[S]) -> Option<String>
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Builds one binary in the release profile and returns where cargo put it.
+/// Builds one binary in a profile and returns where cargo put it.
+///
+/// Features are those that all of `packages` ask for together: a package beside the binary's own keeps its dependencies, which are
+/// shared, from being built once more.
 pub fn build_binary(
     workspace: &Workspace,
-    package: &'static str,
+    packages: &[&str],
     binary: &'static str,
+    profile: &str,
     features: &[&str],
 ) -> Result<PathBuf> {
     let mut command = cargo(workspace);
     command
-        .args(["build", "--release", "--locked", "-p", package, "--bin", binary])
+        .args(["build", "--profile", profile, "--locked", "--bin", binary])
+        .args(packages.iter().flat_map(|package| ["-p", package]))
         .arg("--message-format=json-render-diagnostics");
     if !features.is_empty() {
         command.arg("--features").arg(features.join(","));
@@ -98,7 +103,22 @@ pub fn build_binary(
     if !status.success() {
         return Err(Error::Failed { command: line(&command), status });
     }
-    executable.ok_or(Error::NoExecutable { package, binary })
+    executable.ok_or(Error::NoExecutable { binary })
+}
+
+/// Becomes the program, so that signals and the exit code are the program's own.
+#[cfg(unix)]
+pub fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+    Err(Error::Io { operation: "run", path: binary.to_owned(), source: command.exec() })
+}
+
+/// Runs the program and hands on its exit code.
+#[cfg(not(unix))]
+pub fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
+    let status = command.status().map_err(Error::io("run", binary))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 #[cfg(test)]

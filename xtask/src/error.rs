@@ -21,8 +21,8 @@ pub enum Error {
     Metadata { manifest: PathBuf, source: Box<cargo_metadata::Error> },
     #[error("cannot parse {} as TOML: {source}", path.display())]
     Toml { path: PathBuf, source: Box<toml::de::Error> },
-    #[error("cargo built package `{package}` but reported no executable `{binary}`")]
-    NoExecutable { package: &'static str, binary: &'static str },
+    #[error("cargo built `{binary}` but reported no executable")]
+    NoExecutable { binary: &'static str },
     #[error("cannot install {what}: {why}")]
     Install { what: String, why: String },
 }

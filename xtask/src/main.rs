@@ -3,6 +3,7 @@
 //! ```text
 //! cargo xtask train            build Firebox and train a small model
 //! cargo xtask test --install   install what the tests need, then run them all
+//! cargo xtask bench            measure Firebox beside PyTorch
 //! cargo xtask tidy             format, lints, documentation, layering rules
 //! cargo xtask setup            say what this machine lacks
 //! cargo xtask docs             build the API documentation and the book
@@ -11,6 +12,7 @@
 //! It depends on no other crate of the workspace and on nothing heavy, so that it is there within seconds of a fresh
 //! clone. Each command says what it runs and how long that took.
 
+mod bench;
 mod cargo;
 mod docs;
 mod error;
@@ -39,6 +41,7 @@ struct Cli {
 enum Task {
     Train(train::Train),
     Test(test::Test),
+    Bench(bench::Bench),
     Tidy(tidy::Tidy),
     Setup(setup::Setup),
     Docs(docs::Docs),
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
     let outcome = Workspace::locate().and_then(|workspace| match cli.command {
         Task::Train(task) => task.run(&workspace),
         Task::Test(task) => task.run(&workspace),
+        Task::Bench(task) => task.run(&workspace),
         Task::Tidy(task) => task.run(&workspace),
         Task::Setup(task) => task.run(&workspace),
         Task::Docs(task) => task.run(&workspace),

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use crate::cargo::build_binary;
-use crate::error::{Error, Result};
+use crate::cargo::{build_binary, replace_self};
+use crate::error::Result;
 use crate::say;
 use crate::workspace::Workspace;
 
@@ -118,7 +118,7 @@ impl Train {
             None => say::heading("building Firebox"),
         }
         let start = Instant::now();
-        let binary = build_binary(workspace, "firebox", "firebox", &self.backend.features())?;
+        let binary = build_binary(workspace, &["firebox"], "firebox", "release", &self.backend.features())?;
         eprintln!("    built in {}", say::duration(start.elapsed()));
         let arguments = self.arguments();
         say::heading(&format!("firebox {}", arguments.join(" ")));
@@ -148,21 +148,6 @@ impl Train {
 fn built_before(deps: &Path, prefix: &str) -> bool {
     fs::read_dir(deps)
         .is_ok_and(|entries| entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with(prefix)))
-}
-
-/// Becomes the program, so that signals and the exit code are the program's own.
-#[cfg(unix)]
-fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
-    use std::os::unix::process::CommandExt;
-    Err(Error::Io { operation: "run", path: binary.to_owned(), source: command.exec() })
-}
-
-/// Runs the program and hands on its exit code.
-#[cfg(not(unix))]
-fn replace_self(mut command: Command, binary: &Path) -> Result<ExitCode> {
-    let status = command.status().map_err(Error::io("run", binary))?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::workspace::Workspace;
 
 /// Which members of the workspace each member may depend on. Dependencies point one way, from what composes to what
 /// computes; a member that is missing here may depend on none.
-const ALLOWED: [(&str, &[&str]); 8] = [
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("firebox-tensor", &[]),
     ("firebox-data", &[]),
     ("firebox-models", &["firebox-tensor"]),
@@ -24,6 +24,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
         "firebox-tests",
         &["firebox", "firebox-data", "firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"],
     ),
+    ("firebox-bench", &["firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"]),
     ("xtask", &[]),
 ];
 

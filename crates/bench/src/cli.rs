@@ -1,0 +1,339 @@
+//! The command line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::contender::{Contender, Programs};
+use crate::error::{Error, Result};
+use crate::protocol::{Job, Task, Training};
+use crate::scaling::Axis;
+use crate::train::Settings;
+use crate::{docs, kernel_calls, kernels, models, peak, scaling, speedrun, step, train, worker};
+
+/// Measures Firebox beside PyTorch and plain burn.
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask bench",
+    bin_name = "cargo xtask bench",
+    version,
+    after_help = "Examples:
+  cargo xtask bench train                         four models, three contenders
+  cargo xtask bench train gpt-14m --rounds 9      one model, more rounds
+  cargo xtask bench train --quick                 a smoke run: its numbers mean nothing
+  cargo xtask bench speedrun --data tinyshakespeare.txt
+
+Let nothing else run meanwhile. Contenders take turns, so a disturbance meets all alike, but it widens the spread.
+Results are printed as Markdown and kept as JSON in the target folder."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Train(Train),
+    Kernels(Kernels),
+    Scaling(Scaling),
+    Speedrun(Speedrun),
+    /// A contender's process; started by the driver.
+    #[command(hide = true)]
+    Worker {
+        /// The job, as JSON.
+        job: String,
+    },
+}
+
+/// What every benchmark takes.
+#[derive(Args)]
+struct Common {
+    /// Who takes part, separated by commas; by default all but burn's own modules, which take minutes to build.
+    #[arg(long, value_delimiter = ',', value_enum, value_name = "NAME,...")]
+    contenders: Vec<Contender>,
+    /// Threads of each contender [default: all cores].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Rounds; results are medians over them [default: 5, scaling 3, speedrun 1].
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// One short round, to see that all runs.
+    #[arg(long)]
+    quick: bool,
+    /// Write the results into docs/benchmarks.md as well.
+    #[arg(long, conflicts_with = "quick")]
+    write_docs: bool,
+    /// A Python that has PyTorch.
+    #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_PYTHON", hide_env_values = true)]
+    python: Option<PathBuf>,
+    /// This program built with the feature `baseline`, for burn's own modules.
+    #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_BASELINE", hide_env_values = true)]
+    baseline: Option<PathBuf>,
+    /// Folder of the results.
+    #[arg(
+        long,
+        value_name = "FOLDER",
+        default_value = "target/bench",
+        env = "FIREBOX_BENCH_RESULTS",
+        hide_env_values = true
+    )]
+    results: PathBuf,
+}
+
+impl Common {
+    fn programs(&self) -> Result<Programs> {
+        Ok(Programs {
+            own: std::env::current_exe().map_err(Error::io("find", "this program"))?,
+            python: self.python.clone(),
+            baseline: self.baseline.clone(),
+            cache: self.results.clone(),
+        })
+    }
+
+    fn settings(&self, contenders: &[Contender], rounds: usize) -> Settings {
+        Settings {
+            contenders: if self.contenders.is_empty() { contenders.to_vec() } else { self.contenders.clone() },
+            threads: self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1),
+            rounds: if self.quick { 1 } else { self.rounds.unwrap_or(rounds).max(1) },
+            quick: self.quick,
+        }
+    }
+
+    /// Keeps a result as JSON.
+    fn save(&self, name: &str, result: &impl serde::Serialize) -> Result<()> {
+        let path = self.path(&format!("{name}.json"));
+        let text = serde_json::to_string_pretty(result).map_err(|source| Error::Json { what: "a result", source })?;
+        write(&path, &(text + "\n"))?;
+        eprintln!("    {}", path.display());
+        Ok(())
+    }
+
+    /// The file of a result; a smoke run does not replace a real one.
+    fn path(&self, file: &str) -> PathBuf {
+        if self.quick { self.results.join("quick").join(file) } else { self.results.join(file) }
+    }
+}
+
+/// Writes a file, and its folder if there is none.
+fn write(path: &Path, text: &str) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    }
+    fs::write(path, text).map_err(Error::io("write", path))
+}
+
+/// Fails where a contender trains no models.
+fn all_train(settings: &Settings) -> Result<()> {
+    match settings.contenders.iter().find(|contender| !contender.trains()) {
+        Some(&contender) => {
+            Err(Error::NoPart { contender, task: "part in this benchmark", advice: "leave it out of --contenders" })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Training steps of whole models: tokens/s, MFU, peak memory.
+#[derive(Args)]
+struct Train {
+    /// The models [default: gpt-14m gpt2-124m nanogpt-cpu llama-30m].
+    #[arg(value_name = "MODEL")]
+    models: Vec<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Train {
+    fn run(&self) -> Result<()> {
+        let mut specs = models::all();
+        if let Some(name) = self.models.iter().find(|name| specs.iter().all(|spec| spec.name != **name)) {
+            let known = specs.iter().map(|spec| spec.name.as_str()).collect::<Vec<_>>().join(", ");
+            return Err(Error::Unknown { kind: "model", name: name.clone(), known });
+        }
+        specs.retain(|spec| self.models.is_empty() || self.models.contains(&spec.name));
+        let contenders = [Contender::Firebox, Contender::TorchEager, Contender::TorchCompile];
+        let settings = self.common.settings(&contenders, 5);
+        all_train(&settings)?;
+        for spec in &specs {
+            let report = train::run(&self.common.programs()?, spec, &settings)?;
+            println!("## {}\n\n{}", spec.name, report.markdown());
+            self.common.save(&format!("train-{}", spec.name), &report)?;
+        }
+        if self.common.write_docs { self.write_docs() } else { Ok(()) }
+    }
+
+    /// Every model that was ever measured into this folder, so that they can be measured one at a time.
+    fn write_docs(&self) -> Result<()> {
+        let mut reports: Vec<train::Report> = vec![];
+        for spec in models::all() {
+            let path = self.common.path(&format!("train-{}.json", spec.name));
+            if path.exists() {
+                let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+                reports.push(serde_json::from_str(&text).map_err(|source| Error::Json { what: "a result", source })?);
+            }
+        }
+        let parts = reports.iter().map(|report| {
+            let machine = report.machine.describe(report.threads, &report.software());
+            format!("### {}\n\n{}\n{machine}\n", report.name, report.markdown())
+        });
+        docs::write_section(
+            "train",
+            &format!("{}\n{}", train::overview(&reports), parts.collect::<Vec<_>>().join("\n")),
+        )
+    }
+}
+
+/// Single operations at the models' shapes, forward and backward: GFLOP/s or GB/s.
+#[derive(Args)]
+struct Kernels {
+    /// Only kernels whose name contains this, as `attention` or `sgemm 2048`.
+    #[arg(value_name = "FILTER", conflicts_with = "write_docs")]
+    filter: Option<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Kernels {
+    fn run(&self) -> Result<()> {
+        let mut kernels = kernels::all();
+        let filter = self.filter.as_deref().unwrap_or_default();
+        kernels.retain(|kernel| kernel.to_string().contains(filter));
+        if kernels.is_empty() {
+            let known = kernels::all().iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+            return Err(Error::Unknown { kind: "kernel", name: filter.to_owned(), known });
+        }
+        let plain = [Contender::Naive, Contender::Matrixmultiply];
+        let default: Vec<Contender> = plain.into_iter().chain([Contender::Firebox, Contender::TorchEager]).collect();
+        let settings = self.common.settings(&default, 5);
+        if let Some(&contender) = settings.contenders.iter().find(|contender| contender.is_burn()) {
+            return Err(Error::NoPart {
+                contender,
+                task: "single operations here",
+                advice: "leave it out of --contenders",
+            });
+        }
+        let report = kernels::run(&self.common.programs()?, kernels, &settings)?;
+        println!("{}", report.markdown());
+        self.common.save("kernels", &report)?;
+        if self.common.write_docs {
+            let software: Vec<&str> = report.software.iter().map(String::as_str).collect();
+            let machine = report.machine.describe(report.threads, &software);
+            docs::write_section("kernels", &format!("{}\n{machine}", report.markdown()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Time and peak memory of a step over context, width and depth.
+#[derive(Args)]
+struct Scaling {
+    /// What grows [default: all three].
+    #[arg(value_enum, value_name = "AXIS")]
+    axes: Vec<Axis>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Scaling {
+    fn run(&self) -> Result<()> {
+        let settings = self.common.settings(&[Contender::Firebox, Contender::TorchEager], 3);
+        all_train(&settings)?;
+        let axes = if self.axes.is_empty() { Axis::value_variants() } else { &self.axes };
+        for &axis in axes {
+            let report = scaling::run(&self.common.programs()?, axis, &settings)?;
+            println!("## {}\n\n{}", axis.name(), report.markdown());
+            let svg = report.plot()?;
+            self.common.save(&format!("scaling-{}", axis.name()), &report)?;
+            write(&self.common.path(&format!("scaling-{}.svg", axis.name())), &svg)?;
+            if let (true, Some((_, first))) = (self.common.write_docs, report.points.first()) {
+                let title = format!("Time and peak memory of a training step over {}", axis.name());
+                let image = docs::write_plot(axis.name(), &title, &svg)?;
+                let machine = first.machine.describe(first.threads, &first.software());
+                docs::write_section(axis.name(), &format!("{}\n{image}\n\n{machine}", report.markdown()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// From text to the same loss: nanoGPT's CPU recipe in PyTorch, and a recipe of Firebox, by the clock on the wall.
+#[derive(Args)]
+#[command(after_help = "The text is Karpathy's tinyshakespeare:
+  https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+
+A time is that of the whole process: start, text to tokens, training and its evaluations. Each round has another seed.")]
+struct Speedrun {
+    /// tinyshakespeare.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Firebox's recipe: a built-in name or a TOML file.
+    #[arg(long, value_name = "RECIPE", default_value = "shakespeare-char")]
+    recipe: String,
+    /// The program `firebox`.
+    #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_FIREBOX", hide_env_values = true)]
+    firebox: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Speedrun {
+    fn run(&self) -> Result<()> {
+        let settings = self.common.settings(&[Contender::Firebox, Contender::TorchEager], 1);
+        all_train(&settings)?;
+        if let Some(&contender) = settings.contenders.iter().find(|contender| contender.is_burn()) {
+            return Err(Error::NoPart { contender, task: "whole run here", advice: "leave it out of --contenders" });
+        }
+        let firebox: Option<&Path> = self.firebox.as_deref();
+        let task = speedrun::Task { data: &self.data, recipe: &self.recipe, firebox, quick: settings.quick };
+        let report = speedrun::run(&self.common.programs()?, &task, &settings)?;
+        println!("{}", report.markdown());
+        self.common.save("speedrun", &report)?;
+        if self.common.write_docs {
+            let software: Vec<&str> = report.results.iter().map(|outcome| outcome.software.as_str()).collect();
+            let machine = report.machine.describe(report.threads, &software);
+            docs::write_section("speedrun", &format!("{}\n{machine}", report.markdown()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// [`Error`]: what went wrong, and what to do.
+pub fn run() -> Result<()> {
+    let command = Cli::parse().command;
+    if !matches!(command, Command::Worker { .. }) {
+        worker::handle_interrupts();
+    }
+    match command {
+        Command::Worker { job } => work(&job),
+        Command::Train(train) => train.run(),
+        Command::Kernels(kernels) => kernels.run(),
+        Command::Scaling(scaling) => scaling.run(),
+        Command::Speedrun(speedrun) => speedrun.run(),
+    }
+}
+
+/// The process of a contender.
+fn work(job: &str) -> Result<()> {
+    let Job { contender, task, .. } =
+        serde_json::from_str(job).map_err(|source| Error::Json { what: "the job", source })?;
+    match (contender, task) {
+        (Contender::Firebox, Task::Train(training)) => step::work(&training),
+        (contender, Task::Train(training)) => burn_training(contender, &training),
+        (_, Task::Peak) => peak::work(),
+        (contender, Task::Kernels(kernels)) => kernel_calls::work(contender, &kernels),
+    }
+}
+
+#[cfg(feature = "baseline")]
+fn burn_training(contender: Contender, training: &Training) -> Result<()> {
+    crate::baseline::work(contender, training)
+}
+
+#[cfg(not(feature = "baseline"))]
+fn burn_training(contender: Contender, _: &Training) -> Result<()> {
+    let advice = "start the benchmark by `cargo xtask bench`, which builds what it needs";
+    Err(Error::NoPart { contender, task: "models of burn's own modules in this build", advice })
+}

@@ -1,0 +1,71 @@
+//! Firebox's contender in training: the step that `firebox_train::Trainer` takes.
+
+use burn::tensor::Tensor;
+use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
+use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
+use firebox_tensor::device::Backend;
+use firebox_train::observe::memory;
+
+use crate::error::Result;
+use crate::protocol::{Ready, Training, serve};
+
+/// What a step needs and changes.
+struct State {
+    // Taken out while the optimizer updates it.
+    model: Option<Decoder>,
+    optimizer: AdamW,
+    batch: TokenBatch,
+    lr: f64,
+    clip: f64,
+}
+
+impl State {
+    /// Forward, backward, clip, update; returns the loss.
+    fn step(&mut self) -> Result<f64> {
+        let Some(model) = self.model.take() else { return Ok(f64::NAN) };
+        let loss = model.loss(&self.batch, 0);
+        let value = host(loss.clone().inner());
+        let mut grads = NamedGrads::from_backward(&model, &mut loss.backward());
+        grads.clip_(self.clip);
+        self.model = Some(self.optimizer.step(self.lr, model, &mut grads)?);
+        Ok(value)
+    }
+}
+
+/// Runs the worker.
+///
+/// # Errors
+/// A shape or hyperparameter that is impossible.
+pub fn work(task: &Training) -> Result<()> {
+    let rss_before_model_bytes = memory::current_bytes();
+    let device = Backend::NdArray.device()?.autodiff();
+    let config =
+        AdamWConfig { beta1: task.beta1, beta2: task.beta2, weight_decay: task.weight_decay, ..AdamWConfig::default() };
+    let (inputs, targets) = task.batch();
+    let mut state = State {
+        model: Some(Decoder::new(&task.model, task.seed, &device)?),
+        optimizer: AdamW::new(config, DecayRule::Matrices)?,
+        batch: TokenBatch::plain(task.batch, task.tokens, inputs, targets),
+        lr: task.lr,
+        clip: task.clip,
+    };
+    let loss = state.step()?;
+    for _ in 1..task.warmup_steps {
+        state.step()?;
+    }
+    let params = task.model.num_params() as u64;
+    let software = format!("Firebox {}", env!("CARGO_PKG_VERSION"));
+    serve(&Ready { params, loss, rss_before_model_bytes, software }, |_, n, _| {
+        let mut loss = f64::NAN;
+        for _ in 0..n {
+            loss = state.step()?;
+        }
+        Ok(loss)
+    })
+}
+
+/// The value of a tensor of one.
+fn host(x: Tensor<1>) -> f64 {
+    f64::from(x.into_scalar::<f32>())
+}
