@@ -85,6 +85,7 @@ impl AdamWConfig {
             weight_decay: weight_decay as f32,
             bias_correction1: correction(beta1),
             bias_correction2: correction(beta2),
+            grad_scale: 1.0,
         }
     }
 }
@@ -128,8 +129,22 @@ pub fn step(
     grad: Tensor<1>,
     state: Moments,
 ) -> (Tensor<1>, Moments) {
+    step_scaled(config, lr, weight_decay, 1.0, param, grad, state)
+}
+
+/// The same with the gradient multiplied by `grad_scale` first, on the way.
+pub(crate) fn step_scaled(
+    config: &AdamWConfig,
+    lr: f64,
+    weight_decay: f64,
+    grad_scale: f64,
+    param: Tensor<1>,
+    grad: Tensor<1>,
+    state: Moments,
+) -> (Tensor<1>, Moments) {
     let steps = (state.steps + 1).min(Moments::MAX_STEPS);
-    let (param, m, v) = adamw(param, grad, state.m, state.v, config.hyper(lr, weight_decay, steps));
+    let hyper = AdamWHyper { grad_scale: grad_scale as f32, ..config.hyper(lr, weight_decay, steps) };
+    let (param, m, v) = adamw(param, grad, state.m, state.v, hyper);
     (param, Moments { m, v, steps })
 }
 

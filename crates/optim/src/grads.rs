@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use firebox_tensor::ops::sum_of_squares;
+use firebox_tensor::ops::{add, sum_of_squares};
 
 /// Flat gradients (`[elements]`, without autodiff) by the name of their parameter, in the order of names.
 ///
@@ -95,7 +95,7 @@ impl NamedGrads {
             let sum = match self.map.remove(&name) {
                 Some(sum) => {
                     assert_eq!(sum.dims(), grad.dims(), "gradients of `{name}` differ in length");
-                    sum + grad
+                    add(sum, grad)
                 }
                 None => grad,
             };
@@ -137,12 +137,18 @@ impl NamedGrads {
     /// Scales all gradients by `max_norm / (norm + 1e-6)` if that is below one, as PyTorch's `clip_grad_norm_`; returns the norm
     /// before. Gradients whose norm is not finite are left as they are, for the caller to skip the step.
     pub fn clip_(&mut self, max_norm: f64) -> f64 {
-        let norm = self.global_norm();
-        let factor = max_norm / (norm + CLIP_EPS);
-        if norm.is_finite() && factor < 1.0 {
+        let (norm, factor) = self.clip_factor(max_norm);
+        if factor < 1.0 {
             self.scale(factor);
         }
         norm
+    }
+
+    /// The norm, and the factor by which [`clip_`](Self::clip_) would scale: 1 where nothing is to be clipped.
+    pub fn clip_factor(&self, max_norm: f64) -> (f64, f64) {
+        let norm = self.global_norm();
+        let factor = max_norm / (norm + CLIP_EPS);
+        (norm, if norm.is_finite() { factor.min(1.0) } else { 1.0 })
     }
 
     /// Sums `f(gradient)` (`[1]` each) in double precision; one transfer from the device.

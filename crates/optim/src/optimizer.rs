@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::adamw::{AdamWConfig, Moments, step};
+use crate::adamw::{AdamWConfig, Moments, step_scaled};
 use crate::params::{DecayGroups, DecayRule, ParamInfo, located, map_trainable};
 use crate::{NamedGrads, OptimError};
 
@@ -73,6 +73,21 @@ impl AdamW {
     /// [`OptimError`] if the learning rate is out of range, or gradients do not belong to `module`. All is checked before anything changes; `module`
     /// is gone all the same, so make sure of the learning rate beforehand ([`AdamWConfig::validate_lr`]) if it comes from outside.
     pub fn step<M: Module>(&mut self, lr: f64, module: M, grads: &mut NamedGrads) -> Result<M, OptimError> {
+        self.step_scaled(lr, 1.0, module, grads)
+    }
+
+    /// The same with all gradients multiplied by `grad_scale` on the way: what [`NamedGrads::clip_factor`] returns clips their norm without a
+    /// pass over them.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_scaled<M: Module>(
+        &mut self,
+        lr: f64,
+        grad_scale: f64,
+        module: M,
+        grads: &mut NamedGrads,
+    ) -> Result<M, OptimError> {
         self.config.validate_lr(lr)?;
         let trainable = trainable(&module)?;
         check_gradients(&trainable, grads)?;
@@ -89,7 +104,7 @@ impl AdamW {
             // The entry leaves the map for the time of the update, so that its tensors have one holder.
             let Some(entry) = state.remove(name) else { return param };
             let weight_decay = if decay.decays(rank) { config.weight_decay } else { 0.0 };
-            let (param, moments) = step(config, lr, weight_decay, param, grad, entry.moments);
+            let (param, moments) = step_scaled(config, lr, weight_decay, grad_scale, param, grad, entry.moments);
             state.insert(name.to_owned(), Entry { moments, ..entry });
             param
         }))

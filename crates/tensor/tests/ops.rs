@@ -241,11 +241,13 @@ fn adamw_follows_its_formula() {
                 weight_decay: 0.1,
                 bias_correction1: 0.271,
                 bias_correction2: 0.142625,
+                grad_scale: 0.5,
             };
             let (p2, m2, v2) = ops::adamw(t(&p), t(&g), t(&m), t(&v), h);
             let (mut wp, mut wm, mut wv) = (vec![], vec![], vec![]);
             for i in 0..n {
                 let [p, g, m, v] = [p[i], g[i], m[i], v[i]].map(f64::from);
+                let g = 0.5 * g;
                 let m = 0.9 * m + 0.1 * g;
                 let v = 0.95 * v + 0.05 * g * g;
                 wp.push(p - 0.01 * (m / 0.271) / ((v / 0.142625).sqrt() + 1e-8) - 0.01 * 0.1 * p);

@@ -344,12 +344,12 @@ impl<'a> Trainer<'a> {
         }
         let clip = self.recipe.optimizer.clip;
         // The one host sync of a step: the norm decides whether the update may happen.
-        let grad_norm = if clip > 0.0 { grads.clip_(clip) } else { grads.global_norm() };
+        let (grad_norm, factor) = if clip > 0.0 { grads.clip_factor(clip) } else { (grads.global_norm(), 1.0) };
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
         }
         if let Some(model) = self.model.take() {
-            self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
+            self.model = Some(self.optimizer.step_scaled(lr, factor, model, &mut grads)?);
         }
         Ok(Ok((loss, grad_norm)))
     }

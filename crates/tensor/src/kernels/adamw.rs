@@ -30,8 +30,9 @@ vectorized! {
         let decay = h.lr * h.weight_decay;
         let (c1, c2) = (1.0 - h.beta1, 1.0 - h.beta2);
         for i in 0..n {
-            m[i] = h.beta1 * m[i] + c1 * grad[i];
-            v[i] = h.beta2 * v[i] + c2 * grad[i] * grad[i];
+            let g = grad[i] * h.grad_scale;
+            m[i] = h.beta1 * m[i] + c1 * g;
+            v[i] = h.beta2 * v[i] + c2 * g * g;
             param[i] = param[i] - step * m[i] / (v[i].sqrt() * root + h.eps) - decay * param[i];
         }
     }

@@ -10,7 +10,7 @@ use super::cross_entropy::{self, CrossEntropy};
 use super::embedding::Embedding;
 use super::linear::Linear;
 use super::norm::Norm;
-use super::seed;
+use super::seed::{self, Enter};
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
 
@@ -37,6 +37,7 @@ pub(crate) trait FusedOps: Backend {
         weight: FloatTensor<Self>,
         op: CrossEntropy,
     ) -> FloatTensor<Self>;
+    fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
@@ -85,6 +86,9 @@ macro_rules! host_backend {
             ) -> FloatTensor<Self> {
                 cross_entropy::forward::<Self>(hidden, weight, &op)
             }
+            fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                Enter.forward::<Self>([x])
+            }
             fn fused_seed(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
                 seed::forward::<Self>()
             }
@@ -130,6 +134,9 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         op: CrossEntropy,
     ) -> FloatTensor<Self> {
         cross_entropy::apply::<B, C>(hidden, weight, op)
+    }
+    fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(Enter, [x])
     }
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self> {
         seed::apply::<B, C>(output, upstream)

@@ -22,6 +22,6 @@ pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{AdamWHyper, adamw, sum_of_squares};
-pub use seed::seed;
+pub use optim::{AdamWHyper, adamw, add, sum_of_squares};
+pub use seed::{enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
-use crate::kernels::{CHUNK, adamw as kernel, simd};
+use crate::kernels::{self, CHUNK, adamw as kernel, simd};
 
 /// Numbers of one AdamW step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,6 +26,8 @@ pub struct AdamWHyper {
     pub bias_correction1: f32,
     /// `1 - beta2^t`
     pub bias_correction2: f32,
+    /// What gradients are multiplied by first: below 1 where their norm is clipped.
+    pub grad_scale: f32,
 }
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
@@ -39,6 +41,7 @@ trait FusedOptim: Backend {
         h: AdamWHyper,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -57,6 +60,13 @@ macro_rules! host_backend {
             fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let x = Self::values(x);
                 Self::tensor(vec![squares(x.as_ref())], &[1])
+            }
+            fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
+                let (mut x, y) = (Self::into_vec(x), Self::values(y));
+                assert_eq!(x.len(), y.as_ref().len(), "add: lengths differ");
+                kernels::add(&mut x, y.as_ref());
+                let n = [x.len()];
+                Self::tensor(x, &n)
             }
         }
     };
@@ -105,6 +115,7 @@ pub fn adamw(
             Dispatch::fused_adamw(param.into_dispatch(), grad.into_dispatch(), m.into_dispatch(), v.into_dispatch(), h);
         return (Tensor::from_dispatch(param), Tensor::from_dispatch(m), Tensor::from_dispatch(v));
     }
+    let grad = grad * h.grad_scale;
     let m = m * h.beta1 + grad.clone() * (1.0 - h.beta1);
     let v = v * h.beta2 + grad.clone() * grad * (1.0 - h.beta2);
     let update = m.clone() / h.bias_correction1 / ((v.clone() / h.bias_correction2).sqrt() + h.eps);
@@ -121,4 +132,15 @@ pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
         return Tensor::from_dispatch(Dispatch::fused_sum_of_squares(x.into_dispatch()));
     }
     (x.clone() * x).sum()
+}
+
+/// `x + y` of flat tensors; on the CPU backends in place of `x`, on all threads, provided that nothing else holds it.
+///
+/// # Panics
+/// If the lengths differ, or a tensor is on an autodiff device.
+pub fn add(x: Tensor<1>, y: Tensor<1>) -> Tensor<1> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_add(x.into_dispatch(), y.into_dispatch()));
+    }
+    x + y
 }

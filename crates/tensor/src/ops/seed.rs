@@ -1,4 +1,4 @@
-//! The start of a backward pass in the middle of a model.
+//! The start and the end of a backward pass in the middle of a model.
 
 use burn::backend::Dispatch;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -9,7 +9,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
-use super::vjp::Tracked;
+use super::vjp::{Sink, Tracked, Vjp};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 
@@ -60,5 +60,35 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     match Seed.prepare::<C>([output.node()]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => prep.finish(upstream.into_primitive(), forward::<B>()),
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>()),
+    }
+}
+
+/// `x` itself, as a value inside the graph. Where several operations use a leaf, autodiff adds their gradients up in new tensors, since it must keep
+/// the sum; on the CPU backends those of a value inside the graph are added in place. So `x` is a leaf that is about to be used more than once.
+pub fn enter<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_enter(x.into_dispatch()));
+    }
+    x
+}
+
+/// See [`enter`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Enter;
+
+impl Vjp<1> for Enter {
+    const KEEPS: [bool; 1] = [false];
+
+    fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        x
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        _: [Option<FloatTensor<B>>; 1],
+        grad: FloatTensor<B>,
+        [dx]: [Sink<B>; 1],
+    ) -> [Option<FloatTensor<B>>; 1] {
+        [dx.hand_over(grad)]
     }
 }

@@ -177,7 +177,7 @@ impl Pass<'_> {
         let (input, flow) = match flow {
             Flow::Hidden(x) if i > self.first => {
                 let x = Tensor::from_inner(x).require_grad();
-                (Some(x.clone()), Flow::Hidden(x))
+                (Some(x.clone()), Flow::Hidden(ops::enter(x)))
             }
             Flow::Hidden(x) => (None, Flow::Hidden(Tensor::from_inner(x))),
             other => (None, other),
