@@ -54,6 +54,7 @@ struct Shared {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
+    exact_gelu: bool,
     rotary: Option<RotaryEncoding>,
     mask: Tensor<4, Bool>,
 }
@@ -88,7 +89,7 @@ impl Block {
             out: linear(c.n_heads * c.head_dim, d, residual_std),
             mlp_norm: Norm::new(c, device),
             input: match c.feed_forward {
-                FeedForward::Gelu => Input::Plain(linear(d, c.d_ff, std)),
+                FeedForward::Gelu | FeedForward::GeluExact => Input::Plain(linear(d, c.d_ff, std)),
                 FeedForward::SwiGlu => {
                     let config = SwiGluConfig::new(d, c.d_ff).with_bias(c.bias).with_initializer(init(std));
                     Input::Gated(config.init(device))
@@ -103,6 +104,7 @@ impl Block {
         let x = x + self.out.forward(attention(y, shared));
         let y = self.mlp_norm.forward(x.clone());
         let y = match &self.input {
+            Input::Plain(linear) if shared.exact_gelu => activation::gelu(linear.forward(y)),
             Input::Plain(linear) => activation::gelu_approximate(linear.forward(y)),
             Input::Gated(swiglu) => swiglu.forward(y),
         };
@@ -188,6 +190,7 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
         n_heads: c.n_heads,
         n_kv_heads: c.n_kv_heads,
         head_dim: c.head_dim,
+        exact_gelu: c.feed_forward == FeedForward::GeluExact,
         rotary: match c.positions {
             Positions::Rotary { theta } => {
                 let config = RotaryEncodingConfig::new(c.context, c.head_dim).with_theta(theta as f32);

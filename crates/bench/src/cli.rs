@@ -151,7 +151,8 @@ impl Train {
             return Err(Error::Unknown { kind: "model", name: name.clone(), known });
         }
         specs.retain(|spec| self.models.is_empty() || self.models.contains(&spec.name));
-        let contenders = [Contender::Firebox, Contender::TorchEager, Contender::TorchCompile];
+        let contenders =
+            [Contender::Firebox, Contender::FireboxRecompute, Contender::TorchEager, Contender::TorchCompile];
         let settings = self.common.settings(&contenders, 5);
         all_train(&settings)?;
         for spec in &specs {
@@ -205,7 +206,7 @@ impl Kernels {
         let plain = [Contender::Naive, Contender::Matrixmultiply];
         let default: Vec<Contender> = plain.into_iter().chain([Contender::Firebox, Contender::TorchEager]).collect();
         let settings = self.common.settings(&default, 5);
-        if let Some(&contender) = settings.contenders.iter().find(|contender| contender.is_burn()) {
+        if let Some(&contender) = settings.contenders.iter().find(|contender| !contender.computes_kernels()) {
             return Err(Error::NoPart {
                 contender,
                 task: "single operations here",
@@ -280,7 +281,9 @@ impl Speedrun {
     fn run(&self) -> Result<()> {
         let settings = self.common.settings(&[Contender::Firebox, Contender::TorchEager], 1);
         all_train(&settings)?;
-        if let Some(&contender) = settings.contenders.iter().find(|contender| contender.is_burn()) {
+        if let Some(&contender) =
+            settings.contenders.iter().find(|contender| !contender.is_torch() && **contender != Contender::Firebox)
+        {
             return Err(Error::NoPart { contender, task: "whole run here", advice: "leave it out of --contenders" });
         }
         let firebox: Option<&Path> = self.firebox.as_deref();
@@ -320,7 +323,9 @@ fn work(job: &str) -> Result<()> {
     let Job { contender, task, .. } =
         serde_json::from_str(job).map_err(|source| Error::Json { what: "the job", source })?;
     match (contender, task) {
-        (Contender::Firebox, Task::Train(training)) => step::work(&training),
+        (contender @ (Contender::Firebox | Contender::FireboxRecompute), Task::Train(training)) => {
+            step::work(contender, &training)
+        }
         (contender, Task::Train(training)) => burn_training(contender, &training),
         (_, Task::Peak) => peak::work(),
         (contender, Task::Kernels(kernels)) => kernel_calls::work(contender, &kernels),

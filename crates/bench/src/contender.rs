@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub enum Contender {
     /// Firebox, as `firebox train` runs it.
     Firebox,
+    /// The same with `memory.recompute = "blocks"`: blocks are computed again in backward instead of kept.
+    FireboxRecompute,
     /// PyTorch: scaled_dot_product_attention, fused AdamW.
     TorchEager,
     /// The same model through torch.compile.
@@ -45,6 +47,7 @@ impl Contender {
     pub fn name(self) -> &'static str {
         match self {
             Self::Firebox => "firebox",
+            Self::FireboxRecompute => "firebox-recompute",
             Self::TorchEager => "torch-eager",
             Self::TorchCompile => "torch-compile",
             Self::BurnNdarray => "burn-ndarray",
@@ -58,7 +61,7 @@ impl Contender {
     /// What runs it.
     pub fn runtime(self) -> Runtime {
         match self {
-            Self::Firebox | Self::Naive | Self::Matrixmultiply | Self::Peak => Runtime::Own,
+            Self::Firebox | Self::FireboxRecompute | Self::Naive | Self::Matrixmultiply | Self::Peak => Runtime::Own,
             Self::TorchEager | Self::TorchCompile => Runtime::Python,
             Self::BurnNdarray | Self::BurnFlex => Runtime::Baseline,
         }
@@ -67,6 +70,11 @@ impl Contender {
     /// Whether it trains models.
     pub fn trains(self) -> bool {
         !matches!(self, Self::Naive | Self::Matrixmultiply | Self::Peak)
+    }
+
+    /// Whether it computes kernels by themselves.
+    pub fn computes_kernels(self) -> bool {
+        !matches!(self, Self::FireboxRecompute | Self::BurnNdarray | Self::BurnFlex | Self::Peak)
     }
 
     /// Whether it is a model of burn's own modules.

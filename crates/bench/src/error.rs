@@ -109,6 +109,9 @@ pub enum Error {
     /// The optimizer.
     #[error(transparent)]
     Optim(#[from] firebox_optim::OptimError),
+    /// The training engine.
+    #[error(transparent)]
+    Train(#[from] Box<firebox_train::TrainError>),
     /// A device.
     #[error(transparent)]
     Device(#[from] firebox_tensor::device::DeviceError),

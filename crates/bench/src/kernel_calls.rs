@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Distribution, Tensor};
 use firebox_optim::adamw::{AdamWConfig, Moments, step};
 use firebox_tensor::device::Backend;
-use firebox_tensor::ops::{self, AttentionConfig, Sequence};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Sequence};
 use firebox_train::observe::memory;
 use ndarray::Array2;
 
@@ -93,7 +93,7 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
             backward(move || ops::linear(x.clone(), w.clone(), Some(bias.clone())))
         }
         Kernel::Attention { batch, tokens, n_heads, n_kv_heads, head_dim } => {
-            let config = AttentionConfig { n_heads, n_kv_heads, head_dim, rope: None };
+            let config = AttentionConfig { n_heads, n_kv_heads, head_dim, window: None, rope: None };
             let qkv = leaf([batch, tokens, config.qkv_width()], &device);
             let sequence = Sequence::plain(batch, tokens);
             backward(move || ops::attention(qkv.clone(), &config, &sequence))
@@ -121,7 +121,9 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
         Kernel::LinearCrossEntropy { rows, d, vocab } => {
             let (x, weight, targets) = (leaf([rows, d], &device), leaf([vocab, d], &device), ids(rows, vocab));
             let scale = 1.0 / rows as f64;
-            backward(move || ops::linear_cross_entropy(x.clone(), weight.clone(), targets.clone(), scale))
+            backward(move || {
+                ops::linear_cross_entropy(x.clone(), weight.clone(), targets.clone(), scale, &LossConfig::default())
+            })
         }
         Kernel::AdamW { n } => {
             let grad = random([n], &plain);

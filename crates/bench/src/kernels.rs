@@ -92,8 +92,7 @@ impl Kernel {
     fn is_for(&self, contender: Contender) -> bool {
         match contender {
             Contender::Naive | Contender::Matrixmultiply => matches!(self, Self::Sgemm { .. }),
-            Contender::Firebox | Contender::TorchEager | Contender::TorchCompile => true,
-            Contender::BurnNdarray | Contender::BurnFlex | Contender::Peak => false,
+            other => other.computes_kernels(),
         }
     }
 }

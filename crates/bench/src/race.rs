@@ -52,7 +52,7 @@ pub fn race(programs: &Programs, entries: &[Entry], said: &mut dyn FnMut(&str)) 
             if round < entry.rounds {
                 let result = worker.go(0, entry.n)?;
                 let each = result.seconds / entry.n as f64;
-                said(&format!("round {}/{last}  {:14} {each:9.4} s each", round + 1, worker.contender()));
+                said(&format!("round {}/{last}  {:17} {each:9.4} s each", round + 1, worker.contender()));
                 done.push(result);
             }
         }

@@ -84,7 +84,7 @@ pub fn run(programs: &Programs, task: &Task<'_>, settings: &Settings) -> Result<
             };
             let Run { seconds, val_loss } = run;
             eprintln!(
-                "    round {}/{}  {contender:14} {seconds:7.1} s, loss {val_loss:.4}",
+                "    round {}/{}  {contender:17} {seconds:7.1} s, loss {val_loss:.4}",
                 round + 1,
                 settings.rounds
             );

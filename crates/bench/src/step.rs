@@ -1,12 +1,13 @@
 //! Firebox's contender in training: the step that `firebox_train::Trainer` takes.
 
-use burn::tensor::Tensor;
+use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
 use firebox_tensor::device::Backend;
+use firebox_train::engine::{Engine, Recompute};
 use firebox_train::observe::memory;
 
+use crate::contender::Contender;
 use crate::error::Result;
 use crate::protocol::{Ready, Training, serve};
 
@@ -14,6 +15,7 @@ use crate::protocol::{Ready, Training, serve};
 struct State {
     // Taken out while the optimizer updates it.
     model: Option<Decoder>,
+    engine: Engine,
     optimizer: AdamW,
     batch: TokenBatch,
     lr: f64,
@@ -24,12 +26,11 @@ impl State {
     /// Forward, backward, clip, update; returns the loss.
     fn step(&mut self) -> Result<f64> {
         let Some(model) = self.model.take() else { return Ok(f64::NAN) };
-        let loss = model.loss(&self.batch, 0);
-        let value = host(loss.clone().inner());
-        let mut grads = NamedGrads::from_backward(&model, &mut loss.backward());
+        let mut grads = NamedGrads::new();
+        let loss = self.engine.gradients(&model, &self.batch, 0, &mut grads).map_err(Box::new)?;
         grads.clip_(self.clip);
         self.model = Some(self.optimizer.step(self.lr, model, &mut grads)?);
-        Ok(value)
+        Ok(loss)
     }
 }
 
@@ -37,13 +38,15 @@ impl State {
 ///
 /// # Errors
 /// A shape or hyperparameter that is impossible.
-pub fn work(task: &Training) -> Result<()> {
+pub fn work(contender: Contender, task: &Training) -> Result<()> {
     let rss_before_model_bytes = memory::current_bytes();
     let device = Backend::NdArray.device()?.autodiff();
     let config =
         AdamWConfig { beta1: task.beta1, beta2: task.beta2, weight_decay: task.weight_decay, ..AdamWConfig::default() };
     let (inputs, targets) = task.batch();
+    let recompute = if contender == Contender::FireboxRecompute { Recompute::Blocks } else { Recompute::None };
     let mut state = State {
+        engine: Engine { recompute, offload: None },
         model: Some(Decoder::new(&task.model, task.seed, &device)?),
         optimizer: AdamW::new(config, DecayRule::Matrices)?,
         batch: TokenBatch::plain(task.batch, task.tokens, inputs, targets),
@@ -63,9 +66,4 @@ pub fn work(task: &Training) -> Result<()> {
         }
         Ok(loss)
     })
-}
-
-/// The value of a tensor of one.
-fn host(x: Tensor<1>) -> f64 {
-    f64::from(x.into_scalar::<f32>())
 }

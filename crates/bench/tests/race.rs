@@ -35,20 +35,22 @@ fn entry(threads: usize, task: Task, contender: Contender, n: usize, rounds: usi
 #[test]
 fn two_workers_take_turns_and_train_the_same_model() {
     let train = |threads, rounds| entry(threads, Task::Train(tiny()), Contender::Firebox, 4, rounds);
-    let entries = [train(1, 3), train(2, 2), entry(2, Task::Peak, Contender::Peak, 1, 1)];
+    let recompute = entry(1, Task::Train(tiny()), Contender::FireboxRecompute, 4, 1);
+    let entries = [train(1, 3), train(2, 2), entry(2, Task::Peak, Contender::Peak, 1, 1), recompute];
     let mut lines = vec![];
     let raced = race(&programs(), &entries, &mut |line| lines.push(line.to_owned())).unwrap();
-    assert_eq!(raced.iter().map(|raced| raced.rounds.len()).collect::<Vec<_>>(), [3, 2, 1]);
+    assert_eq!(raced.iter().map(|raced| raced.rounds.len()).collect::<Vec<_>>(), [3, 2, 1, 1]);
     let (one, two) = (&raced[0], &raced[1]);
     assert_eq!(one.ready.params, tiny().model.num_params() as u64);
     assert!((one.ready.loss - 17f64.ln()).abs() < 0.1, "random weights know nothing: {}", one.ready.loss);
     assert_eq!(one.rounds[1].value, two.rounds[1].value, "the number of threads changes no bit");
+    assert_eq!(one.rounds[0].value, raced[3].rounds[0].value, "nor does recomputation");
     assert!(one.rounds[2].value < one.ready.loss, "it learns the batch");
     assert!(one.rounds.iter().all(|done| done.seconds > 0.0) && one.ended.peak_rss_bytes > 1 << 20);
     assert!(raced[2].rounds[0].value > 1e8, "a machine of less than 0.1 GFLOP/s: {:?}", raced[2].rounds[0]);
     // Rounds are interleaved: first everyone's first.
     let turns: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("round ")?.split(' ').next()).collect();
-    assert_eq!(turns, ["1/3", "1/3", "1/3", "2/3", "2/3", "3/3"]);
+    assert_eq!(turns, ["1/3", "1/3", "1/3", "1/3", "2/3", "2/3", "3/3"]);
 }
 
 #[test]

@@ -51,6 +51,7 @@ class Mlp(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gated = c["feed_forward"] == "swi_glu"
+        self.approximate = "tanh" if c["feed_forward"] == "gelu" else "none"
         self.input = nn.Linear(c["d_model"], c["d_ff"] * (2 if self.gated else 1), bias=c["bias"])
         self.output = nn.Linear(c["d_ff"], c["d_model"], bias=c["bias"])
 
@@ -59,7 +60,7 @@ class Mlp(nn.Module):
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
             return self.output(F.silu(gate) * up)
-        return self.output(F.gelu(x, approximate="tanh"))
+        return self.output(F.gelu(x, approximate=self.approximate))
 
 
 class Block(nn.Module):
