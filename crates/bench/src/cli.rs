@@ -151,8 +151,13 @@ impl Train {
             return Err(Error::Unknown { kind: "model", name: name.clone(), known });
         }
         specs.retain(|spec| self.models.is_empty() || self.models.contains(&spec.name));
-        let contenders =
-            [Contender::Firebox, Contender::FireboxRecompute, Contender::TorchEager, Contender::TorchCompile];
+        let contenders = [
+            Contender::Firebox,
+            Contender::FireboxRecompute,
+            Contender::FireboxLean,
+            Contender::TorchEager,
+            Contender::TorchCompile,
+        ];
         let settings = self.common.settings(&contenders, 5);
         all_train(&settings)?;
         for spec in &specs {
@@ -323,9 +328,10 @@ fn work(job: &str) -> Result<()> {
     let Job { contender, task, .. } =
         serde_json::from_str(job).map_err(|source| Error::Json { what: "the job", source })?;
     match (contender, task) {
-        (contender @ (Contender::Firebox | Contender::FireboxRecompute), Task::Train(training)) => {
-            step::work(contender, &training)
-        }
+        (
+            contender @ (Contender::Firebox | Contender::FireboxRecompute | Contender::FireboxLean),
+            Task::Train(training),
+        ) => step::work(contender, &training),
         (contender, Task::Train(training)) => burn_training(contender, &training),
         (_, Task::Peak) => peak::work(),
         (contender, Task::Kernels(kernels)) => kernel_calls::work(contender, &kernels),

@@ -14,6 +14,8 @@ pub enum Contender {
     Firebox,
     /// The same with `memory.recompute = "blocks"`: blocks are computed again in backward instead of kept.
     FireboxRecompute,
+    /// The same with `memory.optimizer_in_backward`: each parameter is updated as soon as its gradient is complete. There is no clipping then.
+    FireboxLean,
     /// PyTorch: scaled_dot_product_attention, fused AdamW.
     TorchEager,
     /// The same model through torch.compile.
@@ -48,6 +50,7 @@ impl Contender {
         match self {
             Self::Firebox => "firebox",
             Self::FireboxRecompute => "firebox-recompute",
+            Self::FireboxLean => "firebox-lean",
             Self::TorchEager => "torch-eager",
             Self::TorchCompile => "torch-compile",
             Self::BurnNdarray => "burn-ndarray",
@@ -61,7 +64,12 @@ impl Contender {
     /// What runs it.
     pub fn runtime(self) -> Runtime {
         match self {
-            Self::Firebox | Self::FireboxRecompute | Self::Naive | Self::Matrixmultiply | Self::Peak => Runtime::Own,
+            Self::Firebox
+            | Self::FireboxRecompute
+            | Self::FireboxLean
+            | Self::Naive
+            | Self::Matrixmultiply
+            | Self::Peak => Runtime::Own,
             Self::TorchEager | Self::TorchCompile => Runtime::Python,
             Self::BurnNdarray | Self::BurnFlex => Runtime::Baseline,
         }

@@ -16,6 +16,8 @@ struct State {
     // Taken out while the optimizer updates it.
     model: Option<Decoder>,
     engine: Engine,
+    /// Whether the optimizer runs inside backward.
+    in_backward: bool,
     optimizer: AdamW,
     batch: TokenBatch,
     lr: f64,
@@ -25,11 +27,21 @@ struct State {
 impl State {
     /// Forward, backward, clip, update; returns the loss.
     fn step(&mut self) -> Result<f64> {
-        let Some(model) = self.model.take() else { return Ok(f64::NAN) };
-        let mut grads = NamedGrads::new();
-        let loss = self.engine.gradients(&model, &self.batch, 0, &mut grads).map_err(Box::new)?;
-        grads.clip_(self.clip);
-        self.model = Some(self.optimizer.step(self.lr, model, &mut grads)?);
+        let Some(mut model) = self.model.take() else { return Ok(f64::NAN) };
+        let loss;
+        if self.in_backward {
+            let mut pass = self.engine.forward(&model, &self.batch, 0).map_err(Box::new)?;
+            loss = pass.loss();
+            while let Some(mut grads) = pass.backward(&model).map_err(Box::new)? {
+                model = self.optimizer.step(self.lr, model, &mut grads)?;
+            }
+        } else {
+            let mut grads = NamedGrads::new();
+            loss = self.engine.gradients(&model, &self.batch, 0, &mut grads).map_err(Box::new)?;
+            let (_, factor) = grads.clip_factor(self.clip);
+            model = self.optimizer.step_scaled(self.lr, factor, model, &mut grads)?;
+        }
+        self.model = Some(model);
         Ok(loss)
     }
 }
@@ -44,9 +56,10 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
     let config =
         AdamWConfig { beta1: task.beta1, beta2: task.beta2, weight_decay: task.weight_decay, ..AdamWConfig::default() };
     let (inputs, targets) = task.batch();
-    let recompute = if contender == Contender::FireboxRecompute { Recompute::Blocks } else { Recompute::None };
+    let recompute = if contender == Contender::Firebox { Recompute::None } else { Recompute::Blocks };
     let mut state = State {
         engine: Engine { recompute, offload: None },
+        in_backward: contender == Contender::FireboxLean,
         model: Some(Decoder::new(&task.model, task.seed, &device)?),
         optimizer: AdamW::new(config, DecayRule::Matrices)?,
         batch: TokenBatch::plain(task.batch, task.tokens, inputs, targets),

@@ -16,6 +16,8 @@ use crate::kernels::linear::Before;
 use crate::kernels::matmul::{Into, Mat, matmul};
 
 /// What happens to the input of a linear layer on its way in. On the CPU backends it is made again in backward, so that only the layer's own input is kept.
+// Passed once and taken apart: a box would only add an allocation.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum Pre {
     /// Nothing.
