@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::contender::{Contender, Programs};
+use crate::contender::{Contender, Programs, Runtime};
 use crate::error::{Error, Result};
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
@@ -325,8 +325,12 @@ pub fn run() -> Result<()> {
 
 /// The process of a contender.
 fn work(job: &str) -> Result<()> {
-    let Job { contender, task, .. } =
+    let Job { contender, threads, task } =
         serde_json::from_str(job).map_err(|source| Error::Json { what: "the job", source })?;
+    // Like `firebox` itself. burn's own operations hand their work to a pool beside the calling thread.
+    if matches!(task, Task::Peak) || contender.runtime() == Runtime::Own {
+        firebox_tensor::threads::init(threads)?;
+    }
     match (contender, task) {
         (
             contender @ (Contender::Firebox | Contender::FireboxRecompute | Contender::FireboxLean),

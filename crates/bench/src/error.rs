@@ -115,6 +115,9 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Device(#[from] firebox_tensor::device::DeviceError),
+    /// The pool of threads.
+    #[error(transparent)]
+    Threads(#[from] firebox_tensor::threads::ThreadsError),
     /// A plot.
     #[error("cannot draw the plot `{plot}`: {reason}")]
     Draw {

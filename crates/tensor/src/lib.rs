@@ -34,5 +34,6 @@ mod kernels;
 pub mod ops;
 pub mod peak;
 pub mod random;
+pub mod threads;
 
 pub use burn::tensor::Device;

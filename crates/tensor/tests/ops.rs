@@ -7,7 +7,7 @@ mod reference;
 
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use check::{check, close, devices, host, values};
 use firebox_tensor::ops::{self, AdamWHyper, LossConfig};
 use firebox_tensor::random::{Counter, Purpose};

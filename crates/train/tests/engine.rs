@@ -26,6 +26,7 @@ fn device() -> Device {
 /// GPT-2's kind of decoder: LayerNorm, GELU, learned positions, biases.
 fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
     DecoderConfig {
+        window: None,
         vocab_size: 37,
         d_model: 24,
         n_layers: 5,

@@ -20,6 +20,9 @@ use firebox::train::observe::ObserveError;
 #[derive(Parser)]
 #[command(name = "firebox", version, arg_required_else_help = true)]
 struct Cli {
+    /// Compute threads; one per core if not given.
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
     #[command(subcommand)]
     command: Command,
 }
@@ -124,6 +127,10 @@ pub fn main() -> ExitCode {
         // Help and version.
         Err(help) => help.exit(),
     };
+    if let Err(error) = firebox::tensor::threads::init(cli.threads.map_or(0, usize::from)) {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
     let result = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),

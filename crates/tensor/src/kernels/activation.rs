@@ -38,6 +38,33 @@ vectorized! {
     }
 }
 
+/// `g *= gelu'(x)` and `out = gelu(x)`, which share the costly part.
+pub(crate) fn gelu_again(x: &[f32], form: Gelu, g: &mut [f32], out: &mut [f32]) {
+    g.par_chunks_mut(CHUNK)
+        .zip(out.par_chunks_mut(CHUNK))
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|((g, out), x)| gelu_again_chunk(x, form, g, out));
+}
+
+vectorized! {
+    fn gelu_again_chunk(x: &[f32], form: Gelu, g: &mut [f32], out: &mut [f32]) {
+        let triples = g.iter_mut().zip(out).zip(x);
+        match form {
+            Gelu::Tanh => triples.for_each(|((g, o), &x)| {
+                let s = sigmoid(2.0 * C * (x + A * x * x * x));
+                let slope = 2.0 * C * (1.0 + 3.0 * A * x * x);
+                *o = x * s;
+                *g *= s + x * s * (1.0 - s) * slope;
+            }),
+            Gelu::Exact => triples.for_each(|((g, o), &x)| {
+                let erf = erf(x * std::f32::consts::FRAC_1_SQRT_2);
+                *o = 0.5 * x * (1.0 + erf);
+                *g *= 0.5 * (1.0 + erf) + x * DENSITY * exp(-0.5 * x * x);
+            }),
+        }
+    }
+}
+
 /// `g *= gelu'(x)`
 pub(crate) fn gelu_backward(x: &[f32], form: Gelu, g: &mut [f32]) {
     g.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(g, x)| gelu_backward_chunk(x, form, g));

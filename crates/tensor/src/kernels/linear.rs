@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::activation::{Gelu, gelu, gelu_backward, swiglu, swiglu_backward};
+use super::activation::{Gelu, gelu, gelu_again, gelu_backward, swiglu, swiglu_backward};
 use super::matmul::{Into, Mat, matmul};
 use super::norm::{Norm, norm, norm_backward};
 use super::{CHUNK, add, add_chunk, copy, sum_over_rows};
@@ -84,6 +84,13 @@ pub(crate) fn linear(
         }
     };
     before.with(x, inputs, |a| matmul(Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
+}
+
+/// Turns `da`, the gradient of GELU's output, into that of its input `x`, and returns GELU's output, which the weight's gradient takes.
+pub(crate) fn gelu_gradient(x: &[f32], form: Gelu, da: &mut [f32]) -> Vec<f32> {
+    let mut a = buffer(x.len());
+    gelu_again(x, form, da, &mut a);
+    a
 }
 
 /// `dw (+)= before(x)^T dy` in the layout of the weight: `[inputs, outputs]`, or `[outputs, inputs]` where `transposed`.

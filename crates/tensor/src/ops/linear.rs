@@ -9,7 +9,7 @@ use super::extension::FusedOps;
 use super::norm::{self, layer_norm, rms_norm};
 use super::vjp::{Sink, Vjp, dims, kept};
 use crate::adapter::HostBackend;
-use crate::buffers::buffer;
+use crate::buffers::{buffer, recycle};
 use crate::device::is_fused;
 use crate::kernels::linear as kernel;
 use crate::kernels::linear::Before;
@@ -237,6 +237,16 @@ impl Vjp<6> for Linear {
         let dy_mat = Mat::new(dy.as_ref(), rows, outputs, outputs);
 
         let db = db.fill(&[outputs], |db, into| kernel::bias_gradient(dy.as_ref(), db, into));
+        if let (Before::Gelu(form), true, true) = (before, dx.wanted(), dw.wanted()) {
+            let mut da = buffer(rows * inputs);
+            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
+            let a = kernel::gelu_gradient(x.as_ref(), form, &mut da);
+            let dw = dw.fill(&w_shape, |dw, into| {
+                kernel::weight_gradient(&a, Before::Nothing, inputs, dy_mat, self.transposed, dw, into);
+            });
+            recycle(a);
+            return [dx.put(&x_shape, da), dw, db, dresidual, None, None];
+        }
         let dw = dw.fill(&w_shape, |dw, into| {
             kernel::weight_gradient(x.as_ref(), before, inputs, dy_mat, self.transposed, dw, into);
         });
