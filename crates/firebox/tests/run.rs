@@ -176,7 +176,7 @@ fn eval_finds_the_loss_of_the_run() {
 fn recipes_are_listed_and_shown() {
     let lab = Lab::new(60);
     let list = lab.call(&["recipe", "list"]).succeeded().stdout;
-    for name in ["default", "tiny", "shakespeare-char", "gpt2-124m"] {
+    for name in ["default", "tiny", "shakespeare-char", "shakespeare-speedrun", "gpt2-124m"] {
         assert!(list.lines().any(|line| line.starts_with(name)), "{list}");
         let shown = lab.call(&["recipe", "show", name]).succeeded().stdout;
         assert_eq!(Recipe::parse(name, &shown, &[]).unwrap(), Recipe::load(name, &[]).unwrap());

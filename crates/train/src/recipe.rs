@@ -12,10 +12,11 @@ use sha2::{Digest, Sha256};
 use crate::engine::MemoryRecipe;
 
 /// The recipes that come with Firebox: name and text.
-pub const BUILT_IN: [(&str, &str); 4] = [
+pub const BUILT_IN: [(&str, &str); 5] = [
     ("default", include_str!("../recipes/default.toml")),
     ("tiny", include_str!("../recipes/tiny.toml")),
     ("shakespeare-char", include_str!("../recipes/shakespeare-char.toml")),
+    ("shakespeare-speedrun", include_str!("../recipes/shakespeare-speedrun.toml")),
     ("gpt2-124m", include_str!("../recipes/gpt2-124m.toml")),
 ];
 
