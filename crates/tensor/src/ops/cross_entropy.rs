@@ -131,8 +131,9 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     weight: Tracked<B, C>,
     op: CrossEntropy,
 ) -> Tracked<B, C> {
-    let (h, w) = (hidden.primitive().clone(), weight.primitive().clone());
-    match Scaled.prepare::<C>([hidden.node(), weight.node()]).compute_bound().stateful() {
+    // Without the tracked tensors the values have no other holder, and their buffer is free when the loss is there.
+    let ((h, h_node), (w, w_node)) = (hidden.into_parts(), weight.into_parts());
+    match Scaled.prepare::<C>([h_node, w_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (h_shape, w_shape) = (dims::<B>(&h), dims::<B>(&w));
             let (h, w) = (B::values(h), B::values(w));

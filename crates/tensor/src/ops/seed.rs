@@ -57,7 +57,10 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     output: Tracked<B, C>,
     upstream: Tracked<B, C>,
 ) -> Tracked<B, C> {
-    match Seed.prepare::<C>([output.node()]).compute_bound().stateful() {
+    let (primitive, node) = output.into_parts();
+    // Its buffer is for the next operation, if this was the last holder.
+    drop(B::values(primitive));
+    match Seed.prepare::<C>([node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => prep.finish(upstream.into_primitive(), forward::<B>()),
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>()),
     }
