@@ -86,7 +86,7 @@ mod ndarray_adapter {
 
 #[cfg(feature = "flex")]
 mod flex_adapter {
-    use burn::backend::Flex;
+    use burn::backend::{Flex, TensorMetadata};
     use burn::tensor::TensorData;
     use burn_flex::FlexTensor;
 
@@ -97,6 +97,10 @@ mod flex_adapter {
 
     impl AsRef<[f32]> for Values {
         fn as_ref(&self) -> &[f32] {
+            // An empty tensor's storage has no alignment, which its conversion to f32 would insist on.
+            if self.0.shape().num_elements() == 0 {
+                return &[];
+            }
             // PANIC: `values` made it contiguous.
             self.0.as_slice::<f32>().expect("contiguous f32 tensor")
         }
@@ -106,7 +110,7 @@ mod flex_adapter {
         type Values = Values;
 
         fn values(tensor: FlexTensor) -> Values {
-            Values(tensor.to_contiguous())
+            Values(if tensor.shape().num_elements() == 0 { tensor } else { tensor.to_contiguous() })
         }
 
         fn into_vec(tensor: FlexTensor) -> Vec<f32> {
