@@ -273,7 +273,7 @@ struct Speedrun {
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Firebox's recipe: a built-in name or a TOML file.
-    #[arg(long, value_name = "RECIPE", default_value = "shakespeare-char")]
+    #[arg(long, value_name = "RECIPE", default_value = "shakespeare-speedrun")]
     recipe: String,
     /// The program `firebox`.
     #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_FIREBOX", hide_env_values = true)]

@@ -109,13 +109,6 @@ pub fn stats() -> Stats {
     pool().stats
 }
 
-/// Gives all kept buffers back to the allocator.
-pub fn clear() {
-    let mut pool = pool();
-    pool.free.clear();
-    pool.stats.kept_bytes = 0;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

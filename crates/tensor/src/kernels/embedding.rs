@@ -10,7 +10,7 @@ pub(crate) fn gather(table: &[f32], d: usize, ids: &[i32], out: &mut [f32]) {
     });
 }
 
-/// `dtable[ids[i]] += dy[i]`; One thread, in the order of `ids`: it touches each row once, and the
+/// `dtable[ids[i]] += dy[i]`. One thread, in the order of `ids`: it touches each row once, and the
 /// order of sums stays fixed.
 pub(crate) fn scatter_add(dy: &[f32], d: usize, ids: &[i32], dtable: &mut [f32]) {
     for (row, &id) in dy.chunks_exact(d).zip(ids) {
