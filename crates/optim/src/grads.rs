@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use firebox_tensor::ops::{add, sum_of_squares};
+use firebox_tensor::ops::{add, carry_gradient, sum_of_squares};
 
 /// Flat gradients (`[elements]`, without autodiff) by the name of their parameter, in the order of names.
 ///
@@ -49,6 +49,57 @@ impl NamedGrads {
         let mut collector = Collector { path: vec![], grads, map: BTreeMap::new() };
         module.visit(&mut collector);
         Self { map: collector.map }
+    }
+
+    /// Runs backward from `loss` `[1]`. Returns the gradients of the parameters of `module`, each added to its one in `carried`, and the rest of what
+    /// backward returned.
+    ///
+    /// On the CPU backends an operation adds to the carried gradient in place, instead of making a second one to be added up: what two stages
+    /// share, such as a tied embedding, has one gradient at any time.
+    pub fn backward_onto<M: Module>(module: &M, loss: Tensor<1>, carried: NamedGrads) -> (Self, Gradients) {
+        let empty = Tensor::zeros([0], &loss.device().inner());
+        let mut lent: Vec<String> = carried.map.keys().cloned().collect();
+        let returned = carried.exchange(module);
+        lent.retain(|name| !returned.map.contains_key(name));
+        let mut grads = loss.backward();
+        let mut named = Self::from_backward(module, &mut grads);
+        named.add(returned);
+        let asked: Self = lent.into_iter().map(|name| (name, empty.clone())).collect();
+        named.add(asked.exchange(module));
+        (named, grads)
+    }
+
+    /// Leaves each gradient for the next backward pass; returns what comes back, see [`carry_gradient`].
+    fn exchange<M: Module>(self, module: &M) -> Self {
+        struct Exchange {
+            path: Vec<String>,
+            given: NamedGrads,
+            returned: NamedGrads,
+        }
+        impl ModuleVisitor for Exchange {
+            fn enter_module(&mut self, name: &str, _container: &str) {
+                self.path.push(name.to_owned());
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.path.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let name = self.path.join(".");
+                if let Some(grad) = self.given.remove(&name)
+                    && let Some(returned) = carry_gradient(param.val(), grad)
+                {
+                    self.returned.insert(name, returned);
+                }
+            }
+        }
+        if self.is_empty() {
+            return self;
+        }
+        let mut exchange = Exchange { path: vec![], given: self, returned: Self::new() };
+        module.visit(&mut exchange);
+        // Those of another module.
+        exchange.returned.add(exchange.given);
+        exchange.returned
     }
 
     /// Sets the gradient of a parameter; returns the one it had.
@@ -201,6 +252,30 @@ mod tests {
             assert_eq!(found.get("a").unwrap().to_data().iter::<f32>().next(), Some(1.0), "left as it was");
         }
         assert!(grads(&[("a", vec![f32::MAX, -1e-38, 0.0])]).all_finite());
+    }
+
+    #[derive(Module, Debug)]
+    struct Pair {
+        table: Param<Tensor<2>>,
+        gain: Param<Tensor<1>>,
+    }
+
+    #[test]
+    fn carried_gradients_are_added_whether_an_operation_takes_them_or_not() {
+        let device = Device::default().autodiff();
+        let pair = Pair {
+            table: Param::from_tensor(Tensor::ones([3, 2], &device)),
+            gain: Param::from_tensor(Tensor::ones([2], &device)),
+        };
+        let carried =
+            grads(&[("table", vec![10.0, 20.0, 30.0, 40.0, 50.0, 60.0]), ("gain", vec![5.0, 6.0]), ("x", vec![7.0])]);
+        // A fused operation adds to the table's gradient; none reaches the gain, and the module has no x.
+        let rows = firebox_tensor::ops::embedding(pair.table.val(), [2, 0, 2].into(), 1, 3);
+        let (sum, _) = NamedGrads::backward_onto(&pair, rows.sum(), carried);
+        let values = |name: &str| sum.get(name).unwrap().to_data().iter::<f32>().collect::<Vec<_>>();
+        assert_eq!(values("table"), [11.0, 21.0, 30.0, 40.0, 52.0, 62.0]);
+        assert_eq!((values("gain"), values("x")), (vec![5.0, 6.0], vec![7.0]));
+        assert_eq!(sum.len(), 3);
     }
 
     #[test]

@@ -6,8 +6,8 @@
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, matmul};
-use super::scratch::with_scratch;
 use super::simd::{exp_sum, max, sum, vectorized};
+use crate::buffers::{buffer, recycle};
 
 /// Bytes of logits that exist at once, where that is enough rows.
 const LOGITS_BYTES: usize = 16 << 20;
@@ -54,28 +54,29 @@ pub(crate) fn linear_cross_entropy(
         g.weight.fill(0.0);
     }
     let mut total = 0f64;
-    with_scratch(rows * v, |logits| {
-        for (c, targets) in targets.chunks(rows).enumerate() {
-            let n = targets.len();
-            let range = c * rows * d..(c * rows + n) * d;
-            let h = Mat::new(&hidden[range.clone()], n, d, d);
-            let logits = &mut logits[..n * v];
-            matmul(h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
-            let with_gradient = gradients.is_some();
-            let losses: Vec<f32> = logits
-                .par_chunks_exact_mut(v)
-                .zip(targets.par_iter())
-                .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
-                .collect();
-            total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
-            if let Some(g) = &mut gradients {
-                let dlogits = Mat::new(logits, n, v, v);
-                let into = if c == 0 { Into::Write } else { Into::Add };
-                matmul(dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
-                matmul(dlogits.t(), h, g.weight, d, into);
-            }
+    // From the pool and not a thread's own, so that backward has the memory.
+    let mut scratch = buffer(rows * v);
+    for (c, targets) in targets.chunks(rows).enumerate() {
+        let n = targets.len();
+        let range = c * rows * d..(c * rows + n) * d;
+        let h = Mat::new(&hidden[range.clone()], n, d, d);
+        let logits = &mut scratch[..n * v];
+        matmul(h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
+        let with_gradient = gradients.is_some();
+        let losses: Vec<f32> = logits
+            .par_chunks_exact_mut(v)
+            .zip(targets.par_iter())
+            .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
+            .collect();
+        total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+        if let Some(g) = &mut gradients {
+            let dlogits = Mat::new(logits, n, v, v);
+            let into = if c == 0 { Into::Write } else { Into::Add };
+            matmul(dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
+            matmul(dlogits.t(), h, g.weight, d, into);
         }
-    });
+    }
+    recycle(scratch);
     (total * f64::from(loss.scale)) as f32
 }
 

@@ -2,6 +2,9 @@
 
 use rayon::prelude::*;
 
+use super::matmul::Into;
+use super::{CHUNK, add_assign};
+
 /// `out[i] = table[ids[i]]`, rows of `d` values.
 pub(crate) fn gather(table: &[f32], d: usize, ids: &[i32], out: &mut [f32]) {
     out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| {
@@ -10,11 +13,30 @@ pub(crate) fn gather(table: &[f32], d: usize, ids: &[i32], out: &mut [f32]) {
     });
 }
 
-/// `dtable[ids[i]] += dy[i]`. One thread, in the order of `ids`: it touches each row once, and the
-/// order of sums stays fixed.
-pub(crate) fn scatter_add(dy: &[f32], d: usize, ids: &[i32], dtable: &mut [f32]) {
-    for (row, &id) in dy.chunks_exact(d).zip(ids) {
-        let at = id as usize * d;
-        super::add_assign(&mut dtable[at..at + d], row);
-    }
+/// `dtable[ids[i]] += dy[i]`, onto zeros or onto what is there.
+///
+/// The rows of one id are summed up in their order before the sum is added: the result has the same bits on any number of threads, and whether a gradient
+/// is added to or made and added later.
+pub(crate) fn scatter(dy: &[f32], d: usize, ids: &[i32], dtable: &mut [f32], into: Into) {
+    let id = |row: &usize| ids[*row] as usize;
+    let mut order: Vec<usize> = (0..ids.len()).collect();
+    order.sort_by_key(id);
+    let rows = (CHUNK / d.max(1)).max(1);
+    dtable.par_chunks_mut(rows * d).enumerate().for_each_init(
+        || vec![0.0; d],
+        |sum, (c, part)| {
+            if into == Into::Write {
+                part.fill(0.0);
+            }
+            let first = c * rows;
+            let [start, end] = [first, first + rows].map(|bound| order.partition_point(|row| id(row) < bound));
+            for group in order[start..end].chunk_by(|a, b| ids[*a] == ids[*b]) {
+                sum.fill(0.0);
+                for row in group {
+                    add_assign(sum, &dy[row * d..][..d]);
+                }
+                add_assign(&mut part[(id(&group[0]) - first) * d..][..d], sum);
+            }
+        },
+    );
 }

@@ -42,11 +42,6 @@ pub(crate) fn add(y: &mut [f32], x: &[f32]) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| add_chunk(y, x));
 }
 
-/// Sets every element, on all threads.
-pub(crate) fn fill(y: &mut [f32], value: f32) {
-    y.par_chunks_mut(CHUNK).for_each(|y| y.fill(value));
-}
-
 /// `y = x`, on all threads.
 pub(crate) fn copy(y: &mut [f32], x: &[f32]) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| y.copy_from_slice(x));

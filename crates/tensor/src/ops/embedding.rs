@@ -10,8 +10,7 @@ use super::extension::FusedOps;
 use super::vjp::{Sink, Vjp, dims, map1};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
-use crate::kernels::matmul::Into;
-use crate::kernels::{embedding as kernel, fill};
+use crate::kernels::embedding as kernel;
 
 /// `table[ids]` as `[B, T, D]`.
 ///
@@ -63,10 +62,7 @@ impl Vjp<1> for Embedding {
         let d = dims::<B>(&grad)[2];
         let dy = B::values(grad);
         [dtable.fill(&[self.vocab, d], |dtable, into| {
-            if into == Into::Write {
-                fill(dtable, 0.0);
-            }
-            kernel::scatter_add(dy.as_ref(), d, &self.ids, dtable);
+            kernel::scatter(dy.as_ref(), d, &self.ids, dtable, into);
         })]
     }
 }

@@ -39,6 +39,7 @@ pub(crate) trait FusedOps: Backend {
     ) -> FloatTensor<Self>;
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_carry(leaf: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -92,6 +93,9 @@ macro_rules! host_backend {
             fn fused_seed(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
                 seed::forward::<Self>()
             }
+            fn fused_carry(_: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+                grad
+            }
         }
     };
 }
@@ -140,5 +144,8 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     }
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self> {
         seed::apply::<B, C>(output, upstream)
+    }
+    fn fused_carry(leaf: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        seed::exchange::<B, C>(&leaf, grad)
     }
 }

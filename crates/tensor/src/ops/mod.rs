@@ -23,5 +23,5 @@ pub use embedding::embedding;
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{AdamWHyper, adamw, add, sum_of_squares};
-pub use seed::{enter, seed};
+pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};

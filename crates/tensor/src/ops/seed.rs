@@ -1,15 +1,15 @@
 //! The start and the end of a backward pass in the middle of a model.
 
-use burn::backend::Dispatch;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, AutodiffBackend, Dispatch};
 use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
-use super::vjp::{Sink, Tracked, Vjp};
+use super::vjp::{Sink, Tracked, Vjp, carry, take_carried};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 
@@ -66,6 +66,20 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     }
 }
 
+/// Leaves `grad` for the leaf, if it is not empty, and gives back what was left for it before.
+pub(crate) fn exchange<B: HostBackend, C: CheckpointStrategy>(
+    leaf: &Tracked<B, C>,
+    grad: Tracked<B, C>,
+) -> Tracked<B, C> {
+    let before = take_carried(leaf.id()).unwrap_or_default();
+    let grad = B::into_vec(grad.into_primitive());
+    if !grad.is_empty() {
+        carry(leaf.id(), grad);
+    }
+    let n = [before.len()];
+    Autodiff::<B, C>::from_inner(B::tensor(before, &n))
+}
+
 /// `x` itself, as a value inside the graph. Where several operations use a leaf, autodiff adds their gradients up in new tensors, since it must keep
 /// the sum; on the CPU backends those of a value inside the graph are added in place. So `x` is a leaf that is about to be used more than once.
 pub fn enter<const D: usize>(x: Tensor<D>) -> Tensor<D> {
@@ -94,4 +108,22 @@ impl Vjp<1> for Enter {
     ) -> [Option<FloatTensor<B>>; 1] {
         [dx.hand_over(grad)]
     }
+}
+
+/// Has the next backward pass of this thread that reaches the leaf `param` add to `grad`, in place on the CPU backends, instead of making a gradient
+/// of its own: what two graphs share, such as a tied embedding, then has one gradient and never two. Returns the gradient that was left for this leaf
+/// before and that no pass has taken; an empty `grad` asks for it alone.
+///
+/// On other devices `grad` comes back as it is: add it to what the pass makes.
+///
+/// # Shapes
+/// - `param`: any, a leaf on an autodiff device; `grad`: as many elements, flat, on its inner device, or none
+pub fn carry_gradient<const D: usize>(param: Tensor<D>, grad: Tensor<1>) -> Option<Tensor<1>> {
+    let back = if is_fused(&param.device()) {
+        let grad = Tensor::<1>::from_inner(grad).into_dispatch();
+        Tensor::<1>::from_dispatch(Dispatch::fused_carry(param.into_dispatch(), grad)).inner()
+    } else {
+        grad
+    };
+    (back.dims() != [0]).then_some(back)
 }

@@ -122,6 +122,22 @@ thread_local! {
     /// it again; so a node that is in here when an operation of its consumers runs does have a gradient that can be taken out and added to in
     /// place. Nodes that fall off the front only lose that.
     static WITH_GRADIENT: RefCell<VecDeque<NodeId>> = const { RefCell::new(VecDeque::new()) };
+
+    /// Gradients of leaves that were made in another graph: the first operation to reach the leaf adds to them in place.
+    static CARRIED: RefCell<Vec<(NodeId, Vec<f32>)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Leaves the gradient of a leaf for the next backward pass of this thread.
+pub(crate) fn carry(leaf: NodeId, grad: Vec<f32>) {
+    CARRIED.with_borrow_mut(|carried| carried.push((leaf, grad)));
+}
+
+/// Takes the gradient of a leaf that nothing has added to.
+pub(crate) fn take_carried(leaf: NodeId) -> Option<Vec<f32>> {
+    CARRIED.with_borrow_mut(|carried| {
+        let at = carried.iter().position(|(id, _)| *id == leaf)?;
+        Some(carried.swap_remove(at).1)
+    })
 }
 
 /// Consumers of one node are a few operations apart.
@@ -159,8 +175,15 @@ impl<B: HostBackend, O: Vjp<N>, const N: usize> Backward<B, N> for Run<O> {
             None => Sink { wanted: false, existing: None },
             Some(parent) => {
                 // A leaf's gradient can be read, but not taken out.
-                let known = !parent.parents.is_empty() && forget(parent.id);
-                Sink { wanted: true, existing: known.then(|| grads.consume::<B>(parent)) }
+                let existing = if parent.parents.is_empty() {
+                    take_carried(parent.id).map(|values| {
+                        let n = [values.len()];
+                        B::tensor(values, &n)
+                    })
+                } else {
+                    forget(parent.id).then(|| grads.consume::<B>(parent))
+                };
+                Sink { wanted: true, existing }
             }
         });
         let results = op.backward::<B>(inputs, grad, sinks);

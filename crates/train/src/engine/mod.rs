@@ -163,13 +163,15 @@ impl Pass<'_> {
                 self.record(model, i, x.map_or(Flow::Start, Flow::Hidden))
             }
         };
-        let mut grads = match self.upstream.take() {
-            Some(upstream) => ops::seed(output.hidden(), upstream).backward(),
-            None => output.loss().backward(),
+        let loss = match self.upstream.take() {
+            Some(upstream) => ops::seed(output.hidden(), upstream),
+            None => output.loss(),
         };
+        let carried = self.pending.extract(|name| model.first_stage(name) == i);
+        let (mut complete, mut grads) = NamedGrads::backward_onto(model, loss, carried);
         self.upstream = input.and_then(|x| x.grad_remove(&mut grads));
-        self.pending.add(NamedGrads::from_backward(model, &mut grads));
-        Ok(Some(self.pending.extract(|name| model.first_stage(name) == i)))
+        self.pending.add(complete.extract(|name| model.first_stage(name) != i));
+        Ok(Some(complete))
     }
 
     /// Runs a stage with gradients.
