@@ -11,7 +11,7 @@ const MIN_LEN: usize = 4 * 1024;
 
 /// Kept bytes beyond which a request that finds no buffer of its size frees old ones first, so that what is kept replaces memory and does not
 /// add to it.
-const KEEP_BYTES: usize = 64 << 20;
+const KEEP_BYTES: usize = 128 << 20;
 
 #[derive(Default)]
 struct Pool {
