@@ -9,6 +9,7 @@ sum of two. How far transformers itself, in float32, is from these values stands
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -23,6 +24,8 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+import optimizers
+
 BATCH, TOKENS = 3, 17
 IGNORE_INDEX = -100
 ADAMW = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
@@ -35,6 +38,7 @@ VERSIONS = {
     "transformers": transformers.__version__,
     "safetensors": safetensors.__version__,
     "numpy": np.__version__,
+    **{name: importlib.metadata.version(name) for name in ("lion-pytorch", "pytorch-optimizer", "schedulefree")},
 }
 
 
@@ -369,6 +373,7 @@ def generate(out_dir):
     tied = llama(heads=3, kv_heads=1, tied=True)
     model_fixture(out_dir, "llama-tiny-tied", tied, seed=3, config_text=older_llama_config(tied.config))
     adamw_fixture(out_dir)
+    optimizers.fixture(save, out_dir)
     schedule_fixture(out_dir)
 
 

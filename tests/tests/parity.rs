@@ -8,7 +8,7 @@ use std::path::Path;
 use firebox::models::decoder::hf::{Entry, Family};
 use firebox::models::decoder::{Decoder, KvCache};
 use firebox::models::{Staged, TokenBatch};
-use firebox::optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
+use firebox::optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox::tensor::device::Backend;
 use firebox::train::checkpoint::TensorFile;
 use firebox::train::model_io::{load, parameters, to_host};
@@ -93,7 +93,7 @@ fn check(name: &str) {
     }
 
     let config = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = AdamW::new(config, DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(config, DecayRule::Matrices).unwrap();
     let mut model = model;
     let losses = file.f32("losses").unwrap();
     assert_eq!(losses.len(), 10);

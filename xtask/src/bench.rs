@@ -14,10 +14,11 @@ use crate::workspace::Workspace;
 /// Measures Firebox beside PyTorch and plain burn: builds the benchmark, installs PyTorch into the target folder, runs.
 #[derive(Args)]
 #[command(
-    override_usage = "cargo xtask bench <train|kernels|scaling|speedrun> [OPTIONS]",
+    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun> [OPTIONS]",
     after_help = "Benchmarks:
   train      training steps of four models: tokens/s, MFU, peak memory
   kernels    single operations: GFLOP/s or GB/s
+  optim      a step of each optimizer: ms, GB/s
   scaling    time and memory over context, width and depth
   speedrun   nanoGPT's CPU recipe to the same loss, wall-clock: --data tinyshakespeare.txt
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
 use crate::train::Settings;
-use crate::{docs, kernel_calls, kernels, models, peak, scaling, speedrun, step, train, worker};
+use crate::{docs, kernel_calls, kernels, models, optim, peak, scaling, speedrun, step, train, worker};
 
 /// Measures Firebox beside PyTorch and plain burn.
 #[derive(Parser)]
@@ -38,6 +38,7 @@ enum Command {
     Kernels(Kernels),
     Scaling(Scaling),
     Speedrun(Speedrun),
+    Optim(Optim),
     /// A contender's process; started by the driver.
     #[command(hide = true)]
     Worker {
@@ -230,6 +231,33 @@ impl Kernels {
     }
 }
 
+/// A step of each optimizer: time, bytes, share of a copy's bandwidth.
+#[derive(Args)]
+struct Optim {
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Optim {
+    fn run(&self) -> Result<()> {
+        let takes_part = [Contender::Firebox, Contender::TorchEager, Contender::TorchForeach];
+        let settings = self.common.settings(&takes_part, 5);
+        if let Some(&contender) = settings.contenders.iter().find(|contender| !takes_part.contains(contender)) {
+            return Err(Error::NoPart { contender, task: "optimizers here", advice: "leave it out of --contenders" });
+        }
+        let report = kernels::run(&self.common.programs()?, optim::cases(), &settings)?;
+        let table = optim::markdown(&report)?;
+        println!("{table}");
+        self.common.save("optim", &report)?;
+        if self.common.write_docs {
+            let software: Vec<&str> = report.software.iter().map(String::as_str).collect();
+            let machine = report.machine.describe(report.threads, &software);
+            docs::write_section_of("optimizers.md", "optim", &format!("{table}\n{machine}"))?;
+        }
+        Ok(())
+    }
+}
+
 /// Time and peak memory of a step over context, width and depth.
 #[derive(Args)]
 struct Scaling {
@@ -320,6 +348,7 @@ pub fn run() -> Result<()> {
         Command::Kernels(kernels) => kernels.run(),
         Command::Scaling(scaling) => scaling.run(),
         Command::Speedrun(speedrun) => speedrun.run(),
+        Command::Optim(optim) => optim.run(),
     }
 }
 

@@ -20,6 +20,8 @@ pub enum Contender {
     TorchEager,
     /// The same model through torch.compile.
     TorchCompile,
+    /// PyTorch's optimizers in their `foreach` form (optim).
+    TorchForeach,
     /// A model of burn's own modules and AdamW on burn-ndarray.
     BurnNdarray,
     /// The same on burn-flex.
@@ -53,6 +55,7 @@ impl Contender {
             Self::FireboxLean => "firebox-lean",
             Self::TorchEager => "torch-eager",
             Self::TorchCompile => "torch-compile",
+            Self::TorchForeach => "torch-foreach",
             Self::BurnNdarray => "burn-ndarray",
             Self::BurnFlex => "burn-flex",
             Self::Naive => "naive",
@@ -70,14 +73,14 @@ impl Contender {
             | Self::Naive
             | Self::Matrixmultiply
             | Self::Peak => Runtime::Own,
-            Self::TorchEager | Self::TorchCompile => Runtime::Python,
+            Self::TorchEager | Self::TorchCompile | Self::TorchForeach => Runtime::Python,
             Self::BurnNdarray | Self::BurnFlex => Runtime::Baseline,
         }
     }
 
     /// Whether it trains models.
     pub fn trains(self) -> bool {
-        !matches!(self, Self::Naive | Self::Matrixmultiply | Self::Peak)
+        !matches!(self, Self::Naive | Self::Matrixmultiply | Self::TorchForeach | Self::Peak)
     }
 
     /// Whether it computes kernels by themselves.

@@ -15,7 +15,15 @@ fn folder() -> PathBuf {
 /// # Errors
 /// [`Error::Marker`], [`Error::Io`].
 pub fn write_section(name: &str, text: &str) -> Result<()> {
-    let path = folder().join("benchmarks.md");
+    write_section_of("benchmarks.md", name, text)
+}
+
+/// Replaces a section of another document.
+///
+/// # Errors
+/// As [`write_section`].
+pub fn write_section_of(document: &str, name: &str, text: &str) -> Result<()> {
+    let path = folder().join(document);
     let document = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let [begin, end] = markers(name);
     let replaced = replace(&document, [&begin, &end], text)

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::contender::{Contender, Programs};
 use crate::error::Result;
 use crate::machine::Machine;
+use crate::optim;
 use crate::protocol::{Job, Task};
 use crate::stats::{Spread, number, times};
 use crate::table::Table;
@@ -38,6 +39,10 @@ pub enum Kernel {
     LinearCrossEntropy { rows: usize, d: usize, vocab: usize },
     /// AdamW of `n` elements.
     AdamW { n: usize },
+    /// A step of an optimizer for `count` matrices `[d, d]`.
+    Optimizer { algorithm: String, count: usize, d: usize },
+    /// A copy of `n` elements.
+    Copy { n: usize },
 }
 
 /// What a call does at least: the arithmetic of its products, or what it must read and write.
@@ -63,6 +68,8 @@ impl Kernel {
             Self::Embedding { .. } => "embedding",
             Self::LinearCrossEntropy { .. } => "linear-cross-entropy",
             Self::AdamW { .. } => "adamw",
+            Self::Optimizer { .. } => "optimizer",
+            Self::Copy { .. } => "copy",
         }
     }
 
@@ -85,14 +92,24 @@ impl Kernel {
             Self::LinearCrossEntropy { rows, d, vocab } => Work::Flops(3.0 * product(rows, d, vocab)),
             // Reads parameter, gradient and both moments, writes all but the gradient.
             Self::AdamW { n } => floats(7 * n),
+            // Reads the gradient, reads and writes parameter and state.
+            Self::Optimizer { ref algorithm, count, d } => {
+                let state = optim::named(algorithm).and_then(|algorithm| optim::state_bytes(&algorithm, d).ok());
+                Work::Bytes((count * (12 * d * d + 2 * state.unwrap_or(0))) as f64)
+            }
+            Self::Copy { n } => floats(2 * n),
         }
     }
 
     /// Whether the contender computes it.
     fn is_for(&self, contender: Contender) -> bool {
-        match contender {
-            Contender::Naive | Contender::Matrixmultiply => matches!(self, Self::Sgemm { .. }),
-            other => other.computes_kernels(),
+        match (contender, self) {
+            (Contender::TorchEager | Contender::TorchForeach, Self::Optimizer { algorithm, .. }) => {
+                optim::torch_has(algorithm, contender)
+            }
+            (Contender::TorchForeach, _) => false,
+            (Contender::Naive | Contender::Matrixmultiply, _) => matches!(self, Self::Sgemm { .. }),
+            (other, _) => other.computes_kernels(),
         }
     }
 }
@@ -114,7 +131,8 @@ impl fmt::Display for Kernel {
             }
             Self::Embedding { rows, d, vocab } => write!(f, "{rows} of {vocab} x {d}"),
             Self::LinearCrossEntropy { rows, d, vocab } => write!(f, "{rows} x {d} x {vocab}"),
-            Self::AdamW { n } => write!(f, "{n}"),
+            Self::AdamW { n } | Self::Copy { n } => write!(f, "{n}"),
+            Self::Optimizer { algorithm, count, d } => write!(f, "{algorithm}, {count} x {d} x {d}"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
+use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::device::Backend;
 use firebox_train::engine::{Engine, Recompute};
 use firebox_train::observe::memory;
@@ -18,7 +18,7 @@ struct State {
     engine: Engine,
     /// Whether the optimizer runs inside backward.
     in_backward: bool,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batch: TokenBatch,
     lr: f64,
     clip: f64,
@@ -61,7 +61,7 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
         engine: Engine { recompute, offload: None },
         in_backward: contender == Contender::FireboxLean,
         model: Some(Decoder::new(&task.model, task.seed, &device)?),
-        optimizer: AdamW::new(config, DecayRule::Matrices)?,
+        optimizer: Optimizer::new(config, DecayRule::Matrices)?,
         batch: TokenBatch::plain(task.batch, task.tokens, inputs, targets),
         lr: task.lr,
         clip: task.clip,

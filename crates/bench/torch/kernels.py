@@ -85,6 +85,27 @@ def adam_w(c, compiled):
     return adamw_of([{"params": [parameter], "weight_decay": 0.1}], lr=1e-4, betas=(0.9, 0.95)).step
 
 
+def optimizer(c, foreach):
+    """The form of the contender, where PyTorch has it; hyperparameters are Firebox's defaults."""
+    parameters = [leaf(c["d"], c["d"]) for _ in range(c["count"])]
+    for p in parameters:
+        p.grad = torch.randn(c["d"], c["d"])
+    form = {"foreach": True} if foreach else {"fused": True}
+    makers = {
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, **form),
+        "adam": lambda: torch.optim.Adam(parameters, lr=1e-4, **form),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, **form),
+        "adafactor": lambda: torch.optim.Adafactor(parameters, lr=1e-4, foreach=True),
+        "muon": lambda: torch.optim.Muon(parameters, lr=1e-4, weight_decay=0.1),
+    }
+    return makers[c["algorithm"]]().step
+
+
+def copy(c, compiled):
+    source, target = torch.full((c["n"],), 0.5), torch.zeros(c["n"])
+    return lambda: target.copy_(source)
+
+
 MAKERS = {
     "sgemm": sgemm,
     "linear": linear,
@@ -96,14 +117,17 @@ MAKERS = {
     "embedding": embedding,
     "linear_cross_entropy": linear_cross_entropy,
     "adam_w": adam_w,
+    "optimizer": optimizer,
+    "copy": copy,
 }
 
 
 class Kernels:
     """Makes a case, and calls it once, when it is first asked for; drops the one before."""
 
-    def __init__(self, cases, compiled):
-        self.cases, self.compiled = cases, compiled
+    def __init__(self, cases, contender):
+        self.cases, self.compiled = cases, contender == "torch-compile"
+        self.foreach = contender == "torch-foreach"
         self.number, self.call = None, None
 
     def go(self, case, n):
@@ -111,7 +135,8 @@ class Kernels:
             self.call = None
             torch._dynamo.reset()
             name, shape = next(iter(self.cases[case].items()))
-            self.number, self.call = case, MAKERS[name](shape, self.compiled)
+            how = self.foreach if name == "optimizer" else self.compiled
+            self.number, self.call = case, MAKERS[name](shape, how)
             self.call()
         start = time.perf_counter()
         for _ in range(n):

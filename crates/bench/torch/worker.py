@@ -86,7 +86,7 @@ def main():
     elif kind == "kernels":
         from kernels import Kernels
 
-        runner = Kernels(task, job["contender"] == "torch-compile")
+        runner = Kernels(task, job["contender"])
         ready = {"params": 0, "loss": 0.0}
     else:
         sys.exit(f"worker.py knows no task `{kind}`")

@@ -8,7 +8,7 @@
 //! | [`tensor`] | `firebox-tensor` | fused differentiable operations, devices, counted randomness |
 //! | [`data`] | `firebox-data` | text, tokenizers, token shards, batches |
 //! | [`models`] | `firebox-models` | the decoder, presets, Hugging Face names |
-//! | [`optim`] | `firebox-optim` | AdamW, schedules, clipping |
+//! | [`optim`] | `firebox-optim` | optimizers, groups, schedules, clipping |
 //! | [`train`] | `firebox-train` | recipes, the loop, checkpoints, reports, generation |
 //!
 //! ```

@@ -5,7 +5,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData, activation};
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads, OptimError, Schedule, StateTensor};
+use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, OptimError, Optimizer, Schedule, StateTensor};
 
 #[derive(Module, Debug)]
 struct Perceptron {
@@ -42,7 +42,7 @@ impl Perceptron {
 fn main() -> Result<(), OptimError> {
     let device = Device::default().autodiff();
     let mut model = Perceptron::new(&device);
-    let mut adamw = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, DecayRule::Matrices)?;
+    let mut adamw = Optimizer::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, DecayRule::Matrices)?;
     let schedule = Schedule::Cosine { warmup_steps: 50, min_lr_ratio: 0.1 };
     schedule.validate(STEPS)?;
     println!("{}", adamw.groups(&model)?);
@@ -50,7 +50,7 @@ fn main() -> Result<(), OptimError> {
     for step in 0..STEPS {
         if step == STEPS / 2 {
             let saved: Vec<StateTensor> = adamw.state().collect();
-            adamw = AdamW::new(*adamw.config(), DecayRule::Matrices)?;
+            adamw = Optimizer::new(*adamw.algorithm(), DecayRule::Matrices)?;
             adamw.load_state::<_, OptimError>(&model, saved.into_iter().map(Ok))?;
         }
         let loss = model.loss(&device);

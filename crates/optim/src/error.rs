@@ -43,6 +43,22 @@ pub enum OptimError {
         /// Elements of the module.
         total: usize,
     },
+    /// A pattern of a group that is none.
+    #[error(
+        "parameter group `{pattern}`: {reason}; patterns are names with `*`, `?` and `{{a,b}}`, such as `blocks.0.*`"
+    )]
+    Pattern {
+        /// As it was given.
+        pattern: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A group that no parameter fits, or all that fit it are in groups before it.
+    #[error("no parameter is in the group `{group}`: mend its patterns and kinds, move it up, or leave it out")]
+    EmptyGroup {
+        /// What it was chosen by.
+        group: String,
+    },
     /// Gradients that belong to no trainable parameter.
     #[error("gradients without a trainable parameter: {}; were they taken from another module?", List(names))]
     UnknownGradients {

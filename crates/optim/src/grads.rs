@@ -212,6 +212,15 @@ impl NamedGrads {
     }
 }
 
+impl IntoIterator for NamedGrads {
+    type Item = (String, Tensor<1>);
+    type IntoIter = std::collections::btree_map::IntoIter<String, Tensor<1>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.map.into_iter()
+    }
+}
+
 impl FromIterator<(String, Tensor<1>)> for NamedGrads {
     fn from_iter<I: IntoIterator<Item = (String, Tensor<1>)>>(iter: I) -> Self {
         Self { map: iter.into_iter().collect() }

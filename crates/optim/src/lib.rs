@@ -5,7 +5,7 @@
 //! ```
 //! use burn::module::{Module, Param};
 //! use burn::tensor::{Device, Tensor};
-//! use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads, OptimError, Schedule};
+//! use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, OptimError, Optimizer, Schedule};
 //!
 //! #[derive(Module, Debug)]
 //! struct Line { weight: Param<Tensor<2>> }
@@ -15,7 +15,7 @@
 //! let mut line = Line { weight: Param::from_tensor(Tensor::zeros([2, 1], &device)) };
 //! let x = Tensor::<2>::from_floats([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], &device);
 //! let y = Tensor::<2>::from_floats([[2.0], [-1.0], [1.0]], &device);
-//! let mut adamw = AdamW::new(AdamWConfig { weight_decay: 0.0, ..Default::default() }, DecayRule::Matrices)?;
+//! let mut adamw = Optimizer::new(AdamWConfig { weight_decay: 0.0, ..Default::default() }, DecayRule::Matrices)?;
 //! let schedule = Schedule::default(); // a cosine
 //! println!("{}", adamw.groups(&line)?); // decay: 1 tensor, 2; no decay: 0 tensors, 0
 //! for step in 0..200 {
@@ -30,30 +30,45 @@
 //! # }
 //! ```
 //!
-//! - [`AdamW`] goes over a module by parameter name; [`adamw::step`] is the pure update of one flat tensor, a fused in-place kernel on the
-//!   CPU backends. Defaults differ from PyTorch's where [`AdamWConfig`] says so.
+//! - [`Optimizer`] goes over a module by parameter name with one [`Algorithm`], or several by [groups](GroupConfig). The updates are fused in-place kernels on
+//!   the CPU backends. Each configuration says where its defaults differ from PyTorch's.
 //! - [`NamedGrads`] accumulates, clips by global norm, tells whether all is finite.
-//! - [`DecayGroups`] says what decays, and proves that the groups cover the module.
+//! - [`Groups`] says what is trained how, and proves that the groups cover the module.
 //! - [`Schedule`] is a pure function of the step: constant, linear, cosine, inverse square root, warmup-stable-decay, each with a warmup.
-//! - [`AdamW::state`] and [`AdamW::load_state`] save and restore: the next step is the same, bit for bit.
+//! - [`Optimizer::state`] and [`Optimizer::load_state`] save and restore: the next step is the same, bit for bit.
 //!
-//! | optimizer | state, bytes per parameter | paper |
+//! | algorithm | state, bytes per parameter | paper |
 //! |---|---|---|
-//! | AdamW | 8 | [1711.05101](https://arxiv.org/abs/1711.05101) |
+//! | [AdamW](AdamWConfig) | 8 | [1711.05101](https://arxiv.org/abs/1711.05101) |
+//! | [Adam](AdamConfig) | 8 | [1412.6980](https://arxiv.org/abs/1412.6980) |
+//! | [SGD](SgdConfig) | 4, without momentum 0 | |
+//! | [Adafactor](AdafactorConfig) | 4 per row and column | [1804.04235](https://arxiv.org/abs/1804.04235) |
+//! | [LAMB](LambConfig) | 8 | [1904.00962](https://arxiv.org/abs/1904.00962) |
+//! | [Lion](LionConfig) | 4 | [2302.06675](https://arxiv.org/abs/2302.06675) |
+//! | [Muon](MuonConfig) | 4 of matrices, 8 of the rest | [2502.16982](https://arxiv.org/abs/2502.16982) |
+//! | [Sophia-G](SophiaConfig) | 8 | [2305.14342](https://arxiv.org/abs/2305.14342) |
+//! | [Schedule-Free AdamW](ScheduleFreeConfig) | 8 | [2405.15682](https://arxiv.org/abs/2405.15682) |
+//! | [AdEMAMix](AdEmaMixConfig) | 12 | [2409.03137](https://arxiv.org/abs/2409.03137) |
+//! | [Adam-mini](AdamMiniConfig) | 4, and 4 per block | [2406.16793](https://arxiv.org/abs/2406.16793) |
 //!
-//! Values are tested against `torch.optim.AdamW`, `clip_grad_norm_` and the schedules of transformers, from goldens that come with their
-//! generator, and against the formula in double precision.
+//! Values are tested against `torch.optim` and the authors' packages, `clip_grad_norm_` and the schedules of transformers, from goldens that come with
+//! their generator, and against the formulas in double precision.
 
-pub mod adamw;
+pub mod algorithm;
 mod error;
 mod grads;
+mod groups;
 mod optimizer;
 mod params;
 mod schedule;
 
-pub use adamw::{AdamWConfig, Moments};
+pub use algorithm::{
+    AdEmaMixConfig, AdafactorConfig, AdamConfig, AdamMiniConfig, AdamWConfig, Algorithm, LambConfig, LionConfig,
+    MuonConfig, MuonScale, ParamState, ScheduleFreeConfig, SgdConfig, SophiaConfig,
+};
 pub use error::OptimError;
 pub use grads::NamedGrads;
-pub use optimizer::{AdamW, StateTensor};
-pub use params::{DecayGroups, DecayRule, ParamInfo, parameters};
+pub use groups::{Group, GroupConfig, Groups};
+pub use optimizer::{Optimizer, StateTensor};
+pub use params::{DecayRule, ParamInfo, ParamKind, parameters};
 pub use schedule::{DecayShape, Schedule};

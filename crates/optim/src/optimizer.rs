@@ -1,33 +1,27 @@
-//! AdamW over a module: goes through the parameters by name, keeps their state, saves and restores it.
+//! An algorithm over a module: goes through the parameters by name, keeps their state, saves and restores it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::adamw::{AdamWConfig, Moments, step_scaled};
-use crate::params::{DecayGroups, DecayRule, ParamInfo, located, map_trainable};
+use crate::algorithm::{Algorithm, Geometry, MAX_STEPS, ParamState, Slot};
+use crate::groups::{Assigned, GroupConfig, Groups, Rules};
+use crate::params::{DecayRule, ParamInfo, ParamKind, located, map_trainable};
 use crate::{NamedGrads, OptimError};
 
-/// AdamW for the parameters of a module.
+/// An optimizer for the parameters of a module.
 ///
 /// State is kept by parameter name, so that it survives a restart and does not depend on burn's random parameter ids.
 #[derive(Debug, Clone)]
-pub struct AdamW {
-    config: AdamWConfig,
-    decay: DecayRule,
-    state: BTreeMap<String, Entry>,
-}
-
-#[derive(Debug, Clone)]
-struct Entry {
-    shape: Vec<usize>,
-    moments: Moments,
+pub struct Optimizer {
+    rules: Rules,
+    state: BTreeMap<String, ParamState>,
 }
 
 /// One tensor of a saved optimizer state.
 ///
-/// A parameter `P` has three: `P.m` and `P.v` in its own shape, and `P.steps` of shape `[1]`.
+/// A parameter `P` has one for everything that its algorithm remembers (AdamW: `P.m` and `P.v`, in its own shape), and `P.steps` of shape `[1]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StateTensor {
     /// Parameter name and kind.
@@ -38,27 +32,46 @@ pub struct StateTensor {
     pub values: Vec<f32>,
 }
 
-impl AdamW {
-    /// An optimizer that has taken no step.
+impl Optimizer {
+    /// An optimizer that has taken no step, with one algorithm for all parameters.
     ///
     /// # Errors
     /// [`OptimError::Hyperparameter`] if one is out of its range.
-    pub fn new(config: AdamWConfig, decay: DecayRule) -> Result<Self, OptimError> {
-        config.validate()?;
-        Ok(Self { config, decay, state: BTreeMap::new() })
+    pub fn new(algorithm: impl Into<Algorithm>, decay: DecayRule) -> Result<Self, OptimError> {
+        Self::with_groups(algorithm, decay, vec![])
     }
 
-    /// The hyperparameters.
-    pub fn config(&self) -> &AdamWConfig {
-        &self.config
+    /// The same with groups that are trained in their own way.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`], [`OptimError::Pattern`].
+    pub fn with_groups(
+        algorithm: impl Into<Algorithm>,
+        decay: DecayRule,
+        groups: Vec<GroupConfig>,
+    ) -> Result<Self, OptimError> {
+        Ok(Self { rules: Rules::new(algorithm.into(), decay, groups)?, state: BTreeMap::new() })
+    }
+
+    /// The algorithm of the parameters that are in no group.
+    pub fn algorithm(&self) -> &Algorithm {
+        self.rules.algorithm()
     }
 
     /// How the parameters of `module` are grouped, to print at the start of a run.
     ///
     /// # Errors
-    /// As [`DecayGroups::of`].
-    pub fn groups<M: Module>(&self, module: &M) -> Result<DecayGroups, OptimError> {
-        DecayGroups::of(module, self.decay)
+    /// [`OptimError::DuplicateName`], [`OptimError::EmptyGroup`] for a group that nothing fits, [`OptimError::NotAPartition`].
+    pub fn groups<M: Module>(&self, module: &M) -> Result<Groups, OptimError> {
+        self.rules.partition(module)
+    }
+
+    /// Checks a learning rate for a step of every group.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`] or [`OptimError::DecayTooStrong`].
+    pub fn validate_lr(&self, lr: f64) -> Result<(), OptimError> {
+        self.rules.validate_lr(lr)
     }
 
     /// Takes one step: every trainable parameter of `module` that has a gradient is updated, and its gradient taken out of `grads`.
@@ -71,7 +84,7 @@ impl AdamW {
     ///
     /// # Errors
     /// [`OptimError`] if the learning rate is out of range, or gradients do not belong to `module`. All is checked before anything changes; `module`
-    /// is gone all the same, so make sure of the learning rate beforehand ([`AdamWConfig::validate_lr`]) if it comes from outside.
+    /// is gone all the same, so make sure of the learning rate beforehand ([`validate_lr`](Self::validate_lr)) if it comes from outside.
     pub fn step<M: Module>(&mut self, lr: f64, module: M, grads: &mut NamedGrads) -> Result<M, OptimError> {
         self.step_scaled(lr, 1.0, module, grads)
     }
@@ -88,62 +101,114 @@ impl AdamW {
         module: M,
         grads: &mut NamedGrads,
     ) -> Result<M, OptimError> {
-        self.config.validate_lr(lr)?;
+        self.validate_lr(lr)?;
         let trainable = trainable(&module)?;
         check_gradients(&trainable, grads)?;
+        self.prepare(&trainable);
+        let with_gradient = trainable.into_iter().filter(|(name, _)| grads.get(name).is_some());
+        let assigned: BTreeMap<String, Assigned> =
+            with_gradient.map(|(name, (info, _))| (name, self.rules.assign(&info))).collect();
+
+        let state = &mut self.state;
+        Ok(map_trainable(module, &|name| assigned.contains_key(name), &mut |name, _, param| {
+            let found = grads.remove(name).zip(state.get_mut(name)).zip(assigned.get(name));
+            let Some(((grad, state), to)) = found else { return param };
+            to.algorithm.step(lr * to.lr_scale, to.weight_decay, grad_scale, param, grad, state)
+        }))
+    }
+
+    /// Whether the next estimate of the curvature is due before step `step` (from 0): see [`curvature`](Self::curvature).
+    pub fn curvature_is_due(&self, step: u64) -> bool {
+        matches!(self.algorithm(), Algorithm::Sophia(config) if step.is_multiple_of(config.every))
+    }
+
+    /// Takes the gradients of the mean loss of `batch` tokens whose targets were drawn from the model's own predictions as an estimate of the curvature
+    /// ([`SophiaConfig`](crate::SophiaConfig)); of other algorithms nothing changes.
+    ///
+    /// # Errors
+    /// [`OptimError::UnknownGradients`], [`OptimError::GradientSize`].
+    pub fn curvature<M: Module>(&mut self, module: &M, grads: NamedGrads, batch: u64) -> Result<(), OptimError> {
+        let trainable = trainable(module)?;
+        check_gradients(&trainable, &grads)?;
+        self.prepare(&trainable);
+        for (name, grad) in grads {
+            let algorithm = self.rules.assign(&trainable[&name].0).algorithm;
+            if let (Algorithm::Sophia(config), Some(state)) = (algorithm, self.state.get_mut(&name)) {
+                config.curvature(grad, batch as f64, &mut state.tensors);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether [`averaged`](Self::averaged) gives other parameters than those that are trained.
+    pub fn averages(&self) -> bool {
+        self.rules.algorithms().any(|algorithm| matches!(algorithm, Algorithm::ScheduleFree(_)))
+    }
+
+    /// The parameters to evaluate and to keep: for [Schedule-Free](crate::ScheduleFreeConfig) the averages, which are not those that it trains. Others are left alone.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn averaged<M: Module>(&self, module: M) -> Result<M, OptimError> {
+        let mut configs = BTreeMap::new();
+        for (info, _) in located(&module)? {
+            if let Algorithm::ScheduleFree(config) = self.rules.assign(&info).algorithm {
+                configs.insert(info.name, config);
+            }
+        }
+        Ok(map_trainable(module, &|name| configs.contains_key(name), &mut |name, _, param| match configs
+            .get(name)
+            .zip(self.state.get(name))
+        {
+            Some((config, state)) if state.steps > 0 => config.averaged(param, &state.tensors),
+            _ => param,
+        }))
+    }
+
+    /// Makes the state of parameters that have none.
+    fn prepare(&mut self, trainable: &BTreeMap<String, (ParamInfo, Device)>) {
         for (name, (info, device)) in trainable {
             // Made for parameters without a gradient too, so that a state is either empty or complete.
-            let zeros = || Entry { moments: Moments::zeros(info.elements(), &device), shape: info.shape.clone() };
-            self.state.entry(name).or_insert_with(zeros);
+            let Assigned { algorithm, kind, .. } = self.rules.assign(info);
+            let zeros = || ParamState::new(&algorithm, kind, &info.shape, device);
+            self.state.entry(name.clone()).or_insert_with(zeros);
         }
-
-        let Self { config, decay, state } = self;
-        let with_gradient: BTreeSet<String> = grads.iter().map(|(name, _)| name.to_owned()).collect();
-        Ok(map_trainable(module, &|name| with_gradient.contains(name), &mut |name, rank, param| {
-            let Some(grad) = grads.remove(name) else { return param };
-            // The entry leaves the map for the time of the update, so that its tensors have one holder.
-            let Some(entry) = state.remove(name) else { return param };
-            let weight_decay = if decay.decays(rank) { config.weight_decay } else { 0.0 };
-            let (param, moments) = step_scaled(config, lr, weight_decay, grad_scale, param, grad, entry.moments);
-            state.insert(name.to_owned(), Entry { moments, ..entry });
-            param
-        }))
     }
 
     /// The state for a checkpoint, a tensor at a time, in the order of parameter names; empty before the first step.
     pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
         // Lazily: no more than one tensor is on the host at a time.
-        self.entries().map(|(name, kind, Entry { moments, shape })| StateTensor {
-            name: kind.of(name),
-            shape: kind.shape(shape),
-            values: match kind {
-                Kind::M => read(&moments.m),
-                Kind::V => read(&moments.v),
-                Kind::Steps => vec![moments.steps as f32],
-            },
+        self.state.iter().flat_map(|(param, entry)| {
+            let tensors = entry.slots.iter().zip(&entry.tensors).map(|(slot, tensor)| StateTensor {
+                name: state_name(param, slot.name),
+                shape: slot.shape.clone(),
+                values: read(tensor),
+            });
+            let steps =
+                StateTensor { name: state_name(param, STEPS), shape: vec![1], values: vec![entry.steps as f32] };
+            tensors.chain([steps])
         })
     }
 
     /// Names and shapes of what [`state`](Self::state) gives, in its order, without reading a value from the device.
     pub fn state_shapes(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
-        self.entries().map(|(name, kind, entry)| (kind.of(name), kind.shape(&entry.shape)))
+        self.state.iter().flat_map(|(param, entry)| {
+            let slots = entry.slots.iter().map(|slot| (state_name(param, slot.name), slot.shape.clone()));
+            slots.chain([(state_name(param, STEPS), vec![1])])
+        })
     }
 
-    fn entries(&self) -> impl Iterator<Item = (&str, Kind, &Entry)> {
-        self.state.iter().flat_map(|(name, entry)| Kind::ALL.into_iter().map(move |kind| (name.as_str(), kind, entry)))
-    }
-
-    /// Bytes of state held now: 8 per element of a trainable parameter after the first step.
+    /// Bytes of state held now: 0 before the first step.
     pub fn state_bytes(&self) -> usize {
-        self.state.values().map(|entry| 8 * entry.moments.m.shape().num_elements()).sum()
+        self.state.values().map(ParamState::bytes).sum()
     }
 
     /// Replaces the state by a saved one, onto the devices of the parameters of `module`. Tensors may come in any order, from a source that can
     /// fail. The next [`step`](Self::step) is then, bit for bit, the one that would have followed when the state was saved.
     ///
     /// # Errors
-    /// The source's own, or [`OptimError::State`] with everything that is missing, unused, of a wrong shape or has impossible values (not finite, a
-    /// negative v, steps that are no count). The optimizer is unchanged then.
+    /// The source's own, or [`OptimError::State`] with everything that is missing, unused (as in the state of another algorithm), of a wrong shape or has
+    /// impossible values (not finite, negative where only squares are, steps that are no count). The optimizer is unchanged then.
     pub fn load_state<M, E>(
         &mut self,
         module: &M,
@@ -153,37 +218,54 @@ impl AdamW {
         M: Module,
         E: From<OptimError>,
     {
-        let expected = trainable(module)?;
-        let mut found: BTreeMap<String, Parts> = BTreeMap::new();
-        let (mut missing, mut unused, mut wrong) = (vec![], vec![], vec![]);
+        struct Waiting {
+            kind: ParamKind,
+            shape: Vec<usize>,
+            slots: Vec<Slot>,
+            tensors: Vec<Option<Tensor<1>>>,
+            steps: Option<u64>,
+            device: Device,
+        }
+        let wait = |(name, (info, device)): (String, (ParamInfo, Device))| {
+            let Assigned { kind, algorithm, .. } = self.rules.assign(&info);
+            let slots = algorithm.rule().slots(Geometry { kind, shape: &info.shape });
+            let tensors = slots.iter().map(|_| None).collect();
+            (name, Waiting { kind, shape: info.shape, slots, tensors, steps: None, device })
+        };
+        let mut waiting: BTreeMap<String, Waiting> = trainable(module)?.into_iter().map(wait).collect();
+        let (mut found, mut missing, mut unused, mut wrong) = (false, vec![], vec![], vec![]);
         for tensor in tensors {
             let tensor = tensor?;
-            let known = Kind::split(&tensor.name).and_then(|(param, kind)| Some((param, kind, expected.get(param)?)));
-            let Some((param, kind, (info, device))) = known else {
-                unused.push(tensor.name);
-                continue;
-            };
-            if let Err(problem) = kind.check(&tensor, info) {
-                wrong.push(problem);
+            let known = tensor.name.rsplit_once('.').and_then(|(param, kind)| Some((waiting.get_mut(param)?, kind)));
+            let steps = Slot::unsigned(STEPS, &[1]);
+            match known {
+                Some((param, STEPS)) => {
+                    wrong.extend(problem(&tensor, &steps));
+                    param.steps = tensor.values.first().map(|&steps| steps as u64);
+                }
+                Some((param, kind)) if let Some(i) = param.slots.iter().position(|slot| slot.name == kind) => {
+                    wrong.extend(problem(&tensor, &param.slots[i]));
+                    param.tensors[i] = Some(on_device(tensor.values, &param.device));
+                }
+                _ => {
+                    unused.push(tensor.name);
+                    continue;
+                }
             }
-            let parts = found.entry(param.to_owned()).or_default();
-            let StateTensor { values, .. } = tensor;
-            match kind {
-                Kind::M => parts.m = Some(on_device(values, device)),
-                Kind::V => parts.v = Some(on_device(values, device)),
-                Kind::Steps => parts.steps = values.first().map(|&steps| steps as u64),
-            }
+            found = true;
         }
 
         let mut state = BTreeMap::new();
         // Nothing at all is the state before the first step; anything else must be whole.
-        let fresh = found.is_empty() && unused.is_empty();
-        for (name, (info, _)) in expected.into_iter().filter(|_| !fresh) {
-            let Parts { m, v, steps } = found.remove(&name).unwrap_or_default();
-            let absent = [(Kind::M, m.is_none()), (Kind::V, v.is_none()), (Kind::Steps, steps.is_none())];
-            missing.extend(absent.iter().filter(|(_, absent)| *absent).map(|(kind, _)| kind.of(&name)));
-            if let (Some(m), Some(v), Some(steps)) = (m, v, steps) {
-                state.insert(name, Entry { shape: info.shape, moments: Moments { m, v, steps } });
+        let fresh = !found && unused.is_empty();
+        for (name, Waiting { kind, shape, slots, tensors, steps, .. }) in waiting.into_iter().filter(|_| !fresh) {
+            let absent = slots.iter().zip(&tensors).filter(|(_, tensor)| tensor.is_none());
+            missing.extend(absent.map(|(slot, _)| state_name(&name, slot.name)));
+            if steps.is_none() {
+                missing.push(state_name(&name, STEPS));
+            }
+            if let (Some(tensors), Some(steps)) = (tensors.into_iter().collect(), steps) {
+                state.insert(name, ParamState::restored(kind, shape, slots, tensors, steps));
             }
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
@@ -193,6 +275,13 @@ impl AdamW {
             Err(OptimError::State { missing, unused, wrong }.into())
         }
     }
+}
+
+/// The name of the count of steps in a saved state.
+const STEPS: &str = "steps";
+
+fn state_name(param: &str, kind: &str) -> String {
+    format!("{param}.{kind}")
 }
 
 /// The trainable parameters by name, each with its device without autodiff.
@@ -217,66 +306,19 @@ fn check_gradients(trainable: &BTreeMap<String, (ParamInfo, Device)>, grads: &Na
     Ok(())
 }
 
-#[derive(Default)]
-struct Parts {
-    m: Option<Tensor<1>>,
-    v: Option<Tensor<1>>,
-    steps: Option<u64>,
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    M,
-    V,
-    Steps,
-}
-
-impl Kind {
-    fn suffix(self) -> &'static str {
-        match self {
-            Kind::M => "m",
-            Kind::V => "v",
-            Kind::Steps => "steps",
-        }
+/// What is wrong with a saved tensor.
+fn problem(tensor: &StateTensor, slot: &Slot) -> Option<String> {
+    let StateTensor { name, shape, values } = tensor;
+    if *shape != slot.shape || values.len() != slot.elements() {
+        return Some(format!("{name}: expected shape {:?}, got {shape:?} with {} values", slot.shape, values.len()));
     }
-
-    const ALL: [Kind; 3] = [Kind::M, Kind::V, Kind::Steps];
-
-    /// The name of this tensor of a parameter.
-    fn of(self, param: &str) -> String {
-        format!("{param}.{}", self.suffix())
-    }
-
-    /// Its shape, given the parameter's.
-    fn shape(self, param: &[usize]) -> Vec<usize> {
-        match self {
-            Kind::M | Kind::V => param.to_vec(),
-            Kind::Steps => vec![1],
-        }
-    }
-
-    fn split(name: &str) -> Option<(&str, Kind)> {
-        let (param, suffix) = name.rsplit_once('.')?;
-        let kind = Kind::ALL.into_iter().find(|kind| kind.suffix() == suffix)?;
-        Some((param, kind))
-    }
-
-    fn check(self, tensor: &StateTensor, info: &ParamInfo) -> Result<(), String> {
-        let StateTensor { name, shape, values } = tensor;
-        let expected = self.shape(&info.shape);
-        if *shape != expected || values.len() != expected.iter().product::<usize>() {
-            return Err(format!("{name}: expected shape {expected:?}, got {shape:?} with {} values", values.len()));
-        }
-        let (possible, words): (fn(&f32) -> bool, _) = match self {
-            Kind::M => (|x| x.is_finite(), "finite numbers"),
-            Kind::V => (|x| x.is_finite() && *x >= 0.0, "finite numbers, none negative"),
-            Kind::Steps => (|x| x.fract() == 0.0 && (0.0..=Moments::MAX_STEPS as f32).contains(x), "a count of steps"),
-        };
-        match values.iter().find(|value| !possible(value)) {
-            Some(value) => Err(format!("{name}: expected {words}, got {value}")),
-            None => Ok(()),
-        }
-    }
+    let (possible, words): (fn(&f32) -> bool, _) = match (slot.name, slot.signed) {
+        (STEPS, _) => (|x| x.fract() == 0.0 && (0.0..=MAX_STEPS as f32).contains(x), "a count of steps"),
+        (_, true) => (|x| x.is_finite(), "finite numbers"),
+        (_, false) => (|x| x.is_finite() && *x >= 0.0, "finite numbers, none negative"),
+    };
+    let value = values.iter().find(|value| !possible(value))?;
+    Some(format!("{name}: expected {words}, got {value}"))
 }
 
 fn on_device(values: Vec<f32>, device: &Device) -> Tensor<1> {

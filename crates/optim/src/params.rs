@@ -4,7 +4,6 @@
 //! `blocks.0.attn.qkv.weight`. It is the same in every process and after every restart, unlike burn's `ParamId`.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
@@ -56,6 +55,33 @@ pub(crate) fn located<M: Module>(module: &M) -> Result<Vec<(ParamInfo, Device)>,
     Ok(found)
 }
 
+/// What a parameter is to the model, by its name and shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ParamKind {
+    /// Two or more dimensions, and none of the following.
+    Matrix,
+    /// Fewer than two dimensions: a bias, the gain of a normalization.
+    Vector,
+    /// A table of rows: a part of its path is `embed`, `embedding`, `embeddings`, `positions`, `wte` or `wpe`. A tied head is its embedding.
+    Embedding,
+    /// The map to the vocabulary: a part of its path is `head` or `lm_head`.
+    Head,
+}
+
+impl ParamKind {
+    /// The kind of a parameter.
+    pub fn of(name: &str, shape: &[usize]) -> Self {
+        let has = |parts: &[&str]| name.split('.').any(|part| parts.contains(&part));
+        match shape.len() {
+            0 | 1 => Self::Vector,
+            _ if has(&["embed", "embedding", "embeddings", "positions", "wte", "wpe"]) => Self::Embedding,
+            _ if has(&["head", "lm_head"]) => Self::Head,
+            _ => Self::Matrix,
+        }
+    }
+}
+
 /// Which parameters weight decay pulls towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -80,64 +106,8 @@ impl DecayRule {
     }
 }
 
-/// A module's parameters, each in exactly one group.
-///
-/// Printed at the start of a run: `decay: 26 tensors, 13.8M; no decay: 27 tensors, 21.9k`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DecayGroups {
-    /// Trained with weight decay.
-    pub decay: Vec<ParamInfo>,
-    /// Trained without.
-    pub no_decay: Vec<ParamInfo>,
-    /// Not trained: they do not require gradients.
-    pub frozen: Vec<ParamInfo>,
-}
-
-impl DecayGroups {
-    /// Sorts the parameters of `module` by `rule`, and proves that the groups partition them: names differ, and the counts add up to
-    /// what burn counts by itself.
-    ///
-    /// # Errors
-    /// [`OptimError::DuplicateName`], [`OptimError::NotAPartition`].
-    pub fn of<M: Module>(module: &M, rule: DecayRule) -> Result<Self, OptimError> {
-        let mut groups = Self { decay: vec![], no_decay: vec![], frozen: vec![] };
-        for info in parameters(module)? {
-            let group = match (info.trainable, rule.decays(info.shape.len())) {
-                (false, _) => &mut groups.frozen,
-                (true, true) => &mut groups.decay,
-                (true, false) => &mut groups.no_decay,
-            };
-            group.push(info);
-        }
-        let grouped = elements(&groups.decay) + elements(&groups.no_decay) + elements(&groups.frozen);
-        let total = module.num_params();
-        if grouped != total {
-            return Err(OptimError::NotAPartition { grouped, total });
-        }
-        Ok(groups)
-    }
-}
-
-impl fmt::Display for DecayGroups {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let part = |group: &[ParamInfo]| {
-            let s = if group.len() == 1 { "" } else { "s" };
-            format!("{} tensor{s}, {}", group.len(), in_words(elements(group)))
-        };
-        write!(f, "decay: {}; no decay: {}", part(&self.decay), part(&self.no_decay))?;
-        if !self.frozen.is_empty() {
-            write!(f, "; frozen: {}", part(&self.frozen))?;
-        }
-        Ok(())
-    }
-}
-
-fn elements(group: &[ParamInfo]) -> usize {
-    group.iter().map(ParamInfo::elements).sum()
-}
-
 /// 13,800,000 as `13.8M`.
-fn in_words(count: usize) -> String {
+pub(crate) fn in_words(count: usize) -> String {
     let n = count as f64;
     match count {
         0..1_000 => count.to_string(),
@@ -255,25 +225,6 @@ mod tests {
     fn names_are_paths() {
         let names: Vec<String> = parameters(&net()).unwrap().into_iter().map(|p| p.name).collect();
         assert_eq!(names, ["table", "parts.0.weight", "parts.0.bias", "parts.1.weight", "gain"]);
-    }
-
-    #[test]
-    fn groups_partition_the_parameters() {
-        let mut net = net();
-        for (rule, decay, rest) in [(DecayRule::Matrices, 54, 12), (DecayRule::All, 66, 0), (DecayRule::None, 0, 66)] {
-            let groups = DecayGroups::of(&net, rule).unwrap();
-            assert_eq!(
-                (elements(&groups.decay), elements(&groups.no_decay), groups.frozen.len()),
-                (decay, rest, 0),
-                "{rule:?}"
-            );
-        }
-        net.table = net.table.set_require_grad(false);
-        let groups = DecayGroups::of(&net, DecayRule::Matrices).unwrap();
-        assert_eq!(groups.to_string(), "decay: 2 tensors, 30; no decay: 2 tensors, 12; frozen: 1 tensor, 24");
-        let all = groups.decay.iter().chain(&groups.no_decay).chain(&groups.frozen);
-        let names: BTreeSet<&str> = all.map(|p| p.name.as_str()).collect();
-        assert_eq!(names.len(), parameters(&net).unwrap().len());
     }
 
     #[test]

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_optim::adamw::step;
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, Moments, NamedGrads, OptimError, StateTensor, parameters};
+use firebox_optim::{
+    AdamWConfig, Algorithm, DecayRule, GroupConfig, LionConfig, NamedGrads, OptimError, Optimizer, ParamKind,
+    ParamState, StateTensor, parameters,
+};
 
 #[derive(Module, Debug)]
 struct Layer {
@@ -72,7 +74,7 @@ const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-8, we
 #[test]
 fn equals_the_formula_in_double_precision() {
     let mut net = net();
-    let mut optimizer = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     let mut theta: BTreeMap<String, Vec<f64>> =
         values(&net).into_iter().map(|(n, v)| (n, v.into_iter().map(f64::from).collect())).collect();
     let mut moments: BTreeMap<String, Vec<(f64, f64)>> =
@@ -108,7 +110,7 @@ fn equals_the_formula_in_double_precision() {
 #[test]
 fn a_resumed_optimizer_takes_the_same_next_step() {
     let mut net = net();
-    let mut optimizer = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     for t in 0..3 {
         let mut g = grads(&net, t);
         net = optimizer.step(1e-2, net, &mut g).unwrap();
@@ -121,7 +123,7 @@ fn a_resumed_optimizer_takes_the_same_next_step() {
     assert_eq!((steps("table"), steps("unused")), (3.0, 0.0), "a parameter without gradients takes no steps");
     saved.reverse();
 
-    let mut resumed = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut resumed = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     resumed.load_state::<_, OptimError>(&net, saved.into_iter().map(Ok)).unwrap();
     let twin = net.clone();
     let next = optimizer.step(1e-2, net.clone(), &mut grads(&net, 9)).unwrap();
@@ -131,17 +133,18 @@ fn a_resumed_optimizer_takes_the_same_next_step() {
     assert!(optimizer.state().eq(resumed.state()));
     assert_ne!(bits(&next), bits(&net));
     // And clones kept what they had: an update in place never writes through a shared tensor.
-    let fresh = AdamW::new(CONFIG, DecayRule::Matrices).unwrap().step(1e-2, net.clone(), &mut grads(&net, 9)).unwrap();
+    let fresh =
+        Optimizer::new(CONFIG, DecayRule::Matrices).unwrap().step(1e-2, net.clone(), &mut grads(&net, 9)).unwrap();
     assert_ne!(bits(&next), bits(&fresh), "the state matters");
 }
 
 #[test]
 fn a_state_that_does_not_fit_is_refused_whole() {
     let net = net();
-    let mut optimizer = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     let stepped = optimizer.step(1e-2, net, &mut NamedGrads::new()).unwrap();
     let saved: Vec<StateTensor> = optimizer.state().collect();
-    let mut fresh = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut fresh = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     let mut load = |saved: &[StateTensor]| fresh.load_state::<_, OptimError>(&stepped, saved.iter().cloned().map(Ok));
 
     load(&[]).unwrap(); // the state before the first step
@@ -178,7 +181,7 @@ fn decay_follows_the_rule() {
     {
         let before = values(&net());
         let mut g = zero(&net());
-        let after = values(&AdamW::new(CONFIG, rule).unwrap().step(0.1, net(), &mut g).unwrap());
+        let after = values(&Optimizer::new(CONFIG, rule).unwrap().step(0.1, net(), &mut g).unwrap());
         for (name, after) in after {
             let factor = match name.as_str() {
                 "unused" => 1.0, // no gradient, no step: unlike a gradient of zeros
@@ -194,7 +197,7 @@ fn decay_follows_the_rule() {
 
 #[test]
 fn bad_steps_are_refused() {
-    let mut optimizer = AdamW::new(CONFIG, DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(CONFIG, DecayRule::Matrices).unwrap();
     let error = optimizer.step(f64::NAN, net(), &mut NamedGrads::new()).unwrap_err();
     assert!(matches!(error, OptimError::Hyperparameter { name: "lr", .. }), "{error}");
     let error = optimizer.step(4.0, net(), &mut NamedGrads::new()).unwrap_err();
@@ -211,7 +214,7 @@ fn bad_steps_are_refused() {
     let error = optimizer.step(0.1, net(), &mut one("table", 23)).unwrap_err();
     assert_eq!(error.to_string(), "the gradient of `table` has 23 elements, expected 24");
     assert_eq!(optimizer.state().count(), 0);
-    assert!(AdamW::new(AdamWConfig { beta1: 2.0, ..CONFIG }, DecayRule::All).is_err());
+    assert!(Optimizer::new(AdamWConfig { beta1: 2.0, ..CONFIG }, DecayRule::All).is_err());
 }
 
 #[test]
@@ -253,18 +256,60 @@ fn the_fused_step_equals_the_composed_one_at_every_length() {
     let tensor = |n, salt| Tensor::<1>::from_floats(numbers(n, salt).as_slice(), &device);
     // Lengths around the widths of vectors and the chunks that threads share.
     for n in [1, 7, 8, 31, 33, 16_383, 16_384, 16_385, 50_003] {
-        let mut fused = (tensor(n, 1), Moments::zeros(n, &device));
+        let algorithm = Algorithm::from(CONFIG);
+        let mut fused = tensor(n, 1);
+        let mut state = ParamState::new(&algorithm, ParamKind::Matrix, &[n], &device);
         let mut plain = [tensor(n, 1), Tensor::zeros([n], &device), Tensor::zeros([n], &device)];
         for t in 1..=3 {
             let grad = tensor(n, 10 + t as u64);
-            fused = step(&CONFIG, 1e-2, CONFIG.weight_decay, fused.0, grad.clone(), fused.1);
+            fused = algorithm.step(1e-2, CONFIG.weight_decay, 1.0, fused, grad.clone(), &mut state);
             let [param, m, v] = plain;
             plain = composed(&CONFIG, 1e-2, t, param, grad, m, v);
         }
-        for (fused, plain) in [&fused.0, &fused.1.m, &fused.1.v].into_iter().zip(&plain) {
+        for (fused, plain) in [&fused].into_iter().chain(state.tensors().map(|(_, tensor)| tensor)).zip(&plain) {
             let distance = (fused.clone() - plain.clone()).abs().max().into_scalar::<f32>();
             // Values are at most one; each of three steps rounds a few times.
             assert!(distance < 1e-6, "{n}: {distance}");
         }
     }
+}
+
+#[test]
+fn groups_partition_the_module_and_are_trained_in_their_own_way() {
+    let group = |params: &[&str]| GroupConfig {
+        params: params.iter().map(|name| (*name).to_owned()).collect(),
+        ..GroupConfig::default()
+    };
+    let with = |groups| Optimizer::with_groups(CONFIG, DecayRule::Matrices, groups);
+    let frozen_rate = GroupConfig { lr_scale: 0.0, ..group(&["layers.0.*"]) };
+    let lion = GroupConfig { algorithm: Some(LionConfig::default().into()), ..group(&["tab?e"]) };
+    let mut optimizer = with(vec![frozen_rate, lion]).unwrap();
+    let before = net();
+    assert_eq!(
+        optimizer.groups(&before).unwrap().to_string(),
+        "layers.0.*: 2 tensors, 20, lr x 0; tab?e: 1 tensor, 24, lion; decay: 2 tensors, 19; no decay: 1 tensor, 5"
+    );
+    let start = values(&before);
+    let gradients = grads(&before, 3);
+    let after = values(&optimizer.step(1e-3, before, &mut gradients.clone()).unwrap());
+    assert_eq!(after["layers.0.weight"], start["layers.0.weight"], "its learning rate is 0");
+    // Lion moves every element by the learning rate, and decays by it.
+    for (after, before) in after["table"].iter().zip(&start["table"]) {
+        assert!(((after - before * (1.0 - 1e-3)).abs() - 1e-3).abs() < 1e-6, "{before} {after}");
+    }
+    let alone = values(
+        &Optimizer::new(CONFIG, DecayRule::Matrices).unwrap().step(1e-3, net(), &mut gradients.clone()).unwrap(),
+    );
+    assert_eq!(after["layers.1.weight"], alone["layers.1.weight"]);
+
+    let kinds = GroupConfig { kinds: vec![ParamKind::Vector], weight_decay: Some(0.5), ..GroupConfig::default() };
+    let groups = with(vec![kinds]).unwrap().groups(&net()).unwrap();
+    assert_eq!(groups.groups[0].params.len(), 2);
+    let error = with(vec![group(&["nothing.*"])]).unwrap().groups(&net()).unwrap_err();
+    assert!(error.to_string().starts_with("no parameter is in the group `nothing.*`"), "{error}");
+    let error = with(vec![group(&["a{b"])]).unwrap_err();
+    assert!(matches!(error, OptimError::Pattern { .. }), "{error}");
+    assert!(with(vec![GroupConfig { lr_scale: -1.0, ..group(&["*"]) }]).is_err());
+    let strong = GroupConfig { weight_decay: Some(100.0), ..group(&["*"]) };
+    assert!(matches!(with(vec![strong]).unwrap().validate_lr(0.1), Err(OptimError::DecayTooStrong { .. })));
 }

@@ -17,6 +17,8 @@ const KEEP_BYTES: usize = 128 << 20;
 struct Pool {
     /// Kept buffers by length, each with the time at which it came.
     free: BTreeMap<usize, VecDeque<(u64, Vec<f32>)>>,
+    /// How many buffers of a length were given out and have not come back.
+    out: BTreeMap<usize, usize>,
     clock: u64,
     stats: Stats,
 }
@@ -36,6 +38,7 @@ pub struct Stats {
 
 static POOL: Mutex<Pool> = Mutex::new(Pool {
     free: BTreeMap::new(),
+    out: BTreeMap::new(),
     clock: 0,
     stats: Stats { reused: 0, allocated: 0, allocated_bytes: 0, kept_bytes: 0 },
 });
@@ -79,6 +82,7 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
         return vec![0.0; len];
     }
     let mut pool = pool();
+    *pool.out.entry(len).or_default() += 1;
     if let Some(buffer) = pool.take(len) {
         pool.stats.reused += 1;
         return buffer;
@@ -90,23 +94,24 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
     fresh(len)
 }
 
-/// Buffers of at least this many bytes come from the system one by one, and go back to it when they are freed.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-const MAPPED_BYTES: usize = 1 << 20;
-
-/// New memory for a buffer. glibc's allocator would raise its threshold with the first large buffer that is freed and then cut all of them from one heap, whose
-/// holes fit no later size (gpt2-124m: 180 MB of 2.4 GB). So large buffers are mapped each for itself, in huge pages where the system has them:
-/// the first touch of a page of 4 KiB costs as much as computing on it.
+/// New memory for a buffer. glibc's allocator would cut it from one heap with all others, whose holes fit no later size (gpt2-124m: 180 MB of 2.4 GB). So
+/// large buffers are mapped each for itself, in huge pages where the system has them: the first touch of a page of 4 KiB costs as much as computing
+/// on it. What is allocated elsewhere stays in the heap, where it is used again without being mapped anew.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn fresh(len: usize) -> Vec<f32> {
-    static THRESHOLD: std::sync::Once = std::sync::Once::new();
+    /// Smaller buffers come from the heap.
+    const MAPPED_BYTES: usize = 1 << 20;
+    /// Where glibc's own threshold ends up once large memory has been freed.
+    const USUAL_BYTES: libc::c_int = 32 << 20;
+    const PAGE: usize = 4096;
     if 4 * len < MAPPED_BYTES {
         return vec![0.0; len];
     }
-    // SAFETY: mallopt may be called at any time from any thread.
-    THRESHOLD.call_once(|| _ = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES as libc::c_int) });
+    // SAFETY: mallopt may be called at any time from any thread; one that allocates in between has its memory mapped as well.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES as libc::c_int) };
     let values = vec![0.0; len];
-    const PAGE: usize = 4096;
+    // SAFETY: as above.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, USUAL_BYTES) };
     let (start, end) = (values.as_ptr() as usize, values.as_ptr() as usize + 4 * len);
     let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
     // SAFETY: whole pages inside one allocation of ours; the advice changes no content. Where it is refused, pages are small.
@@ -120,7 +125,8 @@ fn fresh(len: usize) -> Vec<f32> {
     vec![0.0; len]
 }
 
-/// Keeps a buffer for the next request of its size.
+/// Keeps a buffer for the next request of its size, in place of one that was given out. Memory that comes from elsewhere is kept only as far as ours went
+/// there: the pool does not grow from what others allocate.
 pub(crate) fn recycle(buffer: Vec<f32>) {
     let len = buffer.len();
     // Spare capacity would be memory that no request can find.
@@ -128,6 +134,10 @@ pub(crate) fn recycle(buffer: Vec<f32>) {
         return;
     }
     let mut pool = pool();
+    match pool.out.get_mut(&len) {
+        Some(out) if *out > 0 => *out -= 1,
+        _ => return,
+    }
     pool.clock += 1;
     let time = pool.clock;
     pool.stats.kept_bytes += 4 * len;
@@ -156,6 +166,20 @@ mod tests {
         let again = buffer(LEN);
         assert_eq!((again.as_ptr(), again.len()), (at, LEN));
         recycle(again);
+    }
+
+    #[test]
+    fn memory_from_elsewhere_does_not_pile_up() {
+        const LEN: usize = 1_048_601;
+        drop(buffer(LEN));
+        // The one that was given out and dropped has one successor.
+        for _ in 0..5 {
+            recycle(vec![1.0; LEN]);
+        }
+        let kept = |pool: MutexGuard<'_, Pool>| pool.free.get(&LEN).map_or(0, VecDeque::len);
+        assert_eq!(kept(pool()), 1);
+        let again = buffer(LEN);
+        assert_eq!((kept(pool()), again.len()), (0, LEN));
     }
 
     #[test]

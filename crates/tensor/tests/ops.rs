@@ -9,7 +9,10 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use check::{check, close, devices, host, values};
-use firebox_tensor::ops::{self, AdamWHyper, LossConfig};
+use firebox_tensor::ops::{
+    self, AdEmaMixHyper, AdamWHyper, LionHyper, LossConfig, MomentumHyper, ScheduleFreeHyper, SgdHyper, SophiaHyper,
+    Update,
+};
 use firebox_tensor::random::{Counter, Purpose};
 
 #[test]
@@ -243,7 +246,9 @@ fn adamw_follows_its_formula() {
                 bias_correction2: 0.142625,
                 grad_scale: 0.5,
             };
-            let (p2, m2, v2) = ops::adamw(t(&p), t(&g), t(&m), t(&v), h);
+            let mut states = [t(&m), t(&v)];
+            let p2 = ops::update(Update::AdamW(h), t(&p), t(&g), &mut states);
+            let [m2, v2] = states;
             let (mut wp, mut wm, mut wv) = (vec![], vec![], vec![]);
             for i in 0..n {
                 let [p, g, m, v] = [p[i], g[i], m[i], v[i]].map(f64::from);
@@ -262,6 +267,74 @@ fn adamw_follows_its_formula() {
                 &host(ops::sum_of_squares(t(&g))),
                 &[g.iter().map(|&g| f64::from(g).powi(2)).sum()],
             );
+        }
+    }
+}
+
+/// Every element-wise optimizer on every length, against its formula in double precision; and the composition for other devices too.
+#[test]
+fn updates_follow_their_formulas() {
+    let adamw = AdamWHyper {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        bias_correction1: 0.271,
+        bias_correction2: 0.142_625,
+        grad_scale: 0.5,
+    };
+    let sgd = SgdHyper { lr: 0.1, l2: 0.3, grad_scale: 0.5 };
+    let rules = [
+        Update::AdamW(adamw),
+        Update::Sgd(sgd),
+        Update::Momentum(MomentumHyper { sgd, momentum: 0.9, share: 0.7, nesterov: false }),
+        Update::Momentum(MomentumHyper { sgd, momentum: 0.9, share: 1.0, nesterov: true }),
+        Update::Lion(LionHyper { lr: 0.01, beta1: 0.95, beta2: 0.98, weight_decay: 1.0, grad_scale: 0.5 }),
+        Update::AdEmaMix(AdEmaMixHyper { adamw, beta3: 0.999, alpha: 5.0 }),
+        Update::ScheduleFree(ScheduleFreeHyper {
+            lr: 0.01,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            bias_correction2: 0.142_625,
+            share: 0.25,
+            grad_scale: 0.5,
+        }),
+        Update::Sophia(SophiaHyper { lr: 0.01, beta1: 0.96, rho: 0.4, weight_decay: 0.1, eps: 1e-15, grad_scale: 0.5 }),
+    ];
+    for (rule, device) in rules.iter().flat_map(|rule| devices().into_iter().map(move |device| (*rule, device))) {
+        for n in [1usize, 7, 33, 16_385, 50_003] {
+            let raw: Vec<Vec<f32>> = (0..rule.states() as u64).map(|i| values(n, 3 + i)).collect();
+            // The last of several states is a second moment: not negative, and away from zero.
+            let states: Vec<Vec<f32>> = match rule.states() {
+                0 | 1 => raw,
+                count => (0..count)
+                    .map(
+                        |i| if i == count - 1 { raw[i].iter().map(|v| v * v + 0.01).collect() } else { raw[i].clone() },
+                    )
+                    .collect(),
+            };
+            let (p, g) = (values(n, 1), values(n, 2));
+            let t = |v: &[f32]| Tensor::<1>::from_data(TensorData::new(v.to_vec(), [n]), &device);
+            let mut fused: Vec<Tensor<1>> = states.iter().map(|state| t(state)).collect();
+            let fused_param = ops::update(rule, t(&p), t(&g), &mut fused);
+            let mut composed: Vec<Tensor<1>> = states.iter().map(|state| t(state)).collect();
+            let composed_param = rule.step(t(&p), t(&g), &mut composed);
+            let mut wanted = vec![vec![]; 1 + states.len()];
+            for i in 0..n {
+                let mut s: Vec<f64> = states.iter().map(|state| f64::from(state[i])).collect();
+                wanted[0].push(rule.step(f64::from(p[i]), f64::from(g[i]), &mut s));
+                s.into_iter().zip(&mut wanted[1..]).for_each(|(s, wanted)| wanted.push(s));
+            }
+            for (i, wanted) in wanted.iter().enumerate() {
+                let of = |param: &Tensor<1>, states: &[Tensor<1>]| {
+                    host(if i == 0 { param.clone() } else { states[i - 1].clone() })
+                };
+                close(&format!("{rule:?}, {n}, fused {i}"), &of(&fused_param, &fused), wanted);
+                close(&format!("{rule:?}, {n}, composed {i}"), &of(&composed_param, &composed), wanted);
+            }
         }
     }
 }

@@ -33,15 +33,18 @@
 //! ```
 
 pub mod checkpoint;
+mod curvature;
 pub mod engine;
 mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod model_io;
 pub mod observe;
+mod optimizer_recipe;
 pub mod recipe;
 mod trainer;
 
 pub use error::TrainError;
+pub use optimizer_recipe::OptimizerRecipe;
 pub use recipe::Recipe;
 pub use trainer::{LastEval, State, Trainer, prompt_ids};

@@ -58,20 +58,32 @@ fn not_json(reason: &str) -> HfError {
     HfError::Key { key: "(file)".into(), expected: "JSON", got: reason.into() }
 }
 
+/// The model with the parameters of a file that [`save_parameters`] wrote.
+///
+/// # Errors
+/// [`CheckpointError`]: tensors that do not fit, all at once.
+pub(crate) fn load_parameters(model: Decoder, file: &TensorFile) -> Result<Decoder, TrainError> {
+    let entries = Family::of(model.config()).entries(model.config());
+    from_entries(model, &entries, file)
+}
+
 fn from_file(json: &serde_json::Value, file: &TensorFile, device: &Device) -> Result<Decoder, TrainError> {
     let (family, config) = parse_config(json)?;
     let entries = family.entries(&config);
-    check_shapes(&entries, file)?;
+    // The initial values are replaced before they are made.
+    from_entries(Decoder::new(&config, 0, device)?, &entries, file)
+}
+
+fn from_entries(model: Decoder, entries: &[Entry], file: &TensorFile) -> Result<Decoder, TrainError> {
+    check_shapes(entries, file)?;
     let mut values = HashMap::new();
-    for entry in &entries {
+    for entry in entries {
         let mut param = vec![0f32; entry.shape.iter().product()];
         for piece in &entry.pieces {
             entry.join(&mut param, piece, &file.f32(&piece.name)?);
         }
         values.insert(entry.param.clone(), param);
     }
-    // The initial values are replaced before they are made.
-    let model = Decoder::new(&config, 0, device)?;
     Ok(set_parameters(model, values))
 }
 
@@ -94,6 +106,16 @@ pub fn save(writer: &mut Writer, model: &Decoder, tokenizer: &Tokenizer) -> Resu
     let family = Family::of(config);
     writer.json("config.json", &family.config_json(config))?;
     writer.bytes("tokenizer.json", tokenizer.json().as_bytes())?;
+    save_parameters(writer, "model.safetensors", model)
+}
+
+/// Writes the parameters under Hugging Face's names.
+///
+/// # Errors
+/// As [`save`].
+pub(crate) fn save_parameters(writer: &mut Writer, name: &str, model: &Decoder) -> Result<(), CheckpointError> {
+    let config: &DecoderConfig = model.config();
+    let family = Family::of(config);
     let params: HashMap<String, Tensor<1>> = parameters(model).into_iter().collect();
     let entries = family.entries(config);
     let pieces: Vec<_> = entries.iter().flat_map(|e| e.pieces.iter().map(move |p| (e, p))).collect();
@@ -111,7 +133,7 @@ pub fn save(writer: &mut Writer, model: &Decoder, tokenizer: &Tokenizer) -> Resu
             .map(|bytes| bytes.into_owned())
             .unwrap_or_default()
     });
-    writer.tensors("model.safetensors", &metadata, &specs, data)
+    writer.tensors(name, &metadata, &specs, data)
 }
 
 /// The float parameters by path, flat and without gradients.

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
-use firebox_optim::{AdamWConfig, DecayRule, Schedule};
+use firebox_optim::Schedule;
 use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::engine::MemoryRecipe;
+use crate::optimizer_recipe::OptimizerRecipe;
 
 /// The recipes that come with Firebox: name and text.
 pub const BUILT_IN: [(&str, &str); 5] = [
@@ -38,7 +39,7 @@ pub struct Recipe {
     /// Where the text comes from; `--data` replaces it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<Source>,
-    /// AdamW.
+    /// The optimizer.
     #[serde(default)]
     pub optimizer: OptimizerRecipe,
     /// Learning rate over the steps.
@@ -123,40 +124,6 @@ pub struct ModelRecipe {
     /// Standard deviation of initial weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_std: Option<f64>,
-}
-
-/// The optimizer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OptimizerRecipe {
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// What decays: `matrices`, `all` or `none`.
-    pub decay: DecayRule,
-    /// Largest global norm of the gradients; 0 switches clipping off.
-    pub clip: f64,
-}
-
-impl Default for OptimizerRecipe {
-    fn default() -> Self {
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = AdamWConfig::default();
-        Self { lr: 1e-3, beta1, beta2, eps, weight_decay, decay: DecayRule::Matrices, clip: 1.0 }
-    }
-}
-
-impl OptimizerRecipe {
-    /// AdamW's numbers.
-    pub fn adamw(&self) -> AdamWConfig {
-        AdamWConfig { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
-    }
 }
 
 /// Length and batches.
@@ -343,7 +310,6 @@ impl Recipe {
             sources: vec![],
             optimizer: OptimizerRecipe {
                 lr: 4e-3 * (256.0 / model.d_model as f64).sqrt(),
-                beta2: 0.95,
                 ..OptimizerRecipe::default()
             },
             schedule: Schedule::Wsd { warmup_steps, min_lr_ratio: 0.0, decay_fraction: 0.4, decay: Default::default() },

@@ -9,11 +9,12 @@ use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_optim::{AdamW, NamedGrads};
+use firebox_optim::{NamedGrads, Optimizer};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, TensorSpec, Writer, encode_f32, prune};
+use crate::curvature::drawn;
 use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
@@ -69,7 +70,7 @@ pub struct Trainer<'a> {
     dir: PathBuf,
     // Taken out while the optimizer updates it.
     model: Option<Decoder>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     engine: Engine,
     dataset: &'a Dataset,
     loader: Loader,
@@ -99,8 +100,7 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.schedule.validate(recipe.train.steps)?;
-        let optimizer = AdamW::new(recipe.optimizer.adamw(), recipe.optimizer.decay)?;
-        recipe.optimizer.adamw().validate_lr(recipe.optimizer.lr)?;
+        let optimizer = recipe.optimizer.build()?;
         config.validate()?;
         let loader = dataset.train_loader(config.context, recipe.seed)?;
         if recipe.eval.sample_tokens > 0 {
@@ -134,7 +134,10 @@ impl<'a> Trainer<'a> {
         device: &Device,
         checkpoint: &Checkpoint,
     ) -> Result<Self, TrainError> {
-        let loaded = model_io::load_checkpoint(checkpoint, &device.clone().autodiff())?;
+        let mut loaded = model_io::load_checkpoint(checkpoint, &device.clone().autodiff())?;
+        if checkpoint.contains(TRAINED) {
+            loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
+        }
         let tokens = dataset.tokenizer.json();
         if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
             return Err(TrainError::Resume {
@@ -151,7 +154,7 @@ impl<'a> Trainer<'a> {
         }
         let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
         trainer.state = State { recipe_hash: trainer.state.recipe_hash, ..checkpoint.read_json("state.json")? };
-        let file = checkpoint.tensors("optimizer/adamw.safetensors")?;
+        let file = checkpoint.tensors(&trainer.state_file())?;
         let names: Vec<String> = file.names().map(str::to_string).collect();
         let tensors = names.into_iter().map(|name| {
             let (shape, values) = (file.shape(&name)?.to_vec(), file.f32(&name)?);
@@ -175,11 +178,21 @@ impl<'a> Trainer<'a> {
         &self.state
     }
 
-    /// How decay treats the parameters, to print at the start.
+    /// The model to evaluate and to keep: mostly the one that is trained.
+    fn averaged(&self) -> Result<Decoder, TrainError> {
+        Ok(self.optimizer.averaged(self.model().clone())?)
+    }
+
+    /// The optimizer's state in a checkpoint.
+    fn state_file(&self) -> String {
+        format!("optimizer/{}.safetensors", self.optimizer.algorithm().name())
+    }
+
+    /// How the parameters are trained, to print at the start.
     ///
     /// # Errors
     /// [`firebox_optim::OptimError`].
-    pub fn groups(&self) -> Result<firebox_optim::DecayGroups, TrainError> {
+    pub fn groups(&self) -> Result<firebox_optim::Groups, TrainError> {
         Ok(self.optimizer.groups(self.model())?)
     }
 
@@ -301,6 +314,9 @@ impl<'a> Trainer<'a> {
     fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
         let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
         let batches = self.batches();
+        if self.optimizer.curvature_is_due(self.state.step) {
+            self.estimate_curvature(&batches)?;
+        }
         let updated = match self.recipe.memory.optimizer_in_backward {
             true => self.update_in_backward(lr, &batches)?,
             false => self.update(lr, &batches)?,
@@ -354,6 +370,22 @@ impl<'a> Trainer<'a> {
         Ok(Ok((loss, grad_norm)))
     }
 
+    /// Sophia's estimate, from the same inputs with targets that the model draws. One that is not finite is left out.
+    fn estimate_curvature(&mut self, batches: &[TokenBatch]) -> Result<(), TrainError> {
+        let mut grads = NamedGrads::new();
+        for (i, batch) in batches.iter().enumerate() {
+            let counter = self.state.step | (i as u64) << 40;
+            let drawn = drawn(self.model(), batch, self.recipe.seed, counter);
+            self.engine.gradients(self.model(), &drawn, counter, &mut grads)?;
+        }
+        let targets = batches.iter().flat_map(|batch| batch.targets.iter()).filter(|&&target| target >= 0).count();
+        let Self { model: Some(model), optimizer, .. } = self else { return Ok(()) };
+        if grads.all_finite() {
+            optimizer.curvature(model, grads, targets as u64)?;
+        }
+        Ok(())
+    }
+
     /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
     fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
         // The recipe was checked: there is one.
@@ -393,7 +425,7 @@ impl<'a> Trainer<'a> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
-        let model = self.model().valid();
+        let model = self.averaged()?.valid();
         let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
         let Evaluation { loss, bpb, .. } =
             evaluate(&model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes);
@@ -428,14 +460,17 @@ impl<'a> Trainer<'a> {
     fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
         let dir = self.dir.join("checkpoints");
         let mut writer = Writer::create(&dir, self.state.step)?;
-        model_io::save(&mut writer, self.model(), &self.dataset.tokenizer)?;
+        model_io::save(&mut writer, &self.averaged()?, &self.dataset.tokenizer)?;
+        if self.optimizer.averages() {
+            model_io::save_parameters(&mut writer, TRAINED, self.model())?;
+        }
         let specs: Vec<TensorSpec> =
             self.optimizer.state_shapes().map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
         let data = self
             .optimizer
             .state()
             .map(|t| encode_f32(&t.values, safetensors::Dtype::F32).map(|b| b.into_owned()).unwrap_or_default());
-        writer.tensors("optimizer/adamw.safetensors", &Default::default(), &specs, data)?;
+        writer.tensors(&self.state_file(), &Default::default(), &specs, data)?;
         writer.json("state.json", &self.state)?;
         let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
@@ -458,6 +493,9 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
     }
     Ok(ids)
 }
+
+/// The parameters that are trained, where they are others than those of `model.safetensors`.
+const TRAINED: &str = "trained.safetensors";
 
 /// The mean loss and the gradients' norm of an update, or why there was none.
 type Updated = Result<(f64, f64), &'static str>;

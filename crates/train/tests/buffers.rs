@@ -3,7 +3,7 @@
 
 use firebox_models::TokenBatch;
 use firebox_models::decoder::{Decoder, presets};
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
+use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::buffers;
 use firebox_tensor::device::Backend;
 use firebox_train::engine::Engine;
@@ -13,7 +13,7 @@ fn later_steps_take_no_new_buffers() {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let (config, batch, tokens) = (presets::depth(2, 300), 4, 64);
     let mut model = Decoder::new(&config, 1, &device).unwrap();
-    let mut optimizer = AdamW::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
     let ids: Vec<i32> = (0..(batch * tokens) as i32).map(|i| i * 7 % 300).collect();
     let batch = TokenBatch::plain(batch, tokens, ids.clone(), ids);
     let mut step = |n: u64| {

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 use firebox_data::{Dataset, Source, prepare};
 use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
 use firebox_models::{Staged, TokenBatch};
-use firebox_optim::{AdamW, AdamWConfig, DecayRule, NamedGrads};
+use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::device::Backend;
 use firebox_train::engine::{Engine, Recompute};
 use firebox_train::model_io::{parameters, to_host};
@@ -100,7 +100,7 @@ fn ten_steps(
     mut gradients: impl FnMut(&Decoder, &TokenBatch, u64, &mut NamedGrads) -> f64,
 ) -> (Vec<u64>, Bits, Bits) {
     let mut model = Decoder::new(config, 7, &device().autodiff()).unwrap();
-    let mut optimizer = AdamW::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
+    let mut optimizer = Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
     let (mut losses, mut last) = (vec![], vec![]);
     for step in 0..10u64 {
         let mut grads = NamedGrads::new();

@@ -8,7 +8,6 @@ use rayon::prelude::*;
 use matmul::Into;
 
 pub(crate) mod activation;
-pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
@@ -19,6 +18,7 @@ pub(crate) mod panel;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 pub(crate) mod tile;
+pub(crate) mod update;
 
 /// Elements a task of an element-wise kernel works on: 64 KiB of f32, so that its inputs and outputs stay in a core's L2 cache.
 pub(crate) const CHUNK: usize = 16 * 1024;

@@ -9,6 +9,7 @@ mod attention;
 mod cross_entropy;
 mod embedding;
 mod extension;
+pub(crate) mod formula;
 mod linear;
 mod norm;
 mod optim;
@@ -20,8 +21,12 @@ pub use activation::{dropout, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
+pub use formula::{
+    AdEmaMixHyper, AdamWHyper, Formula, LionHyper, MomentumHyper, Number, ScheduleFreeHyper, SgdHyper, SophiaHyper,
+    Update,
+};
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{AdamWHyper, adamw, add, sum_of_squares};
+pub use optim::{add, release, sum_of_squares, update};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};

@@ -5,61 +5,48 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use super::formula::Update;
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
-use crate::kernels::{self, CHUNK, adamw as kernel, simd};
-
-/// Numbers of one AdamW step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWHyper {
-    /// Learning rate of this step.
-    pub lr: f32,
-    /// Decay of the first moment.
-    pub beta1: f32,
-    /// Decay of the second moment.
-    pub beta2: f32,
-    /// Added to the root of the second moment.
-    pub eps: f32,
-    /// Decoupled weight decay, multiplied by the learning rate.
-    pub weight_decay: f32,
-    /// `1 - beta1^t`
-    pub bias_correction1: f32,
-    /// `1 - beta2^t`
-    pub bias_correction2: f32,
-    /// What gradients are multiplied by first: below 1 where their norm is clipped.
-    pub grad_scale: f32,
-}
+use crate::kernels::{self, CHUNK, simd, update as kernel};
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
 #[allow(missing_docs)]
 trait FusedOptim: Backend {
-    fn fused_adamw(
+    fn fused_update(
         param: FloatTensor<Self>,
         grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        h: AdamWHyper,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        rule: Update,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
     ($feature:literal, $backend:ident) => {
         #[cfg(feature = $feature)]
         impl FusedOptim for burn::backend::$backend {
-            fn fused_adamw(
+            fn fused_update(
                 param: FloatTensor<Self>,
                 grad: FloatTensor<Self>,
-                m: FloatTensor<Self>,
-                v: FloatTensor<Self>,
-                h: AdamWHyper,
-            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-                adamw_host::<Self>(param, grad, m, v, h)
+                a: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                c: FloatTensor<Self>,
+                rule: Update,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                update_host::<Self>(param, grad, [a, b, c], rule)
             }
             fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let x = Self::values(x);
                 Self::tensor(vec![squares(x.as_ref())], &[1])
+            }
+            fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                drop(Self::values(x));
+                Self::tensor(vec![], &[0])
             }
             fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
                 let (mut x, y) = (Self::into_vec(x), Self::values(y));
@@ -74,17 +61,21 @@ macro_rules! host_backend {
 host_backend!("ndarray", NdArray);
 host_backend!("flex", Flex);
 
-fn adamw_host<B: HostBackend>(
+fn update_host<B: HostBackend>(
     param: FloatTensor<B>,
     grad: FloatTensor<B>,
-    m: FloatTensor<B>,
-    v: FloatTensor<B>,
-    h: AdamWHyper,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let (mut param, grad, mut m, mut v) = (B::into_vec(param), B::values(grad), B::into_vec(m), B::into_vec(v));
-    kernel::adamw(&mut param, grad.as_ref(), &mut m, &mut v, h);
-    let n = [param.len()];
-    (B::tensor(param, &n), B::tensor(m, &n), B::tensor(v, &n))
+    states: [FloatTensor<B>; 3],
+    rule: Update,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let (mut param, grad) = (B::into_vec(param), B::values(grad));
+    let mut states = states.map(B::into_vec);
+    kernel::update(rule, &mut param, grad.as_ref(), states.each_mut().map(Vec::as_mut_slice));
+    let tensor = |values: Vec<f32>| {
+        let n = [values.len()];
+        B::tensor(values, &n)
+    };
+    let [a, b, c] = states.map(tensor);
+    (tensor(param), a, b, c)
 }
 
 fn squares(x: &[f32]) -> f32 {
@@ -95,32 +86,30 @@ fn squares(x: &[f32]) -> f32 {
     parts.iter().map(|&p| f64::from(p)).sum::<f64>() as f32
 }
 
-/// One AdamW step (Loshchilov and Hutter, arXiv:1711.05101) of a flat parameter: returns (param, m, v). On the CPU backends it works
-/// in place, on all threads, in one pass, provided that nothing else holds the tensors.
+/// One step of an element-wise optimizer for a flat parameter: returns the parameter, and replaces its states. On the CPU backends it works in place, on all
+/// threads, in one pass, provided that nothing else holds the tensors.
 ///
 /// # Shapes
 /// - all `[n]`
 ///
 /// # Panics
-/// If the lengths differ, or a tensor is on an autodiff device.
-pub fn adamw(
-    param: Tensor<1>,
-    grad: Tensor<1>,
-    m: Tensor<1>,
-    v: Tensor<1>,
-    h: AdamWHyper,
-) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
-    if is_fused(&param.device()) {
-        let (param, m, v) =
-            Dispatch::fused_adamw(param.into_dispatch(), grad.into_dispatch(), m.into_dispatch(), v.into_dispatch(), h);
-        return (Tensor::from_dispatch(param), Tensor::from_dispatch(m), Tensor::from_dispatch(v));
+/// If the lengths differ, there are not as many states as [`Update::states`] says, or a tensor is on an autodiff device.
+pub fn update(rule: Update, param: Tensor<1>, grad: Tensor<1>, states: &mut [Tensor<1>]) -> Tensor<1> {
+    assert_eq!(states.len(), rule.states(), "update: {} states for {rule:?}", states.len());
+    if !is_fused(&param.device()) {
+        return rule.step(param, grad, states);
     }
-    let grad = grad * h.grad_scale;
-    let m = m * h.beta1 + grad.clone() * (1.0 - h.beta1);
-    let v = v * h.beta2 + grad.clone() * grad * (1.0 - h.beta2);
-    let update = m.clone() / h.bias_correction1 / ((v.clone() / h.bias_correction2).sqrt() + h.eps);
-    let param = param.clone() - update * h.lr - param * (h.lr * h.weight_decay);
-    (param, m, v)
+    let none = || Tensor::<1>::zeros([0], &param.device());
+    // Each is taken out of its place, so that its memory has one holder.
+    let [a, b, c] = std::array::from_fn(|i| match states.get_mut(i) {
+        Some(state) => std::mem::replace(state, none()).into_dispatch(),
+        None => none().into_dispatch(),
+    });
+    let (param, a, b, c) = Dispatch::fused_update(param.into_dispatch(), grad.into_dispatch(), a, b, c, rule);
+    for (state, new) in states.iter_mut().zip([a, b, c]) {
+        *state = Tensor::from_dispatch(new);
+    }
+    Tensor::from_dispatch(param)
 }
 
 /// Sum of the squares of a flat tensor, `[1]`; on the CPU backends in a fixed order.
@@ -143,4 +132,12 @@ pub fn add(x: Tensor<1>, y: Tensor<1>) -> Tensor<1> {
         return Tensor::from_dispatch(Dispatch::fused_add(x.into_dispatch(), y.into_dispatch()));
     }
     x + y
+}
+
+/// Has the next operations use the memory of a tensor, if nothing else holds it. A tensor that is simply dropped gives its memory back to the system, and
+/// taking it anew costs a page fault for every 4 KiB; what operations of this crate take in, they keep by themselves.
+pub fn release<const D: usize>(x: Tensor<D>) {
+    if is_fused(&x.device()) {
+        drop(Dispatch::fused_release(x.into_dispatch()));
+    }
 }

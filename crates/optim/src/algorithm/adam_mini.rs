@@ -1,0 +1,73 @@
+//! Adam-mini.
+
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{AdamWConfig, At, Geometry, Rule, Slot, correction};
+use crate::OptimError;
+use crate::params::ParamKind;
+
+/// Adam-mini (Zhang et al., <https://arxiv.org/abs/2406.16793>, algorithm 1): AdamW with one v for a block of parameters, the mean over the block of
+/// their squared gradients.
+///
+/// Blocks are the rows of embeddings and heads (tokens), the columns of other matrices (`[in, out]`: output neurons), and whole vectors, after the
+/// paper's principle for transformers. One thing differs: the paper takes whole heads of queries and keys as blocks; here, where they are columns
+/// of a packed projection, each column is one. The defaults are AdamW's. State: 4 bytes per parameter, and 4 per block.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamMiniConfig {
+    /// β1, decay of the mean of gradients. Default 0.9.
+    pub beta1: f64,
+    /// β2, decay of the mean of squared gradients. Default 0.95.
+    pub beta2: f64,
+    /// ε, added to the root of v̂. Default 1e-8.
+    pub eps: f64,
+    /// λ, decoupled weight decay, multiplied by the learning rate. Default 0.1.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamMiniConfig {
+    fn default() -> Self {
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = AdamWConfig::default();
+        Self { beta1, beta2, eps, weight_decay }
+    }
+}
+
+/// A parameter as a matrix, and the dimension over which v is a mean.
+fn blocks(param: Geometry<'_>) -> ([usize; 2], usize) {
+    match (param.shape, param.kind) {
+        ([] | [_], _) => ([1, param.elements()], 1),
+        ([rows, rest @ ..], ParamKind::Embedding | ParamKind::Head) => ([*rows, rest.iter().product()], 1),
+        ([rest @ .., columns], _) => ([rest.iter().product(), *columns], 0),
+    }
+}
+
+impl Rule for AdamMiniConfig {
+    fn validate(&self) -> Result<(), OptimError> {
+        let Self { beta1, beta2, eps, weight_decay } = *self;
+        AdamWConfig { beta1, beta2, eps, weight_decay }.validate()
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.weight_decay
+    }
+
+    fn slots(&self, param: Geometry<'_>) -> Vec<Slot> {
+        let (matrix, over) = blocks(param);
+        vec![Slot::signed("m", param.shape), Slot::unsigned("v", &[matrix[1 - over]])]
+    }
+
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+        let [m, v] = state else { return param };
+        let (matrix, over) = blocks(at.param);
+        let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
+        *m = m.clone() * self.beta1 as f32 + grad.clone() * (1.0 - self.beta1 as f32);
+        let squares = (grad.clone() * grad).reshape(matrix).mean_dim(over).reshape([matrix[1 - over]]);
+        *v = v.clone() * self.beta2 as f32 + squares * (1.0 - self.beta2 as f32);
+        let [c1, c2] = [self.beta1, self.beta2].map(|beta| correction(beta, at.t));
+        let denominator = (v.clone() / c2).sqrt() + self.eps;
+        let shape = if over == 1 { [matrix[0], 1] } else { [1, matrix[1]] };
+        let update = (m.clone().reshape(matrix) / denominator.reshape(shape)).reshape([at.param.elements()]);
+        param * (1.0 - at.lr * at.weight_decay) - update * (at.lr / f64::from(c1))
+    }
+}

@@ -1,0 +1,139 @@
+//! Muon.
+
+use burn::tensor::Tensor;
+use firebox_tensor::ops::{self, sum_of_squares};
+use serde::{Deserialize, Serialize};
+
+use super::{AdamWConfig, At, Geometry, Rule, Slot, check_beta};
+use crate::OptimError;
+use crate::error::check;
+use crate::params::ParamKind;
+
+/// Muon (Jordan et al., <https://kellerjordan.github.io/posts/muon/>; at scale Liu et al., <https://arxiv.org/abs/2502.16982>): the momentum of a matrix,
+/// made orthogonal by a Newton–Schulz iteration. Embeddings, the head and vectors are trained by AdamW.
+///
+/// ```text
+/// b = μ b + (1−μ) g        u = g + μ (b − g) with Nesterov, or b        θ_t = θ − η λ θ − η s orthogonal(u)
+/// ```
+///
+/// As `torch.optim.Muon`, with two differences: products are in f32, not bfloat16, and the default scale s is the one of Liu et al.,
+/// 0.2 √max(rows, columns), with which the learning rate and decay of AdamW can be kept, for both kinds of parameters. A packed projection (queries, keys, values)
+/// is one matrix. State: 4 bytes per element of a matrix, AdamW's 8 of the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MuonConfig {
+    /// μ. Default 0.95.
+    pub momentum: f64,
+    /// Nesterov's form. Default true.
+    pub nesterov: bool,
+    /// Iterations of Newton–Schulz. Default 5.
+    pub ns_steps: usize,
+    /// How long a step is. Default `match_adamw`.
+    pub scale: MuonScale,
+    /// λ, decoupled weight decay, multiplied by the learning rate, for AdamW too. Default 0.1.
+    pub weight_decay: f64,
+    /// AdamW's β1. Default 0.9.
+    pub beta1: f64,
+    /// AdamW's β2. Default 0.95.
+    pub beta2: f64,
+    /// AdamW's ε. Default 1e-8.
+    pub eps: f64,
+}
+
+/// What Muon multiplies its orthogonal matrices by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MuonScale {
+    /// 0.2 √max(rows, columns): as long as AdamW's steps (Liu et al., equation 4).
+    #[default]
+    MatchAdamw,
+    /// √max(1, out / in), Jordan's; learning rates are about 0.02 then, AdamW's need a group with an `lr_scale`.
+    Original,
+}
+
+impl Default for MuonConfig {
+    fn default() -> Self {
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = AdamWConfig::default();
+        Self {
+            momentum: 0.95,
+            nesterov: true,
+            ns_steps: 5,
+            scale: MuonScale::MatchAdamw,
+            weight_decay,
+            beta1,
+            beta2,
+            eps,
+        }
+    }
+}
+
+impl MuonConfig {
+    fn adamw(&self) -> AdamWConfig {
+        let Self { beta1, beta2, eps, weight_decay, .. } = *self;
+        AdamWConfig { beta1, beta2, eps, weight_decay }
+    }
+}
+
+/// Input and output width of a matrix that Muon trains; none of what AdamW does.
+fn matrix(param: Geometry<'_>) -> Option<[usize; 2]> {
+    match (param.kind, param.shape) {
+        (ParamKind::Matrix, &[input, output]) => Some([input, output]),
+        _ => None,
+    }
+}
+
+impl Rule for MuonConfig {
+    fn validate(&self) -> Result<(), OptimError> {
+        self.adamw().validate()?;
+        check_beta("momentum", self.momentum)?;
+        check("ns_steps", self.ns_steps as f64, (1..100).contains(&self.ns_steps), "1 to 99")
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.weight_decay
+    }
+
+    fn slots(&self, param: Geometry<'_>) -> Vec<Slot> {
+        match matrix(param) {
+            Some(_) => vec![Slot::signed("momentum", param.shape)],
+            None => self.adamw().slots(param),
+        }
+    }
+
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+        let Some([input, output]) = matrix(at.param) else { return self.adamw().step(at, param, grad, state) };
+        let [momentum] = state else { return param };
+        let mu = self.momentum as f32;
+        let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
+        *momentum = momentum.clone() * mu + grad.clone() * (1.0 - mu);
+        let u = if self.nesterov { grad * (1.0 - mu) + momentum.clone() * mu } else { momentum.clone() };
+        let update = orthogonal(u.reshape([input, output]), self.ns_steps).reshape([input * output]);
+        let (input, output) = (input as f64, output as f64);
+        let scale = match self.scale {
+            MuonScale::MatchAdamw => 0.2 * input.max(output).sqrt(),
+            MuonScale::Original => (output / input).max(1.0).sqrt(),
+        };
+        param * (1.0 - at.lr * at.weight_decay) - update * (at.lr * scale)
+    }
+}
+
+/// Jordan's coefficients: the steepest start, and singular values that end near 1.
+const COEFFICIENTS: [f32; 3] = [3.4445, -4.775, 2.0315];
+
+/// Nearly U Vᵀ of the singular value decomposition of `x`: singular values from about 0.7 to 1.2. Zeros stay zeros.
+pub(crate) fn orthogonal(x: Tensor<2>, steps: usize) -> Tensor<2> {
+    let [rows, columns] = x.dims();
+    // The smaller side is squared.
+    let wide = rows <= columns;
+    let x = if wide { x } else { x.transpose() };
+    let norm = sum_of_squares(x.clone().reshape([rows * columns])).sqrt().clamp_min(1e-7);
+    let mut x = x / norm.reshape([1, 1]);
+    let [a, b, c] = COEFFICIENTS;
+    for _ in 0..steps {
+        let gram = ops::linear_transposed(x.clone(), x.clone());
+        // The square of a symmetric matrix.
+        let square = ops::linear_transposed(gram.clone(), gram.clone());
+        x = x.clone() * a + ops::linear(gram * b + square * c, x, None);
+    }
+    if wide { x } else { x.transpose() }
+}

@@ -1,0 +1,98 @@
+//! The recipe's part on the optimizer.
+
+use firebox_optim::{Algorithm, DecayRule, GroupConfig, OptimError, Optimizer};
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer, Serialize};
+use toml::{Table, Value};
+
+/// The optimizer: an algorithm with its hyperparameters beside what all have.
+///
+/// `optimizer = { kind = "lion", lr = 1e-4, beta1 = 0.95 }`; the kind is `adamw` where none is given.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptimizerRecipe {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// What decays: `matrices`, `all` or `none`.
+    pub decay: DecayRule,
+    /// Largest global norm of the gradients; 0 switches clipping off.
+    pub clip: f64,
+    /// Kind and hyperparameters.
+    #[serde(flatten)]
+    pub algorithm: Algorithm,
+    /// Parameters that are trained in their own way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupConfig>,
+}
+
+impl Default for OptimizerRecipe {
+    fn default() -> Self {
+        Self { lr: 1e-3, decay: DecayRule::Matrices, clip: 1.0, algorithm: Algorithm::default(), groups: vec![] }
+    }
+}
+
+impl OptimizerRecipe {
+    /// The optimizer before its first step.
+    ///
+    /// # Errors
+    /// [`OptimError`]: a value out of its range, a pattern that is none.
+    pub fn build(&self) -> Result<Optimizer, OptimError> {
+        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, self.groups.clone())?;
+        optimizer.validate_lr(self.lr)?;
+        Ok(optimizer)
+    }
+}
+
+// By hand: `flatten` would let unknown keys pass.
+impl<'de> Deserialize<'de> for OptimizerRecipe {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut table = Table::deserialize(deserializer)?;
+        let mut recipe = Self::default();
+        take(&mut table, "lr", &mut recipe.lr)?;
+        take(&mut table, "decay", &mut recipe.decay)?;
+        take(&mut table, "clip", &mut recipe.clip)?;
+        take(&mut table, "groups", &mut recipe.groups)?;
+        table.entry("kind").or_insert_with(|| recipe.algorithm.name().into());
+        recipe.algorithm = Value::Table(table).try_into().map_err(plain)?;
+        Ok(recipe)
+    }
+}
+
+fn take<T: DeserializeOwned, E: Error>(table: &mut Table, key: &str, into: &mut T) -> Result<(), E> {
+    if let Some(value) = table.remove(key) {
+        *into = value.try_into().map_err(|error: toml::de::Error| E::custom(format!("{key}: {}", error.message())))?;
+    }
+    Ok(())
+}
+
+fn plain<E: Error>(error: toml::de::Error) -> E {
+    E::custom(error.message())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use firebox_optim::{AdamWConfig, LionConfig};
+
+    use super::*;
+
+    #[test]
+    fn the_kind_is_adamw_unless_told_otherwise_and_nothing_unknown_passes() {
+        let read = |text: &str| toml::from_str::<OptimizerRecipe>(text);
+        assert_eq!(read("").unwrap(), OptimizerRecipe::default());
+        let adamw = read("lr = 1\nbeta2 = 0.9").unwrap();
+        assert_eq!((adamw.lr, adamw.algorithm), (1.0, AdamWConfig { beta2: 0.9, ..Default::default() }.into()));
+        let lion = read("kind = \"lion\"\nclip = 0.0\n[[groups]]\nkinds = [\"head\"]\nlr_scale = 0.5").unwrap();
+        assert_eq!((lion.algorithm, lion.groups.len()), (LionConfig::default().into(), 1));
+        assert_eq!(read(&toml::to_string(&lion).unwrap()).unwrap(), lion);
+        for (bad, word) in [
+            ("kind = \"lion\"\neps = 1e-8", "eps"),
+            ("beta3 = 1.0", "beta3"),
+            ("kind = \"x\"", "adamw"),
+            ("lr = \"a\"", "lr"),
+            ("[[groups]]\nparam = 1", "params"),
+        ] {
+            let error = read(bad).unwrap_err().message().to_owned();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
+    }
+}
