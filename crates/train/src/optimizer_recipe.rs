@@ -52,7 +52,7 @@ impl<'de> Deserialize<'de> for OptimizerRecipe {
         take(&mut table, "clip", &mut recipe.clip)?;
         take(&mut table, "groups", &mut recipe.groups)?;
         table.entry("kind").or_insert_with(|| recipe.algorithm.name().into());
-        recipe.algorithm = Value::Table(table).try_into().map_err(plain)?;
+        recipe.algorithm = Value::Table(table).try_into().map_err(with_common_keys)?;
         Ok(recipe)
     }
 }
@@ -64,8 +64,13 @@ fn take<T: DeserializeOwned, E: Error>(table: &mut Table, key: &str, into: &mut 
     Ok(())
 }
 
-fn plain<E: Error>(error: toml::de::Error) -> E {
-    E::custom(error.message())
+/// The algorithm knows its own fields alone; what is offered in place of an unknown one are all.
+fn with_common_keys<E: Error>(error: toml::de::Error) -> E {
+    let all = "unknown field `{}`, expected one of `lr`, `decay`, `clip`, `groups`, ";
+    match error.message().strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, expected one of ")) {
+        Some((field, fields)) => E::custom(all.replace("{}", field) + fields),
+        None => E::custom(error.message()),
+    }
 }
 
 #[cfg(test)]
