@@ -14,12 +14,13 @@ use crate::workspace::Workspace;
 /// Measures Firebox beside PyTorch and plain burn: builds the benchmark, installs PyTorch into the target folder, runs.
 #[derive(Args)]
 #[command(
-    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun> [OPTIONS]",
+    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout> [OPTIONS]",
     after_help = "Benchmarks:
   train      training steps of four models: tokens/s, MFU, peak memory
   kernels    single operations: GFLOP/s or GB/s
   optim      a step of each optimizer: ms, GB/s
   scaling    time and memory over context, width and depth
+  shootout   every optimizer on one recipe: --data tinyshakespeare.txt
   speedrun   nanoGPT's CPU recipe to the same loss, wall-clock: --data tinyshakespeare.txt
 
 Examples:
@@ -78,12 +79,13 @@ struct Needs {
 impl Needs {
     fn of(arguments: &[String]) -> Self {
         let help = arguments.iter().any(|argument| argument == "--help" || argument == "-h");
-        let speedrun = arguments.first().is_some_and(|name| name == "speedrun");
+        let first = arguments.first().map(String::as_str);
+        let speedrun = matches!(first, Some("speedrun" | "shootout"));
         let contenders = contenders(arguments);
         let names =
             |prefix: &str| contenders.iter().flat_map(|list| list.split(',')).any(|name| name.starts_with(prefix));
         Self {
-            torch: !help && (contenders.is_none() || names("torch")),
+            torch: !help && first != Some("shootout") && (contenders.is_none() || names("torch")),
             burn: !help && names("burn"),
             firebox: !help && speedrun,
         }
@@ -110,5 +112,6 @@ mod tests {
         assert_eq!(needs("train --contenders=firebox,burn-flex"), Needs { torch: false, burn, firebox: false });
         assert_eq!(needs("train gpt-14m --contenders torch-eager,burn-flex"), Needs { torch, burn, firebox: false });
         assert_eq!(needs("speedrun --data x.txt"), Needs { torch, burn: false, firebox });
+        assert_eq!(needs("shootout --data x.txt"), Needs { torch: false, burn: false, firebox });
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
 use crate::train::Settings;
-use crate::{docs, kernel_calls, kernels, models, optim, peak, scaling, speedrun, step, train, worker};
+use crate::{docs, kernel_calls, kernels, models, optim, peak, scaling, shootout, speedrun, step, train, worker};
 
 /// Measures Firebox beside PyTorch and plain burn.
 #[derive(Parser)]
@@ -39,6 +39,7 @@ enum Command {
     Scaling(Scaling),
     Speedrun(Speedrun),
     Optim(Optim),
+    Shootout(Shootout),
     /// A contender's process; started by the driver.
     #[command(hide = true)]
     Worker {
@@ -258,6 +259,50 @@ impl Optim {
     }
 }
 
+/// Every optimizer on one recipe, each at the best of four learning rates: loss over tokens and over time.
+#[derive(Args)]
+struct Shootout {
+    /// tinyshakespeare.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// The recipe: a built-in name or a TOML file. Its optimizer is replaced.
+    #[arg(long, value_name = "RECIPE", default_value = "shakespeare-speedrun")]
+    recipe: String,
+    /// The program `firebox`.
+    #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_FIREBOX", hide_env_values = true)]
+    firebox: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Shootout {
+    fn run(&self) -> Result<()> {
+        let settings = self.common.settings(&[Contender::Firebox], 1);
+        if let Some(&contender) = settings.contenders.iter().find(|&&contender| contender != Contender::Firebox) {
+            return Err(Error::NoPart { contender, task: "optimizers here", advice: "leave it out of --contenders" });
+        }
+        let report = shootout::run(&shootout::Task {
+            data: &self.data,
+            recipe: &self.recipe,
+            firebox: self.firebox.as_deref(),
+            folder: self.common.path("shootout"),
+            threads: settings.threads,
+            quick: settings.quick,
+        })?;
+        println!("{}", report.markdown());
+        self.common.save("shootout", &report)?;
+        let svg = report.plot()?;
+        write(&self.common.path("shootout.svg"), &svg)?;
+        if self.common.write_docs {
+            let image = docs::write_plot("shootout", "Held-out loss over tokens and over seconds", &svg)?;
+            let machine = report.machine.describe(report.threads, &[&format!("Firebox {}", env!("CARGO_PKG_VERSION"))]);
+            let text = format!("{}\n{image}\n\n{machine}", report.markdown());
+            docs::write_section_of("optimizers.md", "shootout", &text)?;
+        }
+        Ok(())
+    }
+}
+
 /// Time and peak memory of a step over context, width and depth.
 #[derive(Args)]
 struct Scaling {
@@ -349,6 +394,7 @@ pub fn run() -> Result<()> {
         Command::Scaling(scaling) => scaling.run(),
         Command::Speedrun(speedrun) => speedrun.run(),
         Command::Optim(optim) => optim.run(),
+        Command::Shootout(shootout) => shootout.run(),
     }
 }
 

@@ -141,7 +141,7 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
                 param = param.take().map(|param| algorithm.step(1e-4, 0.1, 1.0, param, grad.clone(), &mut state));
             })
         }
-        Kernel::Optimizer { ref algorithm, count, d } => {
+        Kernel::Optimizer { ref algorithm, bits, count, d } => {
             let known = || Algorithm::all().iter().map(Algorithm::name).collect::<Vec<_>>().join(", ");
             let algorithm = optim::named(algorithm).ok_or_else(|| Error::Unknown {
                 kind: "optimizer",
@@ -149,7 +149,7 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
                 known: known(),
             })?;
             let of_matrix = |_| {
-                let state = ParamState::new(&algorithm, ParamKind::Matrix, &[d, d], &plain);
+                let state = optim::state(&algorithm, bits, d, &plain);
                 (Some(random([d * d], &plain)), random([d * d], &plain), state)
             };
             let mut params: Vec<_> = (0..count).map(of_matrix).collect();

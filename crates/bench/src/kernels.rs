@@ -39,8 +39,8 @@ pub enum Kernel {
     LinearCrossEntropy { rows: usize, d: usize, vocab: usize },
     /// AdamW of `n` elements.
     AdamW { n: usize },
-    /// A step of an optimizer for `count` matrices `[d, d]`.
-    Optimizer { algorithm: String, count: usize, d: usize },
+    /// A step of an optimizer for `count` matrices `[d, d]`, its state in so many bits.
+    Optimizer { algorithm: String, bits: u32, count: usize, d: usize },
     /// A copy of `n` elements.
     Copy { n: usize },
 }
@@ -93,8 +93,8 @@ impl Kernel {
             // Reads parameter, gradient and both moments, writes all but the gradient.
             Self::AdamW { n } => floats(7 * n),
             // Reads the gradient, reads and writes parameter and state.
-            Self::Optimizer { ref algorithm, count, d } => {
-                let state = optim::named(algorithm).and_then(|algorithm| optim::state_bytes(&algorithm, d).ok());
+            Self::Optimizer { ref algorithm, bits, count, d } => {
+                let state = optim::named(algorithm).and_then(|algorithm| optim::state_bytes(&algorithm, bits, d).ok());
                 Work::Bytes((count * (12 * d * d + 2 * state.unwrap_or(0))) as f64)
             }
             Self::Copy { n } => floats(2 * n),
@@ -104,8 +104,8 @@ impl Kernel {
     /// Whether the contender computes it.
     fn is_for(&self, contender: Contender) -> bool {
         match (contender, self) {
-            (Contender::TorchEager | Contender::TorchForeach, Self::Optimizer { algorithm, .. }) => {
-                optim::torch_has(algorithm, contender)
+            (Contender::TorchEager | Contender::TorchForeach, Self::Optimizer { algorithm, bits, .. }) => {
+                *bits == 32 && optim::torch_has(algorithm, contender)
             }
             (Contender::TorchForeach, _) => false,
             (Contender::Naive | Contender::Matrixmultiply, _) => matches!(self, Self::Sgemm { .. }),
@@ -132,7 +132,7 @@ impl fmt::Display for Kernel {
             Self::Embedding { rows, d, vocab } => write!(f, "{rows} of {vocab} x {d}"),
             Self::LinearCrossEntropy { rows, d, vocab } => write!(f, "{rows} x {d} x {vocab}"),
             Self::AdamW { n } | Self::Copy { n } => write!(f, "{n}"),
-            Self::Optimizer { algorithm, count, d } => write!(f, "{algorithm}, {count} x {d} x {d}"),
+            Self::Optimizer { algorithm, bits, count, d } => write!(f, "{algorithm}, {bits} bits, {count} x {d} x {d}"),
         }
     }
 }

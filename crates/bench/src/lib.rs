@@ -23,6 +23,7 @@ mod plot;
 pub mod protocol;
 pub mod race;
 mod scaling;
+mod shootout;
 mod speedrun;
 mod stats;
 mod step;

@@ -1,7 +1,9 @@
 //! `bench optim`: a step of each optimizer, beside `torch.optim`, and beside a copy of memory.
 
+use burn::tensor::Device;
 use firebox_optim::{Algorithm, ParamKind, ParamState};
 use firebox_tensor::device::Backend;
+use firebox_tensor::ops::Precision;
 
 use crate::contender::Contender;
 use crate::error::Result;
@@ -15,8 +17,12 @@ const MATRICES: (usize, usize) = (16, 1024);
 /// The cases: a copy, and every optimizer.
 pub fn cases() -> Vec<Kernel> {
     let (count, d) = MATRICES;
-    let step = |algorithm: Algorithm| Kernel::Optimizer { algorithm: algorithm.name().to_owned(), count, d };
-    [Kernel::Copy { n: count * d * d }].into_iter().chain(Algorithm::all().into_iter().map(step)).collect()
+    let step =
+        |algorithm: Algorithm, bits| Kernel::Optimizer { algorithm: algorithm.name().to_owned(), bits, count, d };
+    let mut cases = vec![Kernel::Copy { n: count * d * d }];
+    cases.extend(Algorithm::all().into_iter().map(|algorithm| step(algorithm, 32)));
+    cases.extend([16, 8].map(|bits| step(Algorithm::default(), bits)));
+    cases
 }
 
 /// The algorithm of that name, with its defaults.
@@ -24,9 +30,22 @@ pub fn named(name: &str) -> Option<Algorithm> {
     Algorithm::all().into_iter().find(|algorithm| algorithm.name() == name)
 }
 
-/// Bytes of state of a matrix.
-pub fn state_bytes(algorithm: &Algorithm, d: usize) -> Result<usize> {
-    Ok(ParamState::new(algorithm, ParamKind::Matrix, &[d, d], &Backend::NdArray.device()?).bytes())
+/// The state of a matrix, in 32, 16 or 8 bits.
+pub fn state(algorithm: &Algorithm, bits: u32, d: usize, device: &Device) -> ParamState {
+    let precision = match bits {
+        8 => Precision::Int8,
+        16 => Precision::Bf16,
+        _ => Precision::Full,
+    };
+    ParamState::with_precision(algorithm, ParamKind::Matrix, &[d, d], precision, "", device)
+}
+
+/// Its bytes.
+///
+/// # Errors
+/// A backend that this build lacks.
+pub fn state_bytes(algorithm: &Algorithm, bits: u32, d: usize) -> Result<usize> {
+    Ok(state(algorithm, bits, d, &Backend::NdArray.device()?).bytes())
 }
 
 /// Whether PyTorch has this optimizer, in this form.
@@ -72,18 +91,18 @@ pub fn markdown(report: &Report) -> Result<String> {
         .map(str::to_owned),
     );
     for row in &report.rows {
-        let Kernel::Optimizer { algorithm, d, .. } = &row.kernel else { continue };
+        let Kernel::Optimizer { algorithm, bits, d, .. } = &row.kernel else { continue };
         let cell = |seconds: Option<f64>| seconds.map_or_else(String::new, |seconds| number(1e3 * seconds));
         let torch = [Contender::TorchEager, Contender::TorchForeach].map(|contender| median(row, contender));
         let ours = median(row, Contender::Firebox);
         let ratio = torch.iter().flatten().copied().min_by(f64::total_cmp).zip(ours).map(|(torch, ours)| torch / ours);
         let bytes = match named(algorithm) {
-            Some(algorithm) => state_bytes(&algorithm, *d)? as f64 / (d * d) as f64,
+            Some(algorithm) => state_bytes(&algorithm, *bits, *d)? as f64 / (d * d) as f64,
             None => f64::NAN,
         };
         let rate = rate(row, Contender::Firebox);
         table.row([
-            algorithm.clone(),
+            if *bits == 32 { algorithm.clone() } else { format!("{algorithm}, {bits} bits") },
             number(bytes),
             cell(ours),
             cell(torch[0]),

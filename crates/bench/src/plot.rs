@@ -77,9 +77,13 @@ fn draw(panel: &Panel, area: &DrawingArea<SVGBackend, plotters::coord::Shift>) -
     let (y0, y1) = if y1 > y0 { (y0, y1) } else { (y0 / 2.0, y1 * 2.0) };
     let mut ticks: Vec<f64> =
         std::iter::successors(Some(y0), |y| Some(y * 2.0)).take_while(|&y| y <= y1 * 1.01).collect();
-    // At most eight labels.
-    let step = ticks.len().div_ceil(8);
-    ticks = ticks.into_iter().step_by(step).collect();
+    // At most eight labels on each axis.
+    let at_most_eight = |ticks: Vec<f64>| {
+        let step = ticks.len().div_ceil(8);
+        ticks.into_iter().step_by(step).collect::<Vec<_>>()
+    };
+    ticks = at_most_eight(ticks);
+    xs = at_most_eight(xs);
     let style = TextStyle::from(("sans-serif", FONT)).color(&TEXT);
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, style.clone())

@@ -155,7 +155,7 @@ fn firebox(task: &Task<'_>, data: &Path, folder: &Path, threads: usize, seed: u6
 }
 
 /// Runs a program to its end: how long it took, and the end of its standard output.
-fn finish(command: &mut Command, contender: Contender) -> Result<(f64, String)> {
+pub(crate) fn finish(command: &mut Command, contender: Contender) -> Result<(f64, String)> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let start = Instant::now();
     let child = spawn(command, contender.name(), "start it by `cargo xtask bench`")?;

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
+use firebox_tensor::ops::Precision;
 
-use crate::algorithm::{Algorithm, Geometry, MAX_STEPS, ParamState, Slot};
+use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
-use crate::params::{DecayRule, ParamInfo, ParamKind, located, map_trainable};
+use crate::params::{DecayRule, ParamInfo, located, map_trainable};
 use crate::{NamedGrads, OptimError};
 
 /// An optimizer for the parameters of a module.
@@ -16,6 +17,7 @@ use crate::{NamedGrads, OptimError};
 #[derive(Debug, Clone)]
 pub struct Optimizer {
     rules: Rules,
+    precision: Precision,
     state: BTreeMap<String, ParamState>,
 }
 
@@ -50,7 +52,13 @@ impl Optimizer {
         decay: DecayRule,
         groups: Vec<GroupConfig>,
     ) -> Result<Self, OptimError> {
-        Ok(Self { rules: Rules::new(algorithm.into(), decay, groups)?, state: BTreeMap::new() })
+        let rules = Rules::new(algorithm.into(), decay, groups)?;
+        Ok(Self { rules, precision: Precision::Full, state: BTreeMap::new() })
+    }
+
+    /// The same with states held in fewer bits. A checkpoint has them in 32, so that any precision can go on from any other.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The algorithm of the parameters that are in no group.
@@ -134,7 +142,8 @@ impl Optimizer {
         for (name, grad) in grads {
             let algorithm = self.rules.assign(&trainable[&name].0).algorithm;
             if let (Algorithm::Sophia(config), Some(state)) = (algorithm, self.state.get_mut(&name)) {
-                config.curvature(grad, batch as f64, &mut state.tensors);
+                let seed = !state.seed();
+                config.curvature(grad, batch as f64, &mut state.states, seed);
             }
         }
         Ok(())
@@ -160,7 +169,7 @@ impl Optimizer {
             .get(name)
             .zip(self.state.get(name))
         {
-            Some((config, state)) if state.steps > 0 => config.averaged(param, &state.tensors),
+            Some((config, state)) if state.steps > 0 => config.averaged(param, &state.states),
             _ => param,
         }))
     }
@@ -170,7 +179,7 @@ impl Optimizer {
         for (name, (info, device)) in trainable {
             // Made for parameters without a gradient too, so that a state is either empty or complete.
             let Assigned { algorithm, kind, .. } = self.rules.assign(info);
-            let zeros = || ParamState::new(&algorithm, kind, &info.shape, device);
+            let zeros = || ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, name, device);
             self.state.entry(name.clone()).or_insert_with(zeros);
         }
     }
@@ -179,10 +188,10 @@ impl Optimizer {
     pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
         // Lazily: no more than one tensor is on the host at a time.
         self.state.iter().flat_map(|(param, entry)| {
-            let tensors = entry.slots.iter().zip(&entry.tensors).map(|(slot, tensor)| StateTensor {
+            let tensors = entry.slots.iter().zip(&entry.states).map(|(slot, state)| StateTensor {
                 name: state_name(param, slot.name),
                 shape: slot.shape.clone(),
-                values: read(tensor),
+                values: state.read(),
             });
             let steps =
                 StateTensor { name: state_name(param, STEPS), shape: vec![1], values: vec![entry.steps as f32] };
@@ -219,18 +228,15 @@ impl Optimizer {
         E: From<OptimError>,
     {
         struct Waiting {
-            kind: ParamKind,
-            shape: Vec<usize>,
-            slots: Vec<Slot>,
-            tensors: Vec<Option<Tensor<1>>>,
-            steps: Option<u64>,
+            state: ParamState,
+            missing: Vec<&'static str>,
             device: Device,
         }
         let wait = |(name, (info, device)): (String, (ParamInfo, Device))| {
             let Assigned { kind, algorithm, .. } = self.rules.assign(&info);
-            let slots = algorithm.rule().slots(Geometry { kind, shape: &info.shape });
-            let tensors = slots.iter().map(|_| None).collect();
-            (name, Waiting { kind, shape: info.shape, slots, tensors, steps: None, device })
+            let state = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, &name, &device);
+            let missing = state.slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
+            (name, Waiting { state, missing, device })
         };
         let mut waiting: BTreeMap<String, Waiting> = trainable(module)?.into_iter().map(wait).collect();
         let (mut found, mut missing, mut unused, mut wrong) = (false, vec![], vec![], vec![]);
@@ -238,35 +244,34 @@ impl Optimizer {
             let tensor = tensor?;
             let known = tensor.name.rsplit_once('.').and_then(|(param, kind)| Some((waiting.get_mut(param)?, kind)));
             let steps = Slot::unsigned(STEPS, &[1]);
-            match known {
-                Some((param, STEPS)) => {
+            let Some((Waiting { state, missing, device }, kind)) = known else {
+                unused.push(tensor.name);
+                continue;
+            };
+            match state.slots.iter().position(|slot| slot.name == kind) {
+                Some(i) => match problem(&tensor, &state.slots[i]) {
+                    Some(problem) => wrong.push(problem),
+                    None => state.states[i].restore(&tensor.values, device),
+                },
+                None if kind == STEPS => {
                     wrong.extend(problem(&tensor, &steps));
-                    param.steps = tensor.values.first().map(|&steps| steps as u64);
+                    state.steps = tensor.values.first().map_or(0, |&steps| steps as u64);
                 }
-                Some((param, kind)) if let Some(i) = param.slots.iter().position(|slot| slot.name == kind) => {
-                    wrong.extend(problem(&tensor, &param.slots[i]));
-                    param.tensors[i] = Some(on_device(tensor.values, &param.device));
-                }
-                _ => {
+                None => {
                     unused.push(tensor.name);
                     continue;
                 }
             }
+            missing.retain(|name| *name != kind);
             found = true;
         }
 
-        let mut state = BTreeMap::new();
         // Nothing at all is the state before the first step; anything else must be whole.
         let fresh = !found && unused.is_empty();
-        for (name, Waiting { kind, shape, slots, tensors, steps, .. }) in waiting.into_iter().filter(|_| !fresh) {
-            let absent = slots.iter().zip(&tensors).filter(|(_, tensor)| tensor.is_none());
-            missing.extend(absent.map(|(slot, _)| state_name(&name, slot.name)));
-            if steps.is_none() {
-                missing.push(state_name(&name, STEPS));
-            }
-            if let (Some(tensors), Some(steps)) = (tensors.into_iter().collect(), steps) {
-                state.insert(name, ParamState::restored(kind, shape, slots, tensors, steps));
-            }
+        let mut state = BTreeMap::new();
+        for (name, waiting) in waiting.into_iter().filter(|_| !fresh) {
+            missing.extend(waiting.missing.iter().map(|kind| state_name(&name, kind)));
+            state.insert(name, waiting.state);
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
             self.state = state;
@@ -319,13 +324,4 @@ fn problem(tensor: &StateTensor, slot: &Slot) -> Option<String> {
     };
     let value = values.iter().find(|value| !possible(value))?;
     Some(format!("{name}: expected {words}, got {value}"))
-}
-
-fn on_device(values: Vec<f32>, device: &Device) -> Tensor<1> {
-    let elements = values.len();
-    Tensor::from_data(TensorData::new(values, [elements]), device)
-}
-
-fn read(tensor: &Tensor<1>) -> Vec<f32> {
-    tensor.to_data().iter::<f32>().collect()
 }

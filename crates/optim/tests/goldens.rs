@@ -69,7 +69,8 @@ struct Clip {
 const SHAPES: usize = 3;
 
 fn moments(state: &ParamState) -> [Tensor<1>; 2] {
-    let mut tensors = state.tensors().map(|(_, tensor)| tensor.clone());
+    let device = Device::default();
+    let mut tensors = state.tensors(&device).map(|(_, tensor)| tensor);
     ["m", "v"].map(|_| tensors.next().unwrap())
 }
 

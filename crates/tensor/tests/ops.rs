@@ -10,8 +10,8 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 use check::{check, close, devices, host, values};
 use firebox_tensor::ops::{
-    self, AdEmaMixHyper, AdamWHyper, LionHyper, LossConfig, MomentumHyper, ScheduleFreeHyper, SgdHyper, SophiaHyper,
-    Update,
+    self, AdEmaMixHyper, AdamWHyper, LionHyper, LossConfig, MomentumHyper, Precision, ScheduleFreeHyper, SgdHyper,
+    SophiaHyper, State, Update,
 };
 use firebox_tensor::random::{Counter, Purpose};
 
@@ -229,6 +229,12 @@ fn a_seed_hands_the_gradient_over() {
     }
 }
 
+fn full(values: Tensor<1>) -> State {
+    let mut state = State::zeros(values.dims()[0], Precision::Full, true, &values.device());
+    state.set(values, 0);
+    state
+}
+
 #[test]
 fn adamw_follows_its_formula() {
     for device in devices() {
@@ -246,9 +252,9 @@ fn adamw_follows_its_formula() {
                 bias_correction2: 0.142625,
                 grad_scale: 0.5,
             };
-            let mut states = [t(&m), t(&v)];
-            let p2 = ops::update(Update::AdamW(h), t(&p), t(&g), &mut states);
-            let [m2, v2] = states;
+            let mut states = [&m, &v].map(|state| full(t(state)));
+            let p2 = ops::update(Update::AdamW(h), t(&p), t(&g), &mut states, 0);
+            let [m2, v2] = states.map(|state| state.get(&device));
             let (mut wp, mut wm, mut wv) = (vec![], vec![], vec![]);
             for i in 0..n {
                 let [p, g, m, v] = [p[i], g[i], m[i], v[i]].map(f64::from);
@@ -318,8 +324,9 @@ fn updates_follow_their_formulas() {
             };
             let (p, g) = (values(n, 1), values(n, 2));
             let t = |v: &[f32]| Tensor::<1>::from_data(TensorData::new(v.to_vec(), [n]), &device);
-            let mut fused: Vec<Tensor<1>> = states.iter().map(|state| t(state)).collect();
-            let fused_param = ops::update(rule, t(&p), t(&g), &mut fused);
+            let mut fused: Vec<State> = states.iter().map(|state| full(t(state))).collect();
+            let fused_param = ops::update(rule, t(&p), t(&g), &mut fused, 0);
+            let fused: Vec<Tensor<1>> = fused.iter().map(|state| state.get(&device)).collect();
             let mut composed: Vec<Tensor<1>> = states.iter().map(|state| t(state)).collect();
             let composed_param = rule.step(t(&p), t(&g), &mut composed);
             let mut wanted = vec![vec![]; 1 + states.len()];
@@ -334,6 +341,55 @@ fn updates_follow_their_formulas() {
                 };
                 close(&format!("{rule:?}, {n}, fused {i}"), &of(&fused_param, &fused), wanted);
                 close(&format!("{rule:?}, {n}, composed {i}"), &of(&composed_param, &composed), wanted);
+            }
+        }
+    }
+}
+
+/// What states in fewer bits give is what their own values, decoded, give in f32, encoded again; and a second step from the stored bits is the same.
+#[test]
+fn compact_states_are_updated_as_their_values_say() {
+    let hyper = AdamWHyper {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        bias_correction1: 0.271,
+        bias_correction2: 0.142_625,
+        grad_scale: 0.5,
+    };
+    let rule = Update::AdamW(hyper);
+    for device in devices() {
+        for (precision, error) in [(Precision::Bf16, 1.0 / 128.0), (Precision::Int8, 0.05)] {
+            for n in [1usize, 255, 257, 16_385, 50_003] {
+                let t = |v: &[f32]| Tensor::<1>::from_data(TensorData::new(v.to_vec(), [n]), &device);
+                let (p, g) = (values(n, 1), values(n, 2));
+                let squares: Vec<f32> = values(n, 4).iter().map(|v| v * v + 0.1).collect();
+                let [mut m, mut v] = [(values(n, 3), true), (squares, false)].map(|(values, signed)| {
+                    let mut state = State::zeros(n, precision, signed, &device);
+                    state.set(t(&values), 9);
+                    state
+                });
+                assert!(m.bytes() < 4 * n || n == 1);
+                let (before_m, before_v) = (m.read(), v.read());
+                m.restore(&before_m, &device);
+                v.restore(&before_v, &device);
+                assert_eq!((m.read(), v.read()), (before_m.clone(), before_v.clone()), "a restart changes nothing");
+                let mut compact = [m, v];
+                let mut plain = [full(t(&before_m)), full(t(&before_v))];
+                let param = host(ops::update(rule, t(&p), t(&g), &mut compact, 77));
+                let expected = host(ops::update(rule, t(&p), t(&g), &mut plain, 77));
+                assert_eq!(param, expected, "{precision:?}, {n}");
+                for (compact, plain) in compact.iter().zip(&plain) {
+                    for (block, exact) in compact.read().chunks(256).zip(plain.read().chunks(256)) {
+                        let scale = exact.iter().fold(0f32, |max, x| max.max(x.abs()));
+                        for (x, y) in block.iter().zip(exact) {
+                            let allowed = if precision == Precision::Bf16 { y.abs() } else { scale } * error;
+                            assert!((x - y).abs() <= allowed, "{precision:?}, {n}: {x} {y} of {scale}");
+                        }
+                    }
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The recipe's part on the optimizer.
 
 use firebox_optim::{Algorithm, DecayRule, GroupConfig, OptimError, Optimizer};
+use firebox_tensor::ops::Precision;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
@@ -16,6 +17,8 @@ pub struct OptimizerRecipe {
     pub decay: DecayRule,
     /// Largest global norm of the gradients; 0 switches clipping off.
     pub clip: f64,
+    /// In how many bits the state is held: `f32`, `bf16` or `int8`.
+    pub state: StateFormat,
     /// Kind and hyperparameters.
     #[serde(flatten)]
     pub algorithm: Algorithm,
@@ -24,9 +27,39 @@ pub struct OptimizerRecipe {
     pub groups: Vec<GroupConfig>,
 }
 
+/// In how many bits an optimizer's state is held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StateFormat {
+    /// 32.
+    #[default]
+    F32,
+    /// 16, rounded stochastically.
+    Bf16,
+    /// 8, by blocks.
+    Int8,
+}
+
+impl From<StateFormat> for Precision {
+    fn from(format: StateFormat) -> Self {
+        match format {
+            StateFormat::F32 => Self::Full,
+            StateFormat::Bf16 => Self::Bf16,
+            StateFormat::Int8 => Self::Int8,
+        }
+    }
+}
+
 impl Default for OptimizerRecipe {
     fn default() -> Self {
-        Self { lr: 1e-3, decay: DecayRule::Matrices, clip: 1.0, algorithm: Algorithm::default(), groups: vec![] }
+        Self {
+            lr: 1e-3,
+            decay: DecayRule::Matrices,
+            clip: 1.0,
+            state: StateFormat::F32,
+            algorithm: Algorithm::default(),
+            groups: vec![],
+        }
     }
 }
 
@@ -38,7 +71,7 @@ impl OptimizerRecipe {
     pub fn build(&self) -> Result<Optimizer, OptimError> {
         let optimizer = Optimizer::with_groups(self.algorithm, self.decay, self.groups.clone())?;
         optimizer.validate_lr(self.lr)?;
-        Ok(optimizer)
+        Ok(optimizer.with_precision(self.state.into()))
     }
 }
 
@@ -50,6 +83,7 @@ impl<'de> Deserialize<'de> for OptimizerRecipe {
         take(&mut table, "lr", &mut recipe.lr)?;
         take(&mut table, "decay", &mut recipe.decay)?;
         take(&mut table, "clip", &mut recipe.clip)?;
+        take(&mut table, "state", &mut recipe.state)?;
         take(&mut table, "groups", &mut recipe.groups)?;
         table.entry("kind").or_insert_with(|| recipe.algorithm.name().into());
         recipe.algorithm = Value::Table(table).try_into().map_err(with_common_keys)?;
@@ -66,7 +100,7 @@ fn take<T: DeserializeOwned, E: Error>(table: &mut Table, key: &str, into: &mut 
 
 /// The algorithm knows its own fields alone; what is offered in place of an unknown one are all.
 fn with_common_keys<E: Error>(error: toml::de::Error) -> E {
-    let all = "unknown field `{}`, expected one of `lr`, `decay`, `clip`, `groups`, ";
+    let all = "unknown field `{}`, expected one of `lr`, `decay`, `clip`, `state`, `groups`, ";
     match error.message().strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, expected one of ")) {
         Some((field, fields)) => E::custom(all.replace("{}", field) + fields),
         None => E::custom(error.message()),

@@ -1,10 +1,10 @@
 //! Adafactor.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::sum_of_squares;
+use firebox_tensor::ops::{State, sum_of_squares};
 use serde::{Deserialize, Serialize};
 
-use super::{At, Geometry, Rule, Slot};
+use super::{At, Geometry, Rule, Slot, lerp};
 use crate::OptimError;
 use crate::error::check;
 
@@ -69,26 +69,27 @@ impl Rule for AdafactorConfig {
         }
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let elements = at.param.elements();
         let share = (at.t as f64).powf(self.beta2_decay);
         let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
         let squares = grad.clone() * grad.clone();
-        let mean = |old: &Tensor<1>, new: Tensor<1>| old.clone() * (1.0 - share) + new * share;
+        let device = param.device();
+        let mean = |old: &mut State, new: Tensor<1>| {
+            let mean = lerp(old.take(&device), new, 1.0, share);
+            old.set(mean.clone(), at.seed);
+            mean
+        };
         let v = match (matrices(at.param.shape), &mut *state) {
             (Some([n, rows, columns]), [row, column]) => {
                 let squares = squares.reshape([n, rows, columns]);
-                *row = mean(row, squares.clone().mean_dim(2).reshape([n * rows]));
-                *column = mean(column, squares.mean_dim(1).reshape([n * columns]));
-                let row = row.clone().reshape([n, rows, 1]);
+                let row = mean(row, squares.clone().mean_dim(2).reshape([n * rows])).reshape([n, rows, 1]);
+                let column = mean(column, squares.mean_dim(1).reshape([n * columns]));
                 let whole = row.clone().mean_dim(1).clamp_min(self.eps1);
                 // The quotient first: the product of two small means would leave f32's range.
-                ((row / whole) * column.clone().reshape([n, 1, columns])).reshape([elements])
+                ((row / whole) * column.reshape([n, 1, columns])).reshape([elements])
             }
-            (_, [v, ..]) => {
-                *v = mean(v, squares);
-                v.clone()
-            }
+            (_, [v, ..]) => mean(v, squares),
             _ => return param,
         };
         let update = grad / v.clamp_min(self.eps1 * self.eps1).sqrt();

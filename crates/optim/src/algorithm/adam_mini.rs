@@ -1,9 +1,10 @@
 //! Adam-mini.
 
 use burn::tensor::Tensor;
+use firebox_tensor::ops::State;
 use serde::{Deserialize, Serialize};
 
-use super::{AdamWConfig, At, Geometry, Rule, Slot, correction};
+use super::{AdamWConfig, At, Geometry, Rule, Slot, correction, lerp};
 use crate::OptimError;
 use crate::params::ParamKind;
 
@@ -57,17 +58,19 @@ impl Rule for AdamMiniConfig {
         vec![Slot::signed("m", param.shape), Slot::unsigned("v", &[matrix[1 - over]])]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let [m, v] = state else { return param };
         let (matrix, over) = blocks(at.param);
-        let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
-        *m = m.clone() * self.beta1 as f32 + grad.clone() * (1.0 - self.beta1 as f32);
+        let device = param.device();
+        let mean = lerp(m.take(&device), grad.clone(), at.grad_scale, 1.0 - f64::from(self.beta1 as f32));
+        m.set(mean.clone(), at.seed);
         let squares = (grad.clone() * grad).reshape(matrix).mean_dim(over).reshape([matrix[1 - over]]);
-        *v = v.clone() * self.beta2 as f32 + squares * (1.0 - self.beta2 as f32);
+        let block = lerp(v.take(&device), squares, at.grad_scale.powi(2), 1.0 - f64::from(self.beta2 as f32));
+        v.set(block.clone(), !at.seed);
         let [c1, c2] = [self.beta1, self.beta2].map(|beta| correction(beta, at.t));
-        let denominator = (v.clone() / c2).sqrt() + self.eps;
+        let denominator = (block / c2).sqrt() + self.eps;
         let shape = if over == 1 { [matrix[0], 1] } else { [1, matrix[1]] };
-        let update = (m.clone().reshape(matrix) / denominator.reshape(shape)).reshape([at.param.elements()]);
+        let update = (mean.reshape(matrix) / denominator.reshape(shape)).reshape([at.param.elements()]);
         param * (1.0 - at.lr * at.weight_decay) - update * (at.lr / f64::from(c1))
     }
 }

@@ -1,7 +1,7 @@
 //! Adam and AdamW.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{AdamWHyper, Update, update};
+use firebox_tensor::ops::{AdamWHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, check_beta, check_eps, correction};
@@ -77,9 +77,9 @@ impl Rule for AdamWConfig {
         vec![Slot::signed("m", param.shape), Slot::unsigned("v", param.shape)]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let hyper = AdamWHyper { weight_decay: at.weight_decay as f32, ..self.hyper(at) };
-        update(Update::AdamW(hyper), param, grad, state)
+        update(Update::AdamW(hyper), param, grad, state, at.seed)
     }
 }
 
@@ -126,13 +126,13 @@ impl Rule for AdamConfig {
         self.adamw().slots(param)
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let hyper = self.adamw().hyper(at);
         if at.weight_decay == 0.0 {
-            return update(Update::AdamW(hyper), param, grad, state);
+            return update(Update::AdamW(hyper), param, grad, state, at.seed);
         }
         let grad = grad * at.grad_scale + param.clone() * at.weight_decay;
-        update(Update::AdamW(AdamWHyper { grad_scale: 1.0, ..hyper }), param, grad, state)
+        update(Update::AdamW(AdamWHyper { grad_scale: 1.0, ..hyper }), param, grad, state, at.seed)
     }
 }
 

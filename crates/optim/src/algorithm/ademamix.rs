@@ -1,7 +1,7 @@
 //! AdEMAMix.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{AdEmaMixHyper, AdamWHyper, Update, update};
+use firebox_tensor::ops::{AdEmaMixHyper, AdamWHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, At, Geometry, Rule, Slot, check_beta};
@@ -77,10 +77,10 @@ impl Rule for AdEmaMixConfig {
         vec![Slot::signed("m1", param.shape), Slot::signed("m2", param.shape), Slot::unsigned("v", param.shape)]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let (alpha, beta3) = self.scheduled(at.t);
         let adamw = AdamWHyper { weight_decay: at.weight_decay as f32, ..self.adamw().hyper(at) };
         let hyper = AdEmaMixHyper { adamw, beta3: beta3 as f32, alpha: alpha as f32 };
-        update(Update::AdEmaMix(hyper), param, grad, state)
+        update(Update::AdEmaMix(hyper), param, grad, state, at.seed)
     }
 }

@@ -1,7 +1,7 @@
 //! LAMB.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{AdamWHyper, SgdHyper, Update, sum_of_squares, update};
+use firebox_tensor::ops::{AdamWHyper, SgdHyper, State, Update, sum_of_squares, update};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, At, Geometry, Rule, Slot};
@@ -54,19 +54,20 @@ impl Rule for LambConfig {
         self.adamw().slots(param)
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
-        // Adam's step from zero with a learning rate of 1 is -r.
-        let hyper = AdamWHyper { lr: 1.0, ..self.adamw().hyper(at) };
-        let r = update(Update::AdamW(hyper), param.zeros_like(), grad, state).neg();
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
+        // Adam's step from zero with a learning rate of -1 is r.
+        let hyper = AdamWHyper { lr: -1.0, ..self.adamw().hyper(at) };
+        let r = update(Update::AdamW(hyper), param.zeros_like(), grad, state, at.seed);
+        // And one of gradient descent along the parameter adds the decay.
+        let sgd = |lr: f64| Update::Sgd(SgdHyper { lr: lr as f32, l2: 0.0, grad_scale: 1.0 });
         let u = match at.weight_decay {
             0.0 => r,
-            decay => r + param.clone() * decay,
+            decay => update(sgd(-decay), r, param.clone(), &mut [], 0),
         };
         let norms: Vec<f32> =
             Tensor::cat(vec![sum_of_squares(param.clone()), sum_of_squares(u.clone())], 0).into_data().iter().collect();
         let [theta, length] = [norms[0], norms[1]].map(|square| f64::from(square).sqrt());
         let ratio = if theta > 0.0 && length > 0.0 { theta / length } else { 1.0 };
-        let sgd = SgdHyper { lr: (at.lr * ratio) as f32, l2: 0.0, grad_scale: 1.0 };
-        update(Update::Sgd(sgd), param, u, &mut [])
+        update(sgd(at.lr * ratio), param, u, &mut [], 0)
     }
 }

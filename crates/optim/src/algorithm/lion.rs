@@ -1,7 +1,7 @@
 //! Lion.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{LionHyper, Update, update};
+use firebox_tensor::ops::{LionHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, check_beta};
@@ -47,7 +47,7 @@ impl Rule for LionConfig {
         vec![Slot::signed("m", param.shape)]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let hyper = LionHyper {
             lr: at.lr as f32,
             beta1: self.beta1 as f32,
@@ -55,6 +55,6 @@ impl Rule for LionConfig {
             weight_decay: at.weight_decay as f32,
             grad_scale: at.grad_scale as f32,
         };
-        update(Update::Lion(hyper), param, grad, state)
+        update(Update::Lion(hyper), param, grad, state, at.seed)
     }
 }

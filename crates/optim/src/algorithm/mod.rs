@@ -13,6 +13,7 @@ mod sophia;
 mod state;
 
 use burn::tensor::Tensor;
+use firebox_tensor::ops::{SgdHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 pub use adafactor::AdafactorConfig;
@@ -152,6 +153,8 @@ pub(crate) struct At<'a> {
     pub grad_scale: f64,
     /// The number of this step of the parameter, from 1, at most [`MAX_STEPS`].
     pub t: u64,
+    /// Another number in every step and for every parameter, for stochastic rounding.
+    pub seed: u32,
     pub param: Geometry<'a>,
 }
 
@@ -163,20 +166,33 @@ pub(crate) struct Slot {
     pub shape: Vec<usize>,
     /// Whether it can hold negative numbers.
     pub signed: bool,
+    /// Whether it must be held in 32 bits.
+    pub exact: bool,
 }
 
 impl Slot {
     pub fn signed(name: &'static str, shape: &[usize]) -> Self {
-        Self { name, shape: shape.to_vec(), signed: true }
+        Self { name, shape: shape.to_vec(), signed: true, exact: false }
     }
 
     pub fn unsigned(name: &'static str, shape: &[usize]) -> Self {
-        Self { name, shape: shape.to_vec(), signed: false }
+        Self { name, shape: shape.to_vec(), signed: false, exact: false }
+    }
+
+    /// The same, always in 32 bits: parameters rather than statistics of gradients.
+    pub fn exact(self) -> Self {
+        Self { exact: true, ..self }
     }
 
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// `old + share (scale new - old)`, in place of `old`.
+pub(crate) fn lerp(old: Tensor<1>, new: Tensor<1>, scale: f64, share: f64) -> Tensor<1> {
+    let sgd = SgdHyper { lr: share as f32, l2: 1.0, grad_scale: -scale as f32 };
+    update(Update::Sgd(sgd), old, new, &mut [], 0)
 }
 
 /// The step of one parameter.
@@ -189,7 +205,7 @@ pub(crate) trait Rule {
     fn slots(&self, param: Geometry<'_>) -> Vec<Slot>;
 
     /// The new value of a flat parameter; `state`, as [`slots`](Self::slots) says, is replaced.
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1>;
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1>;
 }
 
 /// The largest β, a memory of 100,000 steps: closer to one, 1 − β has few digits left in f32.

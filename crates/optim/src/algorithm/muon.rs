@@ -1,10 +1,10 @@
 //! Muon.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{self, sum_of_squares};
+use firebox_tensor::ops::{self, State, sum_of_squares};
 use serde::{Deserialize, Serialize};
 
-use super::{AdamWConfig, At, Geometry, Rule, Slot, check_beta};
+use super::{AdamWConfig, At, Geometry, Rule, Slot, check_beta, lerp};
 use crate::OptimError;
 use crate::error::check;
 use crate::params::ParamKind;
@@ -100,13 +100,16 @@ impl Rule for MuonConfig {
         }
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let Some([input, output]) = matrix(at.param) else { return self.adamw().step(at, param, grad, state) };
         let [momentum] = state else { return param };
         let mu = self.momentum as f32;
-        let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
-        *momentum = momentum.clone() * mu + grad.clone() * (1.0 - mu);
-        let u = if self.nesterov { grad * (1.0 - mu) + momentum.clone() * mu } else { momentum.clone() };
+        let sum = lerp(momentum.take(&param.device()), grad.clone(), at.grad_scale, 1.0 - self.momentum);
+        let u = match self.nesterov {
+            true => grad * (at.grad_scale as f32 * (1.0 - mu)) + sum.clone() * mu,
+            false => sum.clone(),
+        };
+        momentum.set(sum, at.seed);
         let update = orthogonal(u.reshape([input, output]), self.ns_steps).reshape([input * output]);
         let (input, output) = (input as f64, output as f64);
         let scale = match self.scale {

@@ -1,7 +1,7 @@
 //! Schedule-Free AdamW.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{ScheduleFreeHyper, Update, update};
+use firebox_tensor::ops::{ScheduleFreeHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, At, Geometry, Rule, Slot, correction};
@@ -39,10 +39,10 @@ impl Default for ScheduleFreeConfig {
 
 impl ScheduleFreeConfig {
     /// x, from y and the state.
-    pub(crate) fn averaged(&self, y: Tensor<1>, state: &[Tensor<1>]) -> Tensor<1> {
+    pub(crate) fn averaged(&self, y: Tensor<1>, state: &[State]) -> Tensor<1> {
         match state.first() {
             // y = (1 - beta1) z + beta1 x
-            Some(z) => y.clone() + (z.clone() - y) * (1.0 - 1.0 / self.beta1),
+            Some(z) => y.clone() + (z.get(&y.device()) - y) * (1.0 - 1.0 / self.beta1),
             None => y,
         }
     }
@@ -61,18 +61,23 @@ impl Rule for ScheduleFreeConfig {
 
     fn slots(&self, param: Geometry<'_>) -> Vec<Slot> {
         // The last holds the sum of the squared learning rates and the largest one.
-        vec![Slot::signed("z", param.shape), Slot::unsigned("v", param.shape), Slot::unsigned("weights", &[2])]
+        vec![
+            Slot::signed("z", param.shape).exact(),
+            Slot::unsigned("v", param.shape),
+            Slot::unsigned("weights", &[2]).exact(),
+        ]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let [z, _, weights] = &mut *state else { return param };
         if at.t == 1 {
-            *z = param.clone();
+            z.set(param.clone(), 0);
         }
-        let known: Vec<f32> = weights.to_data().iter().collect();
+        let device = param.device();
+        let known: Vec<f32> = weights.get(&device).to_data().iter().collect();
         let max = (at.lr as f32).max(known[1]);
         let sum = known[0] + max * max;
-        *weights = Tensor::from_floats([sum, max], &weights.device());
+        weights.set(Tensor::from_floats([sum, max], &device), 0);
         let hyper = ScheduleFreeHyper {
             lr: at.lr as f32,
             beta1: self.beta1 as f32,
@@ -83,6 +88,6 @@ impl Rule for ScheduleFreeConfig {
             share: if sum > 0.0 { max * max / sum } else { 0.0 },
             grad_scale: at.grad_scale as f32,
         };
-        update(Update::ScheduleFree(hyper), param, grad, &mut state[..2])
+        update(Update::ScheduleFree(hyper), param, grad, &mut state[..2], at.seed)
     }
 }

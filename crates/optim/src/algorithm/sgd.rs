@@ -1,7 +1,7 @@
 //! Stochastic gradient descent.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{MomentumHyper, SgdHyper, Update, update};
+use firebox_tensor::ops::{MomentumHyper, SgdHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, check_beta};
@@ -51,7 +51,7 @@ impl Rule for SgdConfig {
         if self.momentum > 0.0 { vec![Slot::signed("momentum", param.shape)] } else { vec![] }
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let sgd = SgdHyper { lr: at.lr as f32, l2: at.weight_decay as f32, grad_scale: at.grad_scale as f32 };
         let rule = match self.momentum {
             0.0 => Update::Sgd(sgd),
@@ -62,6 +62,6 @@ impl Rule for SgdConfig {
                 nesterov: self.nesterov,
             }),
         };
-        update(rule, param, grad, state)
+        update(rule, param, grad, state, at.seed)
     }
 }

@@ -1,10 +1,10 @@
 //! Sophia-G.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{SophiaHyper, Update, update};
+use firebox_tensor::ops::{SophiaHyper, State, Update, update};
 use serde::{Deserialize, Serialize};
 
-use super::{At, Geometry, Rule, Slot, check_beta};
+use super::{At, Geometry, Rule, Slot, check_beta, lerp};
 use crate::OptimError;
 use crate::error::check;
 
@@ -41,10 +41,10 @@ impl Default for SophiaConfig {
 
 impl SophiaConfig {
     /// Takes an estimate of the Hessian's diagonal, `batch` times the square of `grad`, into the state.
-    pub(crate) fn curvature(&self, grad: Tensor<1>, batch: f64, state: &mut [Tensor<1>]) {
+    pub(crate) fn curvature(&self, grad: Tensor<1>, batch: f64, state: &mut [State], seed: u32) {
         if let [_, h] = state {
-            let estimate = grad.clone() * grad * batch;
-            *h = h.clone() * self.beta2 as f32 + estimate * (1.0 - self.beta2 as f32);
+            let old = h.take(&grad.device());
+            h.set(lerp(old, grad.clone() * grad, batch, 1.0 - f64::from(self.beta2 as f32)), seed);
         }
     }
 }
@@ -65,7 +65,7 @@ impl Rule for SophiaConfig {
         vec![Slot::signed("m", param.shape), Slot::unsigned("h", param.shape)]
     }
 
-    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [Tensor<1>]) -> Tensor<1> {
+    fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         let hyper = SophiaHyper {
             lr: at.lr as f32,
             beta1: self.beta1 as f32,
@@ -75,6 +75,6 @@ impl Rule for SophiaConfig {
             eps: 1e-15,
             grad_scale: at.grad_scale as f32,
         };
-        update(Update::Sophia(hyper), param, grad, state)
+        update(Update::Sophia(hyper), param, grad, state, at.seed)
     }
 }

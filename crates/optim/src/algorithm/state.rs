@@ -1,6 +1,7 @@
 //! What is remembered of one parameter, and its step.
 
 use burn::tensor::{Device, Tensor};
+use firebox_tensor::ops::{Precision, State};
 
 use super::{Algorithm, At, Geometry, Slot};
 use crate::params::ParamKind;
@@ -9,34 +10,46 @@ use crate::params::ParamKind;
 /// would change nothing: β^t is below f32's resolution by then for every β that is accepted.
 pub const MAX_STEPS: u64 = 1 << 24;
 
+/// States of fewer elements stay in 32 bits, as in bitsandbytes: they weigh nothing.
+const MIN_COMPACT: usize = 4096;
+
 /// What an algorithm remembers of one parameter.
 #[derive(Debug, Clone)]
 pub struct ParamState {
     kind: ParamKind,
     shape: Vec<usize>,
+    /// Tells parameters apart in stochastic rounding.
+    salt: u32,
     pub(crate) slots: Vec<Slot>,
-    /// Flat; one for each slot.
-    pub(crate) tensors: Vec<Tensor<1>>,
+    /// One for each slot.
+    pub(crate) states: Vec<State>,
     pub(crate) steps: u64,
 }
 
 impl ParamState {
-    /// The state before the first step of a parameter of `shape`.
+    /// The state before the first step of a parameter of `shape`, in 32 bits.
     pub fn new(algorithm: &Algorithm, kind: ParamKind, shape: &[usize], device: &Device) -> Self {
-        let slots = algorithm.rule().slots(Geometry { kind, shape });
-        let tensors = slots.iter().map(|slot| Tensor::zeros([slot.elements()], device)).collect();
-        Self { kind, shape: shape.to_vec(), slots, tensors, steps: 0 }
+        Self::with_precision(algorithm, kind, shape, Precision::Full, "", device)
     }
 
-    /// The state of these tensors, in the order of the slots that [`new`](Self::new) makes.
-    pub(crate) fn restored(
+    /// The same in fewer bits, but for states of fewer than 4096 elements. `name` tells parameters apart where states are rounded stochastically.
+    pub fn with_precision(
+        algorithm: &Algorithm,
         kind: ParamKind,
-        shape: Vec<usize>,
-        slots: Vec<Slot>,
-        tensors: Vec<Tensor<1>>,
-        steps: u64,
+        shape: &[usize],
+        precision: Precision,
+        name: &str,
+        device: &Device,
     ) -> Self {
-        Self { kind, shape, slots, tensors, steps }
+        let slots = algorithm.rule().slots(Geometry { kind, shape });
+        let zeros = |slot: &Slot| {
+            let stays = slot.exact || slot.elements() < MIN_COMPACT;
+            State::zeros(slot.elements(), if stays { Precision::Full } else { precision }, slot.signed, device)
+        };
+        let states = slots.iter().map(zeros).collect();
+        // FNV-1a.
+        let salt = name.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        Self { kind, shape: shape.to_vec(), salt, slots, states, steps: 0 }
     }
 
     /// Steps taken, at most [`MAX_STEPS`].
@@ -44,14 +57,19 @@ impl ParamState {
         self.steps
     }
 
-    /// Names and values, flat.
-    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor<1>)> {
-        self.slots.iter().map(|slot| slot.name).zip(&self.tensors)
+    /// Names and values, flat, on `device`.
+    pub fn tensors<'a>(&'a self, device: &'a Device) -> impl Iterator<Item = (&'static str, Tensor<1>)> + 'a {
+        self.slots.iter().map(|slot| slot.name).zip(self.states.iter().map(|state| state.get(device)))
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.slots.iter().map(|slot| 4 * slot.elements()).sum()
+        self.states.iter().map(State::bytes).sum()
+    }
+
+    /// The number of the next step for stochastic rounding.
+    pub(crate) fn seed(&self) -> u32 {
+        self.salt.wrapping_add((self.steps as u32).wrapping_mul(0x9e37_79b9))
     }
 }
 
@@ -74,8 +92,9 @@ impl Algorithm {
         state: &mut ParamState,
     ) -> Tensor<1> {
         state.steps = (state.steps + 1).min(MAX_STEPS);
+        let seed = state.seed();
         let geometry = Geometry { kind: state.kind, shape: &state.shape };
-        let at = At { lr, weight_decay, grad_scale, t: state.steps, param: geometry };
-        self.rule().step(&at, param, grad, &mut state.tensors)
+        let at = At { lr, weight_decay, grad_scale, t: state.steps, seed, param: geometry };
+        self.rule().step(&at, param, grad, &mut state.states)
     }
 }

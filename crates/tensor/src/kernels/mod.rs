@@ -9,6 +9,7 @@ use matmul::Into;
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod compact;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
 pub(crate) mod linear;

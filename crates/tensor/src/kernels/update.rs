@@ -3,8 +3,11 @@
 use rayon::prelude::*;
 
 use super::CHUNK;
+use super::compact::hash;
+use super::scratch::with_scratch;
 use super::simd::vectorized;
 use crate::ops::formula::with_formula;
+use crate::ops::state::{PART, Store};
 use crate::ops::{Formula, Update};
 
 /// Updates `param` and its states; those that the update does not have are empty.
@@ -22,6 +25,36 @@ pub(crate) fn update(rule: Update, param: &mut [f32], grad: &[f32], states: [&mu
         .map(|(param, grad)| (param, grad, states.each_mut().map(|chunks| chunks.next().unwrap_or_default())))
         .collect();
     chunks.into_par_iter().for_each(|(param, grad, [a, b, c])| chunk(rule, param, grad, a, b, c));
+}
+
+/// The same for states in fewer bits, all of them, in parts of [`PART`] values: each part is read, updated and written back while it is in the cache.
+/// `seed`, another one in every step, decides how bfloat16 rounds.
+///
+/// # Panics
+/// If the lengths differ.
+pub(crate) fn update_compact(rule: Update, param: &mut [f32], grad: &[f32], states: &mut [Store], seed: u32) {
+    let all_fit = states.iter().all(|state| state.len() == param.len());
+    assert!(grad.len() == param.len() && states.len() == rule.states() && all_fit, "update: lengths differ");
+    let mut parts: Vec<_> = states.iter_mut().filter_map(Store::parts_mut).map(Vec::into_iter).collect();
+    let tasks: Vec<_> = param
+        .chunks_mut(PART)
+        .zip(grad.chunks(PART))
+        .map(|(param, grad)| (param, grad, parts.iter_mut().filter_map(Iterator::next).collect::<Vec<_>>()))
+        .collect();
+    tasks.into_par_iter().enumerate().for_each(|(i, (param, grad, mut states))| {
+        let n = param.len();
+        with_scratch(3 * PART, |scratch| {
+            let (a, rest) = scratch.split_at_mut(PART);
+            let (b, c) = rest.split_at_mut(PART);
+            let mut values = [&mut a[..n], &mut b[..n], &mut c[..n]];
+            states.iter().zip(&mut values).for_each(|(state, values)| state.read(values));
+            let [a, b, c] = values.each_mut();
+            chunk(rule, param, grad, a, b, c);
+            for (s, (state, values)) in states.iter_mut().zip(&values).enumerate() {
+                state.write(values, hash(seed, (3 * i + s) as u32));
+            }
+        });
+    });
 }
 
 vectorized! {

@@ -15,6 +15,7 @@ mod norm;
 mod optim;
 mod seed;
 mod sequence;
+pub(crate) mod state;
 mod vjp;
 
 pub use activation::{dropout, gelu, gelu_exact, swiglu};
@@ -30,3 +31,4 @@ pub use norm::{layer_norm, rms_norm};
 pub use optim::{add, release, sum_of_squares, update};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
+pub use state::{Precision, State};

@@ -1,13 +1,17 @@
 //! Updates of parameters, outside any graph.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::formula::Update;
+use super::state::{State, Store};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
+use crate::kernels::compact::hash;
 use crate::kernels::{self, CHUNK, simd, update as kernel};
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
@@ -21,6 +25,13 @@ trait FusedOptim: Backend {
         c: FloatTensor<Self>,
         rule: Update,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_update_compact(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        states: Arc<Mutex<Vec<Store>>>,
+        rule: Update,
+        seed: u32,
+    ) -> FloatTensor<Self>;
     fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -39,6 +50,19 @@ macro_rules! host_backend {
                 rule: Update,
             ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
                 update_host::<Self>(param, grad, [a, b, c], rule)
+            }
+            fn fused_update_compact(
+                param: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                states: Arc<Mutex<Vec<Store>>>,
+                rule: Update,
+                seed: u32,
+            ) -> FloatTensor<Self> {
+                let (mut param, grad) = (Self::into_vec(param), Self::values(grad));
+                let mut states = states.lock().unwrap_or_else(PoisonError::into_inner);
+                kernel::update_compact(rule, &mut param, grad.as_ref(), &mut states, seed);
+                let n = [param.len()];
+                Self::tensor(param, &n)
             }
             fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let x = Self::values(x);
@@ -87,28 +111,50 @@ fn squares(x: &[f32]) -> f32 {
 }
 
 /// One step of an element-wise optimizer for a flat parameter: returns the parameter, and replaces its states. On the CPU backends it works in place, on all
-/// threads, in one pass, provided that nothing else holds the tensors.
+/// threads, in one pass, provided that nothing else holds the tensors, and that all states are in 32 bits or none is. `seed`, another one in
+/// every step, decides how bfloat16 rounds.
 ///
 /// # Shapes
 /// - all `[n]`
 ///
 /// # Panics
 /// If the lengths differ, there are not as many states as [`Update::states`] says, or a tensor is on an autodiff device.
-pub fn update(rule: Update, param: Tensor<1>, grad: Tensor<1>, states: &mut [Tensor<1>]) -> Tensor<1> {
+pub fn update(rule: Update, param: Tensor<1>, grad: Tensor<1>, states: &mut [State], seed: u32) -> Tensor<1> {
     assert_eq!(states.len(), rule.states(), "update: {} states for {rule:?}", states.len());
+    let device = param.device();
+    let compact = states.iter().filter(|state| !matches!(state.0, Store::Full(_))).count();
+    if is_fused(&device) && compact > 0 && compact == states.len() {
+        let taken = states.iter_mut().map(|state| std::mem::replace(&mut state.0, Store::Bf16(vec![]))).collect();
+        let shared = Arc::new(Mutex::new(taken));
+        let (param, grad) = (param.into_dispatch(), grad.into_dispatch());
+        let param = Dispatch::fused_update_compact(param, grad, shared.clone(), rule, seed);
+        let mut updated = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        for (state, new) in states.iter_mut().zip(updated.drain(..)) {
+            state.0 = new;
+        }
+        return Tensor::from_dispatch(param);
+    }
+    // Each is taken out of its place, so that its memory has one holder.
+    let mut tensors: Vec<Tensor<1>> = states.iter_mut().map(|state| state.take(&device)).collect();
+    let param = update_tensors(rule, param, grad, &mut tensors);
+    for (i, (state, new)) in states.iter_mut().zip(tensors).enumerate() {
+        state.set(new, hash(seed, i as u32));
+    }
+    param
+}
+
+fn update_tensors(rule: Update, param: Tensor<1>, grad: Tensor<1>, states: &mut Vec<Tensor<1>>) -> Tensor<1> {
     if !is_fused(&param.device()) {
         return rule.step(param, grad, states);
     }
-    let none = || Tensor::<1>::zeros([0], &param.device());
-    // Each is taken out of its place, so that its memory has one holder.
-    let [a, b, c] = std::array::from_fn(|i| match states.get_mut(i) {
-        Some(state) => std::mem::replace(state, none()).into_dispatch(),
-        None => none().into_dispatch(),
-    });
+    let count = states.len();
+    states.resize_with(3, || Tensor::zeros([0], &param.device()));
+    let mut dispatched = states.drain(..).map(Tensor::into_dispatch);
+    // PANIC: resized to three above.
+    let [a, b, c] = std::array::from_fn(|_| dispatched.next().expect("three states"));
+    drop(dispatched);
     let (param, a, b, c) = Dispatch::fused_update(param.into_dispatch(), grad.into_dispatch(), a, b, c, rule);
-    for (state, new) in states.iter_mut().zip([a, b, c]) {
-        *state = Tensor::from_dispatch(new);
-    }
+    states.extend([a, b, c].into_iter().take(count).map(Tensor::from_dispatch));
     Tensor::from_dispatch(param)
 }
 
