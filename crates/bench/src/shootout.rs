@@ -82,7 +82,9 @@ fn rates(algorithm: &Algorithm) -> [f64; 4] {
     match algorithm {
         Algorithm::Sgd(_) => [0.1, 0.3, 1.0, 3.0],
         Algorithm::Lion(_) | Algorithm::Sophia(_) => [3e-4, 1e-3, 3e-3, 1e-2],
-        Algorithm::Adafactor(_) | Algorithm::Lamb(_) | Algorithm::ScheduleFree(_) => [1e-2, 3e-2, 1e-1, 3e-1],
+        Algorithm::Adafactor(_) | Algorithm::Lamb(_) => [1e-2, 3e-2, 1e-1, 3e-1],
+        Algorithm::ScheduleFree(_) => [3e-3, 1e-2, 3e-2, 1e-1],
+        Algorithm::Muon(_) => [1e-2, 2e-2, 4e-2, 8e-2],
         _ => [3e-3, 1e-2, 2e-2, 4e-2],
     }
 }

@@ -96,13 +96,13 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 
 /// New memory for a buffer. glibc's allocator would cut it from one heap with all others, whose holes fit no later size (gpt2-124m: 180 MB of 2.4 GB). So
 /// large buffers are mapped each for itself, in huge pages where the system has them: the first touch of a page of 4 KiB costs as much as computing
-/// on it. What is allocated elsewhere stays in the heap, where it is used again without being mapped anew.
+/// on it. What is allocated elsewhere stays in the heap up to a few MB, where it is used again without being mapped anew.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn fresh(len: usize) -> Vec<f32> {
     /// Smaller buffers come from the heap.
     const MAPPED_BYTES: usize = 1 << 20;
-    /// Where glibc's own threshold ends up once large memory has been freed.
-    const USUAL_BYTES: libc::c_int = 32 << 20;
+    /// Everyone else's threshold. glibc's own would grow to 32 MB with the first large memory that is freed; then the heap of gpt2-124m has 100 MB more.
+    const USUAL_BYTES: libc::c_int = 4 << 20;
     const PAGE: usize = 4096;
     if 4 * len < MAPPED_BYTES {
         return vec![0.0; len];
