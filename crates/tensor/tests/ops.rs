@@ -229,6 +229,18 @@ fn a_seed_hands_the_gradient_over() {
     }
 }
 
+/// AdamW's third step.
+const HYPER: AdamWHyper = AdamWHyper {
+    lr: 0.01,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    bias_correction1: 0.271,
+    bias_correction2: 0.142_625,
+    grad_scale: 0.5,
+};
+
 fn full(values: Tensor<1>) -> State {
     let mut state = State::zeros(values.dims()[0], Precision::Full, true, &values.device());
     state.set(values, 0);
@@ -242,18 +254,8 @@ fn adamw_follows_its_formula() {
             let (p, g, m) = (values(n, 1), values(n, 2), values(n, 3));
             let v: Vec<f32> = values(n, 4).iter().map(|v| v * v).collect();
             let t = |v: &[f32]| Tensor::<1>::from_data(TensorData::new(v.to_vec(), [n]), &device);
-            let h = AdamWHyper {
-                lr: 0.01,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                weight_decay: 0.1,
-                bias_correction1: 0.271,
-                bias_correction2: 0.142625,
-                grad_scale: 0.5,
-            };
             let mut states = [&m, &v].map(|state| full(t(state)));
-            let p2 = ops::update(Update::AdamW(h), t(&p), t(&g), &mut states, 0);
+            let p2 = ops::update(Update::AdamW(HYPER), t(&p), t(&g), &mut states, 0);
             let [m2, v2] = states.map(|state| state.get(&device));
             let (mut wp, mut wm, mut wv) = (vec![], vec![], vec![]);
             for i in 0..n {
@@ -280,24 +282,14 @@ fn adamw_follows_its_formula() {
 /// Every element-wise optimizer on every length, against its formula in double precision; and the composition for other devices too.
 #[test]
 fn updates_follow_their_formulas() {
-    let adamw = AdamWHyper {
-        lr: 0.01,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        bias_correction1: 0.271,
-        bias_correction2: 0.142_625,
-        grad_scale: 0.5,
-    };
     let sgd = SgdHyper { lr: 0.1, l2: 0.3, grad_scale: 0.5 };
     let rules = [
-        Update::AdamW(adamw),
+        Update::AdamW(HYPER),
         Update::Sgd(sgd),
         Update::Momentum(MomentumHyper { sgd, momentum: 0.9, share: 0.7, nesterov: false }),
         Update::Momentum(MomentumHyper { sgd, momentum: 0.9, share: 1.0, nesterov: true }),
         Update::Lion(LionHyper { lr: 0.01, beta1: 0.95, beta2: 0.98, weight_decay: 1.0, grad_scale: 0.5 }),
-        Update::AdEmaMix(AdEmaMixHyper { adamw, beta3: 0.999, alpha: 5.0 }),
+        Update::AdEmaMix(AdEmaMixHyper { adamw: HYPER, beta3: 0.999, alpha: 5.0 }),
         Update::ScheduleFree(ScheduleFreeHyper {
             lr: 0.01,
             beta1: 0.9,
@@ -349,17 +341,7 @@ fn updates_follow_their_formulas() {
 /// What states in fewer bits give is what their own values, decoded, give in f32, encoded again; and a second step from the stored bits is the same.
 #[test]
 fn compact_states_are_updated_as_their_values_say() {
-    let hyper = AdamWHyper {
-        lr: 0.01,
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        bias_correction1: 0.271,
-        bias_correction2: 0.142_625,
-        grad_scale: 0.5,
-    };
-    let rule = Update::AdamW(hyper);
+    let rule = Update::AdamW(HYPER);
     for device in devices() {
         for (precision, error) in [(Precision::Bf16, 1.0 / 128.0), (Precision::Int8, 0.05)] {
             for n in [1usize, 255, 257, 16_385, 50_003] {
