@@ -34,6 +34,7 @@
 //!   the CPU backends. Each configuration says where its defaults differ from PyTorch's.
 //! - [`NamedGrads`] accumulates, clips by global norm, tells whether all is finite.
 //! - [`Groups`] says what is trained how, and proves that the groups cover the module.
+//! - [`Average`] is a running average of parameters, exponential or of the last ones.
 //! - [`Schedule`] is a pure function of the step: constant, linear, cosine, inverse square root, warmup-stable-decay, each with a warmup.
 //! - [`Optimizer::state`] and [`Optimizer::load_state`] save and restore: the next step is the same, bit for bit.
 //!
@@ -55,6 +56,7 @@
 //! their generator, and against the formulas in double precision.
 
 pub mod algorithm;
+mod average;
 mod error;
 mod grads;
 mod groups;
@@ -66,6 +68,7 @@ pub use algorithm::{
     AdEmaMixConfig, AdafactorConfig, AdamConfig, AdamMiniConfig, AdamWConfig, Algorithm, LambConfig, LionConfig,
     MuonConfig, MuonScale, ParamState, ScheduleFreeConfig, SgdConfig, SophiaConfig,
 };
+pub use average::{Average, AverageConfig};
 pub use error::OptimError;
 pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};

@@ -64,8 +64,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         observers.on_event(&Event::Step(&record))?;
         if step % (steps / 10).max(1) == 0 || step == steps {
             let val_loss = curve + 0.05 + 0.02 * noise.next();
-            let eval =
-                EvalRecord { step, tokens: record.tokens, val_loss, val_bpb: val_loss / 3.1 / std::f64::consts::LN_2 };
+            let eval = EvalRecord {
+                step,
+                tokens: record.tokens,
+                val_loss,
+                val_bpb: val_loss / 3.1 / std::f64::consts::LN_2,
+                val_loss_average: None,
+            };
             observers.on_event(&Event::Evaluated(&eval))?;
             last_eval = Some(eval);
             let text = format!(

@@ -43,8 +43,10 @@ pub mod observe;
 mod optimizer_recipe;
 pub mod recipe;
 mod trainer;
+mod watch;
 
 pub use error::TrainError;
 pub use optimizer_recipe::OptimizerRecipe;
 pub use recipe::Recipe;
 pub use trainer::{LastEval, State, Trainer, prompt_ids};
+pub use watch::{OnSpike, Watch, WatchRecipe};

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
-use firebox_optim::Schedule;
+use firebox_optim::{AverageConfig, Schedule};
 use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
+use crate::watch::{OnSpike, WatchRecipe};
 
 /// The recipes that come with Firebox: name and text.
 pub const BUILT_IN: [(&str, &str); 5] = [
@@ -57,6 +58,12 @@ pub struct Recipe {
     /// How to need less memory.
     #[serde(default)]
     pub memory: MemoryRecipe,
+    /// What to do when the loss jumps.
+    #[serde(default)]
+    pub watch: WatchRecipe,
+    /// A running average of the parameters, evaluated beside them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub average: Option<AverageConfig>,
 }
 
 fn seed() -> u64 {
@@ -317,6 +324,8 @@ impl Recipe {
             eval: EvalRecipe { every: (steps / 10).max(1), max_batches: 16, ..EvalRecipe::default() },
             checkpoint: CheckpointRecipe { every: (steps / 10).max(1), ..CheckpointRecipe::default() },
             memory: MemoryRecipe::default(),
+            watch: WatchRecipe::default(),
+            average: None,
         }
     }
 
@@ -364,6 +373,12 @@ impl Recipe {
         }
         if !(self.optimizer.clip >= 0.0 && self.optimizer.clip.is_finite()) {
             return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
+        }
+        self.watch.validate()?;
+        if self.memory.optimizer_in_backward && self.watch.on_spike != OnSpike::Ignore {
+            let expected =
+                "ignore with memory.optimizer_in_backward, which updates before the gradients' norm is known";
+            return fail("watch.on_spike", expected, format!("{:?}", self.watch.on_spike).to_lowercase());
         }
         self.memory.validate(self.optimizer.clip, self.train.batch_rows.div_ceil(self.train.micro_rows()))
     }

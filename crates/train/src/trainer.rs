@@ -9,11 +9,11 @@ use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_optim::{NamedGrads, Optimizer};
+use firebox_optim::{Average, NamedGrads, Optimizer, StateTensor};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::checkpoint::{Checkpoint, TensorSpec, Writer, encode_f32, prune};
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
 use crate::curvature::drawn;
 use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
@@ -21,6 +21,7 @@ use crate::generate::{Sampling, generate};
 use crate::model_io;
 use crate::observe::{EvalRecord, Event, Observer, RunInfo, StepRecord, Summary, memory};
 use crate::recipe::Recipe;
+use crate::watch::{OnSpike, Watch};
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -49,6 +50,9 @@ pub struct State {
     pub elapsed_s: f64,
     /// SHA-256 of the recipe.
     pub recipe_hash: String,
+    /// What the watch over loss and gradients has seen.
+    #[serde(default)]
+    pub watch: Watch,
 }
 
 /// What the last evaluation found.
@@ -71,6 +75,7 @@ pub struct Trainer<'a> {
     // Taken out while the optimizer updates it.
     model: Option<Decoder>,
     optimizer: Optimizer,
+    average: Option<Average>,
     engine: Engine,
     dataset: &'a Dataset,
     loader: Loader,
@@ -114,6 +119,7 @@ impl<'a> Trainer<'a> {
             dir: dir.to_path_buf(),
             model: Some(model.with_loss(recipe.train.loss())),
             optimizer,
+            average: recipe.average.map(Average::new).transpose()?,
             engine: recipe.memory.engine(dir),
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
@@ -134,10 +140,7 @@ impl<'a> Trainer<'a> {
         device: &Device,
         checkpoint: &Checkpoint,
     ) -> Result<Self, TrainError> {
-        let mut loaded = model_io::load_checkpoint(checkpoint, &device.clone().autodiff())?;
-        if checkpoint.contains(TRAINED) {
-            loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
-        }
+        let loaded = load_trained(checkpoint, &device.clone().autodiff())?;
         let tokens = dataset.tokenizer.json();
         if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
             return Err(TrainError::Resume {
@@ -153,18 +156,22 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
         }
         let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
-        trainer.state = State { recipe_hash: trainer.state.recipe_hash, ..checkpoint.read_json("state.json")? };
-        let file = checkpoint.tensors(&trainer.state_file())?;
-        let names: Vec<String> = file.names().map(str::to_string).collect();
-        let tensors = names.into_iter().map(|name| {
-            let (shape, values) = (file.shape(&name)?.to_vec(), file.f32(&name)?);
-            Ok(firebox_optim::StateTensor { name, shape, values })
-        });
-        let Self { model, optimizer, .. } = &mut trainer;
-        if let Some(model) = model {
-            optimizer.load_state::<_, TrainError>(model, tensors)?;
-        }
+        trainer.restore(checkpoint)?;
         Ok(trainer)
+    }
+
+    /// Takes everything but the model from a checkpoint.
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        let recipe_hash = std::mem::take(&mut self.state.recipe_hash);
+        self.state = State { recipe_hash, ..checkpoint.read_json("state.json")? };
+        let optimizer = checkpoint.tensors(&self.state_file())?;
+        let Self { model: Some(model), optimizer: of_model, average, .. } = self else { return Ok(()) };
+        of_model.load_state::<_, TrainError>(model, state_tensors(&optimizer))?;
+        // A run may be given an average later on.
+        if let (Some(average), true) = (average, checkpoint.contains(AVERAGE_STATE)) {
+            average.load_state::<_, TrainError>(model, state_tensors(&checkpoint.tensors(AVERAGE_STATE)?))?;
+        }
+        Ok(())
     }
 
     /// The model, as it is.
@@ -327,11 +334,18 @@ impl<'a> Trainer<'a> {
         self.state.tokens += self.tokens_per_step();
         let (loss, grad_norm) = match updated {
             Ok(numbers) => numbers,
-            Err(reason) => {
+            Err(Skip::NotFinite(reason)) => {
                 self.skip(reason, observer)?;
                 return Ok(None);
             }
+            Err(Skip::Spike(reason)) => {
+                self.answer_spike(&reason, observer)?;
+                return Ok(None);
+            }
         };
+        if let (Some(average), Some(model)) = (&mut self.average, &self.model) {
+            average.update(model);
+        }
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
         Ok(Some(Done { loss, lr, grad_norm }))
@@ -363,6 +377,9 @@ impl<'a> Trainer<'a> {
         let (grad_norm, factor) = if clip > 0.0 { grads.clip_factor(clip) } else { (grads.global_norm(), 1.0) };
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
+        }
+        if let Some(reason) = self.state.watch.look(&self.recipe.watch, loss, grad_norm) {
+            return Ok(Err(Skip::Spike(reason)));
         }
         if let Some(model) = self.model.take() {
             self.model = Some(self.optimizer.step_scaled(lr, factor, model, &mut grads)?);
@@ -420,16 +437,50 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
+    /// Leaves the batch out, or goes back to the last checkpoint, and on with the data after the batch. The batch has been counted as read.
+    fn answer_spike(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let step = self.state.step;
+        let back = self.recipe.watch.on_spike == OnSpike::Rollback
+            && self.state.watch.rollbacks < self.recipe.watch.max_rollbacks;
+        let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
+        let Some(found) = found else {
+            self.state.skipped += 1;
+            return Ok(observer.on_event(&Event::Skipped { step, reason })?);
+        };
+        let device = self.model().embed.weight.val().device();
+        let model = load_trained(&found.checkpoint, &device)?.model;
+        let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
+        self.model = Some(model.with_loss(self.recipe.train.loss()));
+        let here = self.state.clone();
+        self.restore(&found.checkpoint)?;
+        let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
+        self.state.samples = here.samples + skipped;
+        (self.state.tokens, self.state.skipped) = (here.tokens, here.skipped + 1);
+        self.state.watch.spikes = here.watch.spikes;
+        self.state.watch.rollbacks = here.watch.rollbacks + 1;
+        let reason = format!("{reason}; back to step {}", self.state.step);
+        Ok(observer.on_event(&Event::Skipped { step, reason: &reason })?)
+    }
+
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
     fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
         let model = self.averaged()?.valid();
-        let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
-        let Evaluation { loss, bpb, .. } =
-            evaluate(&model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes);
-        let record = EvalRecord { step: self.state.step, tokens: self.state.tokens, val_loss: loss, val_bpb: bpb };
+        let evaluated = |model: &Decoder| {
+            let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
+            evaluate(model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes)
+        };
+        let Evaluation { loss, bpb, .. } = evaluated(&model);
+        let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
+        let record = EvalRecord {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            val_loss: loss,
+            val_bpb: bpb,
+            val_loss_average: average.map(|model| evaluated(&model).loss),
+        };
         observer.on_event(&Event::Evaluated(&record))?;
         self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
         if loss.is_finite() && self.state.best_loss.is_none_or(|best| loss < best) {
@@ -464,13 +515,11 @@ impl<'a> Trainer<'a> {
         if self.optimizer.averages() {
             model_io::save_parameters(&mut writer, TRAINED, self.model())?;
         }
-        let specs: Vec<TensorSpec> =
-            self.optimizer.state_shapes().map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
-        let data = self
-            .optimizer
-            .state()
-            .map(|t| encode_f32(&t.values, safetensors::Dtype::F32).map(|b| b.into_owned()).unwrap_or_default());
-        writer.tensors(&self.state_file(), &Default::default(), &specs, data)?;
+        write_state(&mut writer, &self.state_file(), self.optimizer.state_shapes(), self.optimizer.state())?;
+        if let Some(average) = &self.average {
+            write_state(&mut writer, AVERAGE_STATE, average.state_shapes(), average.state())?;
+            model_io::save_parameters(&mut writer, AVERAGE, &average.apply(self.model().clone()))?;
+        }
         writer.json("state.json", &self.state)?;
         let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
@@ -497,11 +546,51 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
 /// The parameters that are trained, where they are others than those of `model.safetensors`.
 const TRAINED: &str = "trained.safetensors";
 
-/// The mean loss and the gradients' norm of an update, or why there was none.
-type Updated = Result<(f64, f64), &'static str>;
+/// The averaged parameters under Hugging Face's names, and what the average remembers.
+const AVERAGE: &str = "average/model.safetensors";
+const AVERAGE_STATE: &str = "average/state.safetensors";
 
-const GRADIENT_NOT_FINITE: &str = "a gradient is not finite";
-const LOSS_NOT_FINITE: &str = "the loss is not finite";
+/// The model with the parameters that are trained.
+fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
+    let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
+    if checkpoint.contains(TRAINED) {
+        loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
+    }
+    Ok(loaded)
+}
+
+fn state_tensors(file: &TensorFile) -> impl Iterator<Item = Result<StateTensor, TrainError>> + '_ {
+    file.names().map(|name| {
+        let (shape, values) = (file.shape(name)?.to_vec(), file.f32(name)?);
+        Ok(StateTensor { name: name.to_owned(), shape, values })
+    })
+}
+
+/// Writes tensors one at a time.
+fn write_state(
+    writer: &mut Writer,
+    name: &str,
+    shapes: impl Iterator<Item = (String, Vec<usize>)>,
+    tensors: impl Iterator<Item = StateTensor>,
+) -> Result<(), CheckpointError> {
+    let specs: Vec<TensorSpec> = shapes.map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
+    let encode = |tensor: StateTensor| {
+        encode_f32(&tensor.values, safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
+    };
+    writer.tensors(name, &Default::default(), &specs, tensors.map(encode))
+}
+
+/// The mean loss and the gradients' norm of an update, or why there was none.
+type Updated = Result<(f64, f64), Skip>;
+
+/// Why a batch was left out.
+enum Skip {
+    NotFinite(&'static str),
+    Spike(String),
+}
+
+const GRADIENT_NOT_FINITE: Skip = Skip::NotFinite("a gradient is not finite");
+const LOSS_NOT_FINITE: Skip = Skip::NotFinite("the loss is not finite");
 
 /// Numbers of a step that updated the parameters.
 struct Done {

@@ -61,7 +61,13 @@ fn step(step: u64) -> StepRecord {
 }
 
 fn eval(step: u64) -> EvalRecord {
-    EvalRecord { step, tokens: step * 512, val_loss: 9.5 / step as f64, val_bpb: 3.2 / step as f64 }
+    EvalRecord {
+        step,
+        tokens: step * 512,
+        val_loss: 9.5 / step as f64,
+        val_bpb: 3.2 / step as f64,
+        val_loss_average: None,
+    }
 }
 
 fn summary(stopped: &str) -> Summary {

@@ -70,7 +70,7 @@ fn optimizers_learn_and_resume() {
             assert!(one == two, "{optimizer}: {name} differs");
             compared += usize::from(one.is_some());
         };
-        ["model.safetensors", "trained.safetensors"].map(&mut compare);
+        ["model.safetensors", "trained.safetensors"].iter().for_each(|name| compare(name));
         assert_eq!(compared, files, "{optimizer}");
         let kind = optimizer.split('"').nth(1).unwrap();
         let state = format!("optimizer/{kind}.safetensors");

@@ -223,10 +223,11 @@ impl Observer for Progress {
             Event::RunStarted(info) => self.start(info),
             Event::Step(record) => self.step(record),
             Event::Evaluated(record) => self.say(&format!(
-                "step {}: validation loss {:.4}, {:.3} bits per byte",
+                "step {}: validation loss {:.4}, {:.3} bits per byte{}",
                 count(record.step),
                 record.val_loss,
-                record.val_bpb
+                record.val_bpb,
+                record.val_loss_average.map_or_else(String::new, |loss| format!("; of the average {loss:.4}"))
             )),
             Event::Sampled { step, text } => {
                 self.say(&format!("step {}: a sample\n{}", count(*step), sample_block(text)));

@@ -120,6 +120,9 @@ pub struct EvalRecord {
     /// The same per byte of the text, bits: comparable between tokenizers and with compressors.
     #[serde(deserialize_with = "null_is_nan")]
     pub val_bpb: f64,
+    /// `val_loss` of the averaged parameters, where there is an average.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss_average: Option<f64>,
 }
 
 /// The result of a run: `summary.json`.

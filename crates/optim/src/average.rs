@@ -1,0 +1,331 @@
+//! Running averages of parameters, which are mostly better than the parameters themselves until the learning rate has fallen.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use crate::algorithm::lerp;
+use crate::error::check;
+use crate::params::map_trainable;
+use crate::{OptimError, StateTensor, parameters};
+
+/// Which average.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum AverageConfig {
+    /// An exponential moving average. In its update t = 1, 2, … the decay is min(`decay`, (1 + t) / (10 + t)), so that the start is forgotten; the first
+    /// takes the parameters as they are.
+    Ema {
+        /// 0 ≤ decay < 1. Default 0.999.
+        #[serde(default = "decay")]
+        decay: f64,
+    },
+    /// The mean of the last parameters, taken every so many steps: LAWA (Kaddour, <https://arxiv.org/abs/2209.14981>).
+    Lawa {
+        /// Steps from one to the next. Default 10.
+        #[serde(default = "every")]
+        every: u64,
+        /// How many. Default 6. Each takes as much memory as the parameters.
+        #[serde(default = "count")]
+        count: usize,
+    },
+}
+
+fn decay() -> f64 {
+    0.999
+}
+
+fn every() -> u64 {
+    10
+}
+
+fn count() -> usize {
+    6
+}
+
+impl AverageConfig {
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`].
+    pub fn validate(&self) -> Result<(), OptimError> {
+        match *self {
+            Self::Ema { decay } => check("decay", decay, (0.0..1.0).contains(&decay), "0 <= decay < 1"),
+            Self::Lawa { every, count } => {
+                check("every", every as f64, every >= 1, "at least 1")?;
+                check("count", count as f64, (1..=100).contains(&count), "1 to 100")
+            }
+        }
+    }
+}
+
+/// A running average of the trainable parameters of a module, by name.
+#[derive(Debug, Clone)]
+pub struct Average {
+    config: AverageConfig,
+    /// Calls of [`update`](Self::update).
+    updates: u64,
+    /// Of each parameter one flat tensor (EMA), or the last ones, the oldest first (LAWA).
+    kept: BTreeMap<String, Vec<Tensor<1>>>,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+/// The name of the count of updates in a saved state.
+const UPDATES: &str = "updates";
+
+impl Average {
+    /// An average of nothing yet.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`].
+    pub fn new(config: AverageConfig) -> Result<Self, OptimError> {
+        config.validate()?;
+        Ok(Self { config, updates: 0, kept: BTreeMap::new(), shapes: BTreeMap::new() })
+    }
+
+    /// Takes in the parameters after a step.
+    pub fn update<M: Module>(&mut self, module: &M) {
+        self.updates += 1;
+        let wanted = match self.config {
+            AverageConfig::Ema { .. } => true,
+            AverageConfig::Lawa { every, .. } => self.updates.is_multiple_of(every),
+        };
+        if !wanted {
+            return;
+        }
+        let Self { config, updates, kept, shapes } = self;
+        visit(module, &mut |name, shape, value| {
+            let kept = kept.entry(name.to_owned()).or_default();
+            shapes.entry(name.to_owned()).or_insert(shape);
+            match (*config, kept.pop()) {
+                (AverageConfig::Ema { .. }, None) => kept.push(value),
+                (AverageConfig::Ema { decay }, Some(mean)) => {
+                    let t = *updates as f64;
+                    kept.push(lerp(mean, value, 1.0, 1.0 - decay.min((1.0 + t) / (10.0 + t))));
+                }
+                (AverageConfig::Lawa { count, .. }, last) => {
+                    kept.extend(last);
+                    if kept.len() == count {
+                        kept.remove(0);
+                    }
+                    kept.push(value);
+                }
+            }
+        });
+    }
+
+    /// The module with averaged parameters; as it is before the first average.
+    pub fn apply<M: Module>(&self, module: M) -> M {
+        map_trainable(module, &|name| self.kept.contains_key(name), &mut |name, _, param| {
+            let Some(kept) = self.kept.get(name).filter(|kept| !kept.is_empty()) else { return param };
+            let share = 1.0 / kept.len() as f64;
+            kept.iter().skip(1).fold(kept[0].clone() * share, |sum, value| sum + value.clone() * share)
+        })
+    }
+
+    /// The state for a checkpoint: `P.I` for each of the tensors of parameter P, and `updates`.
+    pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
+        let tensors = self.kept.iter().flat_map(move |(name, kept)| {
+            kept.iter().enumerate().map(move |(i, tensor)| StateTensor {
+                name: format!("{name}.{i}"),
+                shape: self.shapes[name].clone(),
+                values: tensor.to_data().iter::<f32>().collect(),
+            })
+        });
+        // In two parts, each exact in f32.
+        let parts = [(self.updates >> 20) as f32, (self.updates & 0xf_ffff) as f32];
+        tensors.chain([StateTensor { name: UPDATES.to_owned(), shape: vec![2], values: parts.to_vec() }])
+    }
+
+    /// Names and shapes of what [`state`](Self::state) gives, in its order.
+    pub fn state_shapes(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
+        let tensors = self.kept.iter().flat_map(move |(name, kept)| {
+            (0..kept.len()).map(move |i| (format!("{name}.{i}"), self.shapes[name].clone()))
+        });
+        tensors.chain([(UPDATES.to_owned(), vec![2])])
+    }
+
+    /// Replaces the state by a saved one, onto the devices of the parameters of `module`.
+    ///
+    /// # Errors
+    /// The source's own, or [`OptimError::State`]: tensors of no parameter, of a wrong shape, not finite, or missing. The average is unchanged then.
+    pub fn load_state<M, E>(
+        &mut self,
+        module: &M,
+        tensors: impl IntoIterator<Item = Result<StateTensor, E>>,
+    ) -> Result<(), E>
+    where
+        M: Module,
+        E: From<OptimError>,
+    {
+        let mut values = BTreeMap::new();
+        visit(module, &mut |name, _, value| drop(values.insert(name.to_owned(), value.device())));
+        let infos: BTreeMap<String, Vec<usize>> =
+            parameters(module)?.into_iter().map(|info| (info.name, info.shape)).collect();
+        let mut found: BTreeMap<String, BTreeMap<usize, Tensor<1>>> = BTreeMap::new();
+        let (mut updates, mut unused, mut wrong) = (None, vec![], vec![]);
+        for tensor in tensors {
+            let StateTensor { name, shape, values: numbers } = tensor?;
+            if name == UPDATES && numbers.len() == 2 {
+                updates = Some(((numbers[0] as u64) << 20) + numbers[1] as u64);
+                continue;
+            }
+            let known = name
+                .rsplit_once('.')
+                .and_then(|(param, i)| Some((param, i.parse::<usize>().ok()?, infos.get(param)?, values.get(param)?)));
+            let Some((param, i, expected, device)) = known else {
+                unused.push(name);
+                continue;
+            };
+            if shape != *expected || numbers.len() != expected.iter().product::<usize>() {
+                wrong.push(format!("{name}: expected shape {expected:?}, got {shape:?} with {} values", numbers.len()));
+                continue;
+            }
+            if let Some(bad) = numbers.iter().find(|x| !x.is_finite()) {
+                wrong.push(format!("{name}: expected finite numbers, got {bad}"));
+            }
+            let n = numbers.len();
+            let tensor = Tensor::from_data(TensorData::new(numbers, [n]), device);
+            found.entry(param.to_owned()).or_default().insert(i, tensor);
+        }
+        // All parameters have the same number, 0, 1, … without a gap.
+        let most = found.values().map(BTreeMap::len).max().unwrap_or(0);
+        let mut missing: Vec<String> = match most {
+            0 => vec![],
+            most => values
+                .keys()
+                .flat_map(|name| (0..most).map(move |i| (name, i)))
+                .filter(|(name, i)| found.get(*name).is_none_or(|kept| !kept.contains_key(i)))
+                .map(|(name, i)| format!("{name}.{i}"))
+                .collect(),
+        };
+        let Some(updates) = updates.filter(|_| missing.is_empty() && unused.is_empty() && wrong.is_empty()) else {
+            if updates.is_none() {
+                missing.push(UPDATES.to_owned());
+            }
+            return Err(OptimError::State { missing, unused, wrong }.into());
+        };
+        self.updates = updates;
+        self.shapes = infos.into_iter().filter(|(name, _)| found.contains_key(name)).collect();
+        self.kept = found.into_iter().map(|(name, kept)| (name, kept.into_values().collect())).collect();
+        Ok(())
+    }
+}
+
+/// Calls `f` with the name, shape and flat value, without gradients, of every trainable parameter.
+fn visit<M: Module>(module: &M, f: &mut dyn FnMut(&str, Vec<usize>, Tensor<1>)) {
+    struct Visitor<'a> {
+        path: Vec<String>,
+        f: &'a mut dyn FnMut(&str, Vec<usize>, Tensor<1>),
+    }
+    impl ModuleVisitor for Visitor<'_> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.is_require_grad() {
+                let value = param.val().inner();
+                let shape = value.dims();
+                let flat = value.reshape([shape.iter().product::<usize>()]);
+                (self.f)(&self.path.join("."), shape.to_vec(), flat);
+            }
+        }
+    }
+    module.visit(&mut Visitor { path: vec![], f });
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[derive(Module, Debug)]
+    struct Net {
+        weight: Param<Tensor<2>>,
+        bias: Param<Tensor<1>>,
+    }
+
+    fn net(at: f32) -> Net {
+        let device = Device::default().autodiff();
+        let values = |n: usize, salt: f32| (0..n).map(|i| (at * 1.7 + salt + i as f32).sin()).collect::<Vec<f32>>();
+        Net {
+            weight: Param::from_tensor(Tensor::from_data(TensorData::new(values(15, 0.3), [3, 5]), &device)),
+            bias: Param::from_tensor(Tensor::from_data(TensorData::new(values(5, 2.0), [5]), &device)),
+        }
+    }
+
+    fn values(net: &Net) -> Vec<f64> {
+        let read = |data: TensorData| data.iter::<f32>().map(f64::from).collect::<Vec<_>>();
+        [read(net.weight.val().into_data()), read(net.bias.val().into_data())].concat()
+    }
+
+    fn close(a: &[f64], b: &[f64]) {
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6), "{a:?} {b:?}");
+    }
+
+    #[test]
+    fn averages_follow_their_formulas_and_survive_a_restart() {
+        for config in [AverageConfig::Ema { decay: 0.8 }, AverageConfig::Lawa { every: 2, count: 3 }] {
+            let mut average = Average::new(config).unwrap();
+            assert_eq!(values(&average.apply(net(9.0))), values(&net(9.0)), "nothing yet");
+            let mut mean: Vec<f64> = vec![];
+            let mut last: Vec<Vec<f64>> = vec![];
+            for t in 1..=11u64 {
+                let now = net(t as f32);
+                average.update(&now);
+                let now = values(&now);
+                let decay = 0.8f64.min((1.0 + t as f64) / (10.0 + t as f64));
+                mean = match t {
+                    1 => now.clone(),
+                    _ => mean.iter().zip(&now).map(|(m, x)| decay * m + (1.0 - decay) * x).collect(),
+                };
+                if t % 2 == 0 {
+                    last.push(now);
+                }
+                if t == 7 {
+                    let saved: Vec<StateTensor> = average.state().collect();
+                    assert!(average.state_shapes().eq(saved.iter().map(|s| (s.name.clone(), s.shape.clone()))));
+                    let mut again = Average::new(config).unwrap();
+                    again.load_state::<_, OptimError>(&net(0.0), saved.into_iter().map(Ok)).unwrap();
+                    average = again;
+                }
+            }
+            let found = values(&average.apply(net(0.0)));
+            match config {
+                AverageConfig::Ema { .. } => close(&found, &mean),
+                AverageConfig::Lawa { .. } => {
+                    let of_three = |i: usize| last[last.len() - 3..].iter().map(|x| x[i]).sum::<f64>() / 3.0;
+                    close(&found, &(0..20).map(of_three).collect::<Vec<_>>());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        assert!(Average::new(AverageConfig::Ema { decay: 1.0 }).is_err());
+        assert!(Average::new(AverageConfig::Lawa { every: 0, count: 3 }).is_err());
+        let mut average = Average::new(AverageConfig::Ema { decay: 0.5 }).unwrap();
+        average.update(&net(1.0));
+        let saved: Vec<StateTensor> = average.state().collect();
+        let mut load =
+            |saved: Vec<StateTensor>| average.load_state::<_, OptimError>(&net(0.0), saved.into_iter().map(Ok));
+        let error = load(saved[1..].to_vec()).unwrap_err().to_string();
+        assert!(error.contains("1 missing: bias.0"), "{error}");
+        let error = load(saved[..2].to_vec()).unwrap_err().to_string();
+        assert!(error.contains("updates"), "{error}");
+        let mut wrong = saved.clone();
+        wrong[0].shape = vec![6];
+        wrong[1].name = "wait.0".to_owned();
+        let error = load(wrong).unwrap_err().to_string();
+        assert!(error.contains("expected shape [5]") && error.contains("1 unused: wait.0"), "{error}");
+        load(saved).unwrap();
+    }
+}
