@@ -209,12 +209,8 @@ impl Schedule {
         let run = total_steps.saturating_sub(warmup);
         match *self {
             Schedule::Constant { .. } => 1.0,
-            Schedule::Linear { min_lr_ratio, .. } => {
-                DecayShape::Linear.factor(done(warmup, run), min_lr_ratio)
-            }
-            Schedule::Cosine { min_lr_ratio, .. } => {
-                DecayShape::Cosine.factor(done(warmup, run), min_lr_ratio)
-            }
+            Schedule::Linear { min_lr_ratio, .. } => DecayShape::Linear.factor(done(warmup, run), min_lr_ratio),
+            Schedule::Cosine { min_lr_ratio, .. } => DecayShape::Cosine.factor(done(warmup, run), min_lr_ratio),
             Schedule::InverseSqrt { min_lr_ratio, .. } => {
                 let timescale = if warmup == 0 { INVERSE_SQRT_TIMESCALE } else { warmup as f64 };
                 (timescale / ((step - warmup) as f64 + timescale)).sqrt().max(min_lr_ratio)
@@ -333,12 +329,8 @@ mod tests {
             parse("kind = 'inverse_sqrt'").unwrap(),
             Schedule::InverseSqrt { warmup_steps: 0, min_lr_ratio: 0.0 }
         );
-        let cycle = Schedule::OneCycle {
-            rise_fraction: 0.3,
-            div_factor: 25.0,
-            final_div_factor: 1e4,
-            anneal: Anneal::Linear,
-        };
+        let cycle =
+            Schedule::OneCycle { rise_fraction: 0.3, div_factor: 25.0, final_div_factor: 1e4, anneal: Anneal::Linear };
         assert_eq!(parse("kind = 'one_cycle'\nanneal = 'linear'").unwrap(), cycle);
         assert_eq!(parse(&toml::to_string(&cycle).unwrap()).unwrap(), cycle);
         assert!(parse("kind = 'cosine'\nwarmup = 5").is_err());

@@ -9,6 +9,7 @@ use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::batch_warmup::BatchWarmup;
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
 
@@ -134,6 +135,9 @@ pub struct TrainRecipe {
     pub steps: u64,
     /// Rows of `context` tokens per step.
     pub batch_rows: usize,
+    /// Fewer rows in the first steps; by default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_warmup: Option<BatchWarmup>,
     /// Rows that are in memory at once; gradients of the others are accumulated. 0: all.
     pub micro_batch_rows: usize,
     /// Share of each target that is spread over the vocabulary; in training alone.
@@ -151,6 +155,7 @@ impl Default for TrainRecipe {
         Self {
             steps: 1000,
             batch_rows: 16,
+            batch_warmup: None,
             micro_batch_rows: 0,
             label_smoothing: 0.0,
             z_loss: 0.0,
@@ -164,6 +169,11 @@ impl TrainRecipe {
     /// What the loss is besides the cross-entropy.
     pub fn loss(&self) -> LossConfig {
         LossConfig { label_smoothing: self.label_smoothing, z_loss: self.z_loss }
+    }
+
+    /// Rows of step `step` (from 0).
+    pub fn rows_at(&self, step: u64) -> usize {
+        self.batch_warmup.map_or(self.batch_rows, |warmup| warmup.rows_at(step, self.batch_rows))
     }
 
     /// Rows of one forward and backward pass.
@@ -320,6 +330,11 @@ impl Recipe {
         }
     }
 
+    /// The peak learning rate: that of the optimizer, scaled to the batch where it says so.
+    pub fn peak_lr(&self) -> f64 {
+        self.optimizer.lr * self.optimizer.batch_factor(self.train.batch_rows)
+    }
+
     /// Applies `key=value` overrides.
     ///
     /// # Errors
@@ -355,6 +370,9 @@ impl Recipe {
             if value == 0 {
                 return fail(key, "at least 1", "0".into());
             }
+        }
+        if let Some(warmup) = &self.train.batch_warmup {
+            warmup.validate(self.train.batch_rows)?;
         }
         if !(0.0..1.0).contains(&self.train.label_smoothing) {
             return fail("train.label_smoothing", "a share in [0, 1)", self.train.label_smoothing.to_string());

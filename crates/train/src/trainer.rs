@@ -18,8 +18,9 @@ use crate::curvature::drawn;
 use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
+use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::model_io;
-use crate::observe::{EvalRecord, Event, Observer, RunInfo, StepRecord, Summary, memory};
+use crate::observe::{EvalRecord, Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::recipe::Recipe;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
@@ -100,7 +101,7 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.schedule.validate(recipe.train.steps)?;
-        let optimizer = recipe.optimizer.build()?;
+        let optimizer = recipe.optimizer.build(recipe.train.batch_rows)?;
         config.validate()?;
         let loader = dataset.train_loader(config.context, recipe.seed)?;
         if recipe.eval.sample_tokens > 0 {
@@ -211,7 +212,7 @@ impl<'a> Trainer<'a> {
             params: c.num_params() as u64,
             total_steps: self.recipe.train.steps,
             start_step: self.state.step,
-            tokens_per_step: (self.recipe.train.batch_rows * c.context) as u64,
+            tokens_per_step: self.tokens_of(self.recipe.train.batch_rows),
             backend: backend.into(),
             threads: threads as u32,
             flops_per_token: c.flops_per_token(),
@@ -231,7 +232,7 @@ impl<'a> Trainer<'a> {
         interrupt: &AtomicBool,
     ) -> Result<Summary, TrainError> {
         let started = Instant::now();
-        let (before_s, first_step) = (self.state.elapsed_s, self.state.step);
+        let State { elapsed_s: before_s, step: first_step, tokens: first_tokens, .. } = self.state;
         let mut pace = Pace::start(self.state.tokens);
         let mut last_loss = None;
         let mut training_s = 0.0;
@@ -242,11 +243,12 @@ impl<'a> Trainer<'a> {
                 break;
             }
             let step_started = Instant::now();
-            let done = self.step(observer)?;
+            let lr = self.recipe.schedule.lr_at(self.recipe.peak_lr(), self.state.step, self.recipe.train.steps);
+            let done = self.step(lr, observer)?;
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
-            if let Some(Done { loss, lr, grad_norm }) = done {
+            if let Some(Done { loss, grad_norm }) = done {
                 last_loss = Some(loss);
                 if step == first_step + 1 || last || step.is_multiple_of(self.recipe.train.log_every) {
                     let tokens_per_s = pace.tokens_per_s(self.state.tokens);
@@ -284,7 +286,7 @@ impl<'a> Trainer<'a> {
         }
         self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
         self.save(observer)?;
-        let tokens_here = self.state.tokens.saturating_sub(first_step * self.tokens_per_step());
+        let tokens_here = self.state.tokens - first_tokens;
         let tokens_per_s = if training_s > 0.0 { tokens_here as f64 / training_s } else { 0.0 };
         let summary = Summary {
             params: self.model().config().num_params() as u64,
@@ -306,14 +308,43 @@ impl<'a> Trainer<'a> {
         Ok(summary)
     }
 
-    fn tokens_per_step(&self) -> u64 {
-        (self.recipe.train.batch_rows * self.model().config().context) as u64
+    /// Short steps at a rate that grows from the smallest to the largest of `sweep`, each the same times the one before; the parameters are of no use afterwards.
+    /// Batches are whole from the beginning, the schedule is not looked at, and nothing is written. `on_point` hears of each step.
+    ///
+    /// # Errors
+    /// [`TrainError`]: a sweep that goes nowhere, or a rate that the optimizer does not take.
+    pub fn find_lr(mut self, sweep: &LrSweep, on_point: &mut dyn FnMut(&LrPoint)) -> Result<LrFound, TrainError> {
+        sweep.validate()?;
+        self.recipe.train.batch_warmup = None;
+        self.recipe.train.max_bad_steps = u64::MAX;
+        let factor = self.recipe.optimizer.batch_factor(self.recipe.train.batch_rows);
+        self.optimizer.validate_lr(sweep.lr_max * factor)?;
+        let mut found = LrFound::default();
+        for lr in sweep.rates() {
+            let loss = match self.step(lr * factor, &mut Observers::new()) {
+                Ok(Some(done)) => done.loss,
+                Ok(None) | Err(TrainError::HalfUpdated { .. }) => f64::INFINITY,
+                Err(error) => return Err(error),
+            };
+            let goes_on = found.push(lr, loss);
+            if let Some(point) = found.points.last() {
+                on_point(point);
+            }
+            if !goes_on {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
+    fn tokens_of(&self, rows: usize) -> u64 {
+        (rows * self.model().config().context) as u64
     }
 
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
-    fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
-        let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
-        let batches = self.batches();
+    fn step(&mut self, lr: f64, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
+        let rows = self.recipe.train.rows_at(self.state.step);
+        let batches = self.batches(rows);
         if self.optimizer.curvature_is_due(self.state.step) {
             self.estimate_curvature(&batches)?;
         }
@@ -323,8 +354,8 @@ impl<'a> Trainer<'a> {
         };
         drop(batches);
         self.state.step += 1;
-        self.state.samples += self.recipe.train.batch_rows as u64;
-        self.state.tokens += self.tokens_per_step();
+        self.state.samples += rows as u64;
+        self.state.tokens += self.tokens_of(rows);
         let (loss, grad_norm) = match updated {
             Ok(numbers) => numbers,
             Err(reason) => {
@@ -334,12 +365,12 @@ impl<'a> Trainer<'a> {
         };
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
-        Ok(Some(Done { loss, lr, grad_norm }))
+        Ok(Some(Done { loss, grad_norm }))
     }
 
     /// The micro-batches of the current step.
-    fn batches(&self) -> Vec<TokenBatch> {
-        let (rows, micro) = (self.recipe.train.batch_rows, self.recipe.train.micro_rows());
+    fn batches(&self, rows: usize) -> Vec<TokenBatch> {
+        let micro = self.recipe.train.micro_rows();
         let parts: Vec<_> = (0..rows)
             .step_by(micro)
             .map(|at| self.loader.batch(self.state.samples + at as u64, micro.min(rows - at)))
@@ -506,7 +537,6 @@ const LOSS_NOT_FINITE: &str = "the loss is not finite";
 /// Numbers of a step that updated the parameters.
 struct Done {
     loss: f64,
-    lr: f64,
     grad_norm: f64,
 }
 
