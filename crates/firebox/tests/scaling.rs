@@ -181,3 +181,21 @@ fn the_learning_rate_finder_finds_the_fall_and_the_rise() {
     find(&["--steps", "3"]).failed(2, &["--steps", "at least 10"]);
     find(&["--lr-max", "100"]).failed(2, &["weight_decay", "100"]);
 }
+
+#[test]
+fn a_wide_model_trains_by_mup_and_resumes() {
+    let lab = Lab::new(150);
+    let wide = ["model.d_model=64", "model.n_heads=8", "model.tied=false", "model.mup_base_width=32", "train.steps=12"];
+    let run = lab.trained("run", &set(&wide));
+    let want = run.fingerprint();
+    remove(&run, 12);
+    let ended =
+        Ended::new(lab.train("run", &[&set(&wide)[..], &["--resume"]].concat()).output().unwrap(), "resume".into());
+    let said = ended.succeeded().stdout;
+    assert!(said.contains("matrix head: 9 tensors") && said.contains("lr x 0.5"), "{said}");
+    want.assert_equals(&run.fingerprint(), "resumed");
+    for (key, words) in [("model.tied=true", "model.tied = true"), ("optimizer.kind=sgd", "optimizer.kind = sgd")] {
+        let args = [&set(&wide)[..], &set(&[key, "optimizer={ lr = 1e-3 }", key])].concat();
+        Ended::new(lab.train("bad", &args).output().unwrap(), key.into()).failed(2, &[words, "mup_base_width"]);
+    }
+}

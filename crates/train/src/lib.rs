@@ -42,6 +42,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod lr_find;
 pub mod model_io;
+mod mup;
 pub mod observe;
 mod optimizer_recipe;
 pub mod recipe;

@@ -6,6 +6,8 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
+use crate::mup::Mup;
+
 /// The optimizer: an algorithm with its hyperparameters beside what all have.
 ///
 /// `optimizer = { kind = "lion", lr = 1e-4, beta1 = 0.95 }`; the kind is `adamw` where none is given.
@@ -68,15 +70,16 @@ impl Default for OptimizerRecipe {
 }
 
 impl OptimizerRecipe {
-    /// The optimizer before its first step, for batches of `rows`.
+    /// The optimizer before its first step, for batches of `rows`; the groups are those of μP where there is one.
     ///
     /// # Errors
     /// [`OptimError`]: a value out of its range, a pattern that is none.
-    pub fn build(&self, rows: usize) -> Result<Optimizer, OptimError> {
+    pub(crate) fn build(&self, rows: usize, mup: Option<Mup>) -> Result<Optimizer, OptimError> {
         if let Some(scaling) = &self.batch_scaling {
             scaling.validate()?;
         }
-        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, self.groups.clone())?;
+        let groups = mup.map_or_else(|| self.groups.clone(), Mup::groups);
+        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, groups)?;
         optimizer.validate_lr(self.lr * self.batch_factor(rows))?;
         Ok(optimizer.with_precision(self.state.into()))
     }

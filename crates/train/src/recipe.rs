@@ -125,6 +125,9 @@ pub struct ModelRecipe {
     /// Standard deviation of initial weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_std: Option<f64>,
+    /// The width for which learning rate and `init_std` are meant: both are scaled to `d_model` by the maximal update parametrization.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mup_base_width: Option<usize>,
 }
 
 /// Length and batches.
@@ -435,10 +438,15 @@ impl ModelRecipe {
             bias: self.bias.unwrap_or(base.bias),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
-            init_std: self.init_std.unwrap_or(match (&self.preset, self.d_model) {
-                (None, Some(d)) => presets::depth_init_std(d),
-                _ => base.init_std,
-            }),
+            init_std: match (&self.preset, self.mup_base_width) {
+                (preset, Some(width)) => {
+                    let of_preset = preset.as_ref().map(|_| base.init_std);
+                    let of_width = self.init_std.or(of_preset).unwrap_or(presets::depth_init_std(width));
+                    of_width * (width as f64 / d_model as f64).sqrt()
+                }
+                (None, None) => self.init_std.unwrap_or(presets::depth_init_std(d_model)),
+                (Some(_), None) => self.init_std.unwrap_or(base.init_std),
+            },
         })
     }
 
@@ -465,6 +473,7 @@ impl ModelRecipe {
             tied: Some(config.tied),
             dropout: Some(config.dropout),
             init_std: Some(config.init_std),
+            mup_base_width: None,
         }
     }
 }

@@ -101,15 +101,19 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.schedule.validate(recipe.train.steps)?;
-        let optimizer = recipe.optimizer.build(recipe.train.batch_rows)?;
         config.validate()?;
+        let mup = recipe.mup(&config)?;
+        let optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup)?;
         let loader = dataset.train_loader(config.context, recipe.seed)?;
         if recipe.eval.sample_tokens > 0 {
             prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
         }
         let model = match init {
             Some(model) => model,
-            None => Decoder::new(&config, recipe.seed, &device.clone().autodiff())?,
+            None => {
+                let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
+                if let Some(mup) = mup { mup.initial(model)? } else { model }
+            }
         };
         Ok(Self {
             dir: dir.to_path_buf(),
