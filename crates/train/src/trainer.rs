@@ -312,8 +312,8 @@ impl<'a> Trainer<'a> {
         Ok(summary)
     }
 
-    /// Short steps at a rate that grows from the smallest to the largest of `sweep`, each the same times the one before; the parameters are of no use afterwards.
-    /// Batches are whole from the beginning, the schedule is not looked at, and nothing is written. `on_point` hears of each step.
+    /// Takes one step at each learning rate of `sweep`, until the loss has grown to four times its least; `on_point` hears of each. The rates stand for
+    /// `optimizer.lr`. Batches are whole from the first step, the schedule has no say, and nothing is written.
     ///
     /// # Errors
     /// [`TrainError`]: a sweep that goes nowhere, or a rate that the optimizer does not take.
