@@ -25,6 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama import modeling_llama
 
 import optimizers
+import torch_schedules
+from torch_schedules import DECAY, PEAK, STEPS, WARMUP
 
 BATCH, TOKENS = 3, 17
 IGNORE_INDEX = -100
@@ -271,23 +273,11 @@ def adamw_fixture(out_dir):
 
 # --- schedules ------------------------------------------------------------------------------------------------------
 
-STEPS, WARMUP, PEAK = 50, 7, 3e-3
-
 
 def schedule_fixture(out_dir):
     """Learning rates of 51 calls (step 0 to 50) by torch and transformers, at full double precision."""
 
-    def run(make):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-        schedule = make(optimizer)
-        rates = []
-        for _ in range(STEPS + 1):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        return rates
-
-    w, t = WARMUP, transformers
+    run, w, t = torch_schedules.run, WARMUP, transformers
     schedules = {
         "constant": run(lambda o: t.get_constant_schedule_with_warmup(o, w)),
         "linear": run(lambda o: t.get_linear_schedule_with_warmup(o, w, STEPS)),
@@ -295,18 +285,16 @@ def schedule_fixture(out_dir):
         "cosine_min": run(
             lambda o: t.get_cosine_with_min_lr_schedule_with_warmup(o, w, STEPS, min_lr_rate=0.1)
         ),
-        "cosine_annealing": run(
-            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=STEPS, eta_min=0.1 * PEAK)
-        ),
         "inverse_sqrt": run(lambda o: t.get_inverse_sqrt_schedule(o, w)),
+        **torch_schedules.schedules(),
     }
     for shape in ("linear", "cosine", "1-sqrt"):
         schedules[f"wsd_{shape}"] = run(
             lambda o: t.get_wsd_schedule(
-                o, num_warmup_steps=w, num_decay_steps=20, num_training_steps=STEPS, min_lr_ratio=0.1, decay_type=shape
+                o, num_warmup_steps=w, num_decay_steps=DECAY, num_training_steps=STEPS, min_lr_ratio=0.1, decay_type=shape
             )
         )
-    values = dict(versions=VERSIONS, steps=STEPS, warmup=WARMUP, peak=PEAK, wsd_decay_steps=20, schedules=schedules)
+    values = dict(versions=VERSIONS, steps=STEPS, warmup=WARMUP, peak=PEAK, wsd_decay_steps=DECAY, schedules=schedules)
     (out_dir / "schedules.json").write_text(json.dumps(values, indent=1) + "\n")
 
 

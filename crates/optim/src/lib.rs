@@ -35,7 +35,8 @@
 //! - [`NamedGrads`] accumulates, clips by global norm, tells whether all is finite.
 //! - [`Groups`] says what is trained how, and proves that the groups cover the module.
 //! - [`Average`] is a running average of parameters, exponential or of the last ones.
-//! - [`Schedule`] is a pure function of the step: constant, linear, cosine, inverse square root, warmup-stable-decay, each with a warmup.
+//! - [`Schedule`] is a pure function of the step: constant, linear, cosine, inverse square root, warmup-stable-decay, each with a warmup, and
+//!   one-cycle. [`BatchScaling`] fits the rate to the batch.
 //! - [`Optimizer::state`] and [`Optimizer::load_state`] save and restore: the next step is the same, bit for bit.
 //!
 //! | algorithm | state, bytes per parameter | paper |
@@ -62,6 +63,7 @@ mod grads;
 mod groups;
 mod optimizer;
 mod params;
+mod scaling;
 mod schedule;
 
 pub use algorithm::{
@@ -74,4 +76,5 @@ pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};
 pub use optimizer::{Optimizer, StateTensor};
 pub use params::{DecayRule, ParamInfo, ParamKind, parameters};
-pub use schedule::{DecayShape, Schedule};
+pub use scaling::{BatchScaling, ScalingRule};
+pub use schedule::{Anneal, DecayShape, Schedule};

@@ -1,6 +1,6 @@
 //! Learning-rate schedules: pure functions of the step.
 //!
-//! Steps count from 0: the first update of a run uses step 0, the last step `total - 1`. Every schedule warms up linearly, as nanoGPT does:
+//! Steps count from 0: the first update of a run uses step 0, the last step `total - 1`. Every schedule but one-cycle warms up linearly, as nanoGPT does:
 //! (step + 1) / (warmup + 1) of the peak while step < warmup, and the peak itself at step = warmup. transformers' warmup, step / warmup, wastes the first
 //! update on a learning rate of zero; after the warmup the formulas are the same, and tested against transformers' and PyTorch's own values.
 
@@ -68,6 +68,33 @@ pub enum Schedule {
         #[serde(default)]
         decay: DecayShape,
     },
+    /// Up from `peak / div_factor` in the first part of the run, down to `peak / (div_factor final_div_factor)` in the rest (Smith and Topin,
+    /// <https://arxiv.org/abs/1708.07120>). The rates are those of PyTorch's `OneCycleLR` with its two phases; momentum is not cycled.
+    OneCycle {
+        /// The part of all steps in which the rate rises. Default 0.3.
+        #[serde(default = "three_tenths")]
+        rise_fraction: f64,
+        /// The peak as a multiple of the first rate. Default 25.
+        #[serde(default = "twenty_five")]
+        div_factor: f64,
+        /// The first rate as a multiple of the last. Default 10,000.
+        #[serde(default = "ten_thousand")]
+        final_div_factor: f64,
+        /// The form of both phases. Default `cosine`.
+        #[serde(default)]
+        anneal: Anneal,
+    },
+}
+
+/// How a one-cycle schedule goes up and down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Anneal {
+    /// Half a period of a cosine in each phase.
+    #[default]
+    Cosine,
+    /// A straight line in each phase.
+    Linear,
 }
 
 /// How a warmup-stable-decay schedule goes down, x being the part of the decay that is done.
@@ -81,6 +108,9 @@ pub enum DecayShape {
     Linear,
     /// (1 + cos πx) / 2
     Cosine,
+    /// min_lr_ratioˣ, a line on a logarithmic scale, as MiniCPM's 0.5^(steps / T) (Hu et al., <https://arxiv.org/abs/2404.06395>, section 4.2). The minimum
+    /// must be above zero.
+    Exponential,
 }
 
 fn tenth() -> f64 {
@@ -89,6 +119,19 @@ fn tenth() -> f64 {
 
 fn fifth() -> f64 {
     0.2
+}
+
+// Those of PyTorch's `OneCycleLR`.
+fn three_tenths() -> f64 {
+    0.3
+}
+
+fn twenty_five() -> f64 {
+    25.0
+}
+
+fn ten_thousand() -> f64 {
+    1e4
 }
 
 /// The time scale of an inverse square root without a warmup, as in transformers' `get_inverse_sqrt_schedule`.
@@ -102,9 +145,10 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// Steps of warmup.
+    /// Steps of the linear warmup: 0 for one-cycle, which rises in its own way.
     pub fn warmup_steps(&self) -> u64 {
         match *self {
+            Schedule::OneCycle { .. } => 0,
             Schedule::Constant { warmup_steps }
             | Schedule::Linear { warmup_steps, .. }
             | Schedule::Cosine { warmup_steps, .. }
@@ -117,7 +161,7 @@ impl Schedule {
     ///
     /// # Errors
     /// [`OptimError::Hyperparameter`] if a ratio or fraction is outside 0 to 1, the warmup is not shorter than the run, or warmup and decay
-    /// overlap.
+    /// overlap, or a one-cycle does not rise and fall.
     pub fn validate(&self, total_steps: u64) -> Result<(), OptimError> {
         let warmup = self.warmup_steps();
         check("warmup_steps", warmup as f64, warmup < total_steps.max(1), "fewer than the steps of the run")?;
@@ -127,8 +171,20 @@ impl Schedule {
             Schedule::Linear { min_lr_ratio, .. }
             | Schedule::Cosine { min_lr_ratio, .. }
             | Schedule::InverseSqrt { min_lr_ratio, .. } => ratio(min_lr_ratio),
-            Schedule::Wsd { min_lr_ratio, decay_fraction, .. } => {
+            Schedule::OneCycle { rise_fraction, div_factor, final_div_factor, .. } => {
+                let part = (0.0..=1.0).contains(&rise_fraction);
+                check("rise_fraction", rise_fraction, part, "0 <= rise_fraction <= 1")?;
+                let factor = |factor: f64| (1.0..=1e12).contains(&factor);
+                check("div_factor", div_factor, factor(div_factor), "1 <= div_factor <= 1e12")?;
+                let expected = "1 <= final_div_factor <= 1e12";
+                check("final_div_factor", final_div_factor, factor(final_div_factor), expected)
+            }
+            Schedule::Wsd { min_lr_ratio, decay_fraction, decay, .. } => {
                 ratio(min_lr_ratio)?;
+                if decay == DecayShape::Exponential {
+                    let expected = "above 0 with decay = \"exponential\", which never gets to 0";
+                    check("min_lr_ratio", min_lr_ratio, min_lr_ratio > 0.0, expected)?;
+                }
                 let fraction = "0 <= decay_fraction <= 1, and no overlap with the warmup";
                 let ok = (0.0..=1.0).contains(&decay_fraction)
                     && decay_steps(decay_fraction, total_steps) <= total_steps - warmup;
@@ -150,34 +206,53 @@ impl Schedule {
         }
         // The part done of a phase of `length` steps that begins at `start`.
         let done = |start: u64, length: u64| (step.saturating_sub(start) as f64 / length.max(1) as f64).min(1.0);
-        let between = |min: f64, factor: f64| min + (1.0 - min) * factor;
         let run = total_steps.saturating_sub(warmup);
         match *self {
             Schedule::Constant { .. } => 1.0,
-            Schedule::Linear { min_lr_ratio, .. } => {
-                between(min_lr_ratio, DecayShape::Linear.factor(done(warmup, run)))
-            }
-            Schedule::Cosine { min_lr_ratio, .. } => {
-                between(min_lr_ratio, DecayShape::Cosine.factor(done(warmup, run)))
-            }
+            Schedule::Linear { min_lr_ratio, .. } => DecayShape::Linear.factor(done(warmup, run), min_lr_ratio),
+            Schedule::Cosine { min_lr_ratio, .. } => DecayShape::Cosine.factor(done(warmup, run), min_lr_ratio),
             Schedule::InverseSqrt { min_lr_ratio, .. } => {
                 let timescale = if warmup == 0 { INVERSE_SQRT_TIMESCALE } else { warmup as f64 };
                 (timescale / ((step - warmup) as f64 + timescale)).sqrt().max(min_lr_ratio)
             }
             Schedule::Wsd { min_lr_ratio, decay_fraction, decay, .. } => {
                 let length = decay_steps(decay_fraction, total_steps).min(run);
-                between(min_lr_ratio, decay.factor(done(total_steps.saturating_sub(length), length)))
+                decay.factor(done(total_steps.saturating_sub(length), length), min_lr_ratio)
+            }
+            Schedule::OneCycle { rise_fraction, div_factor, final_div_factor, anneal } => {
+                let first = 1.0 / div_factor;
+                // As PyTorch has them: both ends are steps, of which the first need not be whole.
+                let (top, end) = (rise_fraction * total_steps as f64 - 1.0, total_steps as f64 - 1.0);
+                let at = (step as f64).min(end);
+                if at <= top {
+                    anneal.between(first, 1.0, if top > 0.0 { at / top } else { 1.0 })
+                } else {
+                    anneal.between(1.0, first / final_div_factor, (at - top) / (end - top))
+                }
             }
         }
     }
 }
 
 impl DecayShape {
-    fn factor(self, x: f64) -> f64 {
+    /// From 1 at x = 0 to `min` at x = 1.
+    fn factor(self, x: f64, min: f64) -> f64 {
+        let between = |factor: f64| min + (1.0 - min) * factor;
         match self {
-            DecayShape::Sqrt => 1.0 - x.sqrt(),
-            DecayShape::Linear => 1.0 - x,
-            DecayShape::Cosine => 0.5 * (1.0 + (PI * x).cos()),
+            DecayShape::Sqrt => between(1.0 - x.sqrt()),
+            DecayShape::Linear => between(1.0 - x),
+            DecayShape::Cosine => between(0.5 * (1.0 + (PI * x).cos())),
+            DecayShape::Exponential => min.powf(x),
+        }
+    }
+}
+
+impl Anneal {
+    /// From `start` at x = 0 to `end` at x = 1.
+    fn between(self, start: f64, end: f64, x: f64) -> f64 {
+        match self {
+            Anneal::Cosine => end + (start - end) / 2.0 * (1.0 + (PI * x).cos()),
+            Anneal::Linear => (end - start) * x + start,
         }
     }
 }
@@ -198,6 +273,8 @@ mod tests {
         for warmup_steps in [0, 1, 9, 39] {
             all.push(Schedule::Constant { warmup_steps });
             for min_lr_ratio in [0.0, 0.1, 1.0] {
+                let decay = DecayShape::Exponential;
+                all.push(Schedule::Wsd { warmup_steps, min_lr_ratio, decay_fraction: 0.5, decay });
                 all.push(Schedule::Linear { warmup_steps, min_lr_ratio });
                 all.push(Schedule::Cosine { warmup_steps, min_lr_ratio });
                 all.push(Schedule::InverseSqrt { warmup_steps, min_lr_ratio });
@@ -228,6 +305,21 @@ mod tests {
     }
 
     #[test]
+    fn one_cycle_rises_once_and_falls_once() {
+        for anneal in [Anneal::Cosine, Anneal::Linear] {
+            for (rise_fraction, top) in [(0.0, 0), (0.025, 0), (0.3, 11), (0.51, 19), (1.0, 39)] {
+                let cycle = Schedule::OneCycle { rise_fraction, div_factor: 4.0, final_div_factor: 10.0, anneal };
+                cycle.validate(TOTAL).unwrap();
+                let at = |step| cycle.factor_at(step, TOTAL);
+                let rises = (0..TOTAL - 1).filter(|&step| at(step + 1) > at(step)).count();
+                assert_eq!(rises, top, "{cycle:?}");
+                assert!((0..100).all(|step| (0.025 - 1e-12..=1.0).contains(&at(step))), "{cycle:?}");
+                assert_eq!(at(TOTAL), at(TOTAL - 1), "{cycle:?} stays at its end");
+            }
+        }
+    }
+
+    #[test]
     fn recipe_form() {
         let parse = |text: &str| toml::from_str::<Schedule>(text);
         let expected =
@@ -237,6 +329,10 @@ mod tests {
             parse("kind = 'inverse_sqrt'").unwrap(),
             Schedule::InverseSqrt { warmup_steps: 0, min_lr_ratio: 0.0 }
         );
+        let cycle =
+            Schedule::OneCycle { rise_fraction: 0.3, div_factor: 25.0, final_div_factor: 1e4, anneal: Anneal::Linear };
+        assert_eq!(parse("kind = 'one_cycle'\nanneal = 'linear'").unwrap(), cycle);
+        assert_eq!(parse(&toml::to_string(&cycle).unwrap()).unwrap(), cycle);
         assert!(parse("kind = 'cosine'\nwarmup = 5").is_err());
         assert!(parse("kind = 'cosinus'").is_err());
         for schedule in every() {
@@ -246,7 +342,25 @@ mod tests {
 
     #[test]
     fn bad_values_are_named() {
+        let cycle = |rise_fraction, div_factor, final_div_factor| Schedule::OneCycle {
+            rise_fraction,
+            div_factor,
+            final_div_factor,
+            anneal: Anneal::Cosine,
+        };
         let bad = [
+            (cycle(1.5, 25.0, 1e4), "rise_fraction = 1.5 "),
+            (cycle(0.3, 0.5, 1e4), "div_factor = 0.5 "),
+            (cycle(0.3, 25.0, f64::NAN), "final_div_factor = NaN "),
+            (
+                Schedule::Wsd {
+                    warmup_steps: 0,
+                    min_lr_ratio: 0.0,
+                    decay_fraction: 0.5,
+                    decay: DecayShape::Exponential,
+                },
+                "min_lr_ratio = 0 ",
+            ),
             (Schedule::Constant { warmup_steps: 40 }, "warmup_steps = 40 "),
             (Schedule::Linear { warmup_steps: 0, min_lr_ratio: -0.1 }, "min_lr_ratio = -0.1 "),
             (Schedule::Cosine { warmup_steps: 0, min_lr_ratio: f64::NAN }, "min_lr_ratio = NaN "),

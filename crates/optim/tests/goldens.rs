@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor};
-use firebox_optim::{AdamWConfig, Algorithm, DecayShape, NamedGrads, ParamKind, ParamState, Schedule};
+use firebox_optim::{AdamWConfig, Algorithm, Anneal, DecayShape, NamedGrads, ParamKind, ParamState, Schedule};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -138,7 +138,7 @@ fn schedules() {
     let Schedules { steps, warmup, peak, wsd_decay_steps, schedules } = golden;
     let decay_fraction = wsd_decay_steps as f64 / steps as f64;
     type Make = fn(u64, f64) -> Schedule;
-    let cases: [(&str, Make); 9] = [
+    let cases: [(&str, Make); 10] = [
         ("constant", |w, _| Schedule::Constant { warmup_steps: w }),
         ("linear", |w, _| Schedule::Linear { warmup_steps: w, min_lr_ratio: 0.0 }),
         ("cosine", |w, _| Schedule::Cosine { warmup_steps: w, min_lr_ratio: 0.0 }),
@@ -148,8 +148,26 @@ fn schedules() {
         ("wsd_linear", |w, f| wsd(w, f, DecayShape::Linear)),
         ("wsd_cosine", |w, f| wsd(w, f, DecayShape::Cosine)),
         ("wsd_1-sqrt", |w, f| wsd(w, f, DecayShape::Sqrt)),
+        ("wsd_exponential", |w, f| wsd(w, f, DecayShape::Exponential)),
     ];
-    assert_eq!(cases.len(), schedules.len());
+    let cycle = |rise_fraction, div_factor, final_div_factor, anneal| Schedule::OneCycle {
+        rise_fraction,
+        div_factor,
+        final_div_factor,
+        anneal,
+    };
+    let cycles = [
+        ("one_cycle", cycle(0.3, 25.0, 1e4, Anneal::Cosine)),
+        ("one_cycle_linear", cycle(0.45, 10.0, 100.0, Anneal::Linear)),
+    ];
+    assert_eq!(cases.len() + cycles.len(), schedules.len());
+    for (name, ours) in cycles {
+        assert_eq!(schedules[name].len() as u64, steps);
+        for (step, golden) in (0..).zip(&schedules[name]) {
+            let got = ours.lr_at(peak, step, steps);
+            assert!((got - golden).abs() <= 1e-9 * golden, "{name} at {step}: {got} {golden}");
+        }
+    }
     for (name, make) in cases {
         let rates = &schedules[name];
         assert_eq!(rates.len() as u64, steps + 1);

@@ -2,7 +2,7 @@
 //!
 //! The training loop of Firebox and everything around it: [recipes](recipe), the [`Trainer`] and its
 //! [engine], [checkpoints](checkpoint) that survive a kill,
-//! [observers](observe) and the report, [evaluation](evaluate) and [generation](generate).
+//! [observers](observe) and the report, [evaluation](evaluate), [generation](generate), the [range of learning rates](lr_find).
 //!
 //! A run is determined by a recipe and a corpus. It gives the same bits twice, and after an interruption.
 //!
@@ -32,19 +32,25 @@
 //! # }
 //! ```
 
+mod batch_warmup;
 pub mod checkpoint;
+mod cooldown;
 mod curvature;
 pub mod engine;
 mod error;
 pub mod evaluate;
 pub mod generate;
+pub mod lr_find;
 pub mod model_io;
+mod mup;
 pub mod observe;
 mod optimizer_recipe;
 pub mod recipe;
 mod trainer;
 mod watch;
 
+pub use batch_warmup::BatchWarmup;
+pub use cooldown::Cooldown;
 pub use error::TrainError;
 pub use optimizer_recipe::OptimizerRecipe;
 pub use recipe::Recipe;

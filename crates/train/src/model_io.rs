@@ -163,7 +163,7 @@ pub fn parameters<M: Module>(module: &M) -> Vec<(String, Tensor<1>)> {
 }
 
 /// Replaces parameters by values of the same number of elements, by path.
-fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -> M {
+pub(crate) fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f32>>) -> M {
     struct Mapper {
         path: Vec<String>,
         values: HashMap<String, Vec<f32>>,

@@ -1,18 +1,23 @@
 //! The recipe's part on the optimizer.
 
-use firebox_optim::{Algorithm, DecayRule, GroupConfig, OptimError, Optimizer};
+use firebox_optim::{Algorithm, BatchScaling, DecayRule, GroupConfig, OptimError, Optimizer};
 use firebox_tensor::ops::Precision;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
+
+use crate::mup::Mup;
 
 /// The optimizer: an algorithm with its hyperparameters beside what all have.
 ///
 /// `optimizer = { kind = "lion", lr = 1e-4, beta1 = 0.95 }`; the kind is `adamw` where none is given.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OptimizerRecipe {
-    /// Peak learning rate.
+    /// Peak learning rate, of the batch of `batch_scaling` where there is one.
     pub lr: f64,
+    /// Scales the learning rate to the batch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_scaling: Option<BatchScaling>,
     /// What decays: `matrices`, `all` or `none`.
     pub decay: DecayRule,
     /// Largest global norm of the gradients; 0 switches clipping off.
@@ -54,6 +59,7 @@ impl Default for OptimizerRecipe {
     fn default() -> Self {
         Self {
             lr: 1e-3,
+            batch_scaling: None,
             decay: DecayRule::Matrices,
             clip: 1.0,
             state: StateFormat::F32,
@@ -64,14 +70,23 @@ impl Default for OptimizerRecipe {
 }
 
 impl OptimizerRecipe {
-    /// The optimizer before its first step.
+    /// The optimizer before its first step, for batches of `rows`; the groups are those of μP where there is one.
     ///
     /// # Errors
     /// [`OptimError`]: a value out of its range, a pattern that is none.
-    pub fn build(&self) -> Result<Optimizer, OptimError> {
-        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, self.groups.clone())?;
-        optimizer.validate_lr(self.lr)?;
+    pub(crate) fn build(&self, rows: usize, mup: Option<Mup>) -> Result<Optimizer, OptimError> {
+        if let Some(scaling) = &self.batch_scaling {
+            scaling.validate()?;
+        }
+        let groups = mup.map_or_else(|| self.groups.clone(), Mup::groups);
+        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, groups)?;
+        optimizer.validate_lr(self.lr * self.batch_factor(rows))?;
         Ok(optimizer.with_precision(self.state.into()))
+    }
+
+    /// What the learning rate is multiplied by for a batch of `rows`.
+    pub(crate) fn batch_factor(&self, rows: usize) -> f64 {
+        self.batch_scaling.map_or(1.0, |scaling| scaling.factor(rows))
     }
 }
 
@@ -81,6 +96,7 @@ impl<'de> Deserialize<'de> for OptimizerRecipe {
         let mut table = Table::deserialize(deserializer)?;
         let mut recipe = Self::default();
         take(&mut table, "lr", &mut recipe.lr)?;
+        take(&mut table, "batch_scaling", &mut recipe.batch_scaling)?;
         take(&mut table, "decay", &mut recipe.decay)?;
         take(&mut table, "clip", &mut recipe.clip)?;
         take(&mut table, "state", &mut recipe.state)?;
@@ -100,7 +116,7 @@ fn take<T: DeserializeOwned, E: Error>(table: &mut Table, key: &str, into: &mut 
 
 /// The algorithm knows its own fields alone; what is offered in place of an unknown one are all.
 fn with_common_keys<E: Error>(error: toml::de::Error) -> E {
-    let all = "unknown field `{}`, expected one of `lr`, `decay`, `clip`, `state`, `groups`, ";
+    let all = "unknown field `{}`, expected one of `lr`, `batch_scaling`, `decay`, `clip`, `state`, `groups`, ";
     match error.message().strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, expected one of ")) {
         Some((field, fields)) => E::custom(all.replace("{}", field) + fields),
         None => E::custom(error.message()),
@@ -123,7 +139,11 @@ mod tests {
         let lion = read("kind = \"lion\"\nclip = 0.0\n[[groups]]\nkinds = [\"head\"]\nlr_scale = 0.5").unwrap();
         assert_eq!((lion.algorithm, lion.groups.len()), (LionConfig::default().into(), 1));
         assert_eq!(read(&toml::to_string(&lion).unwrap()).unwrap(), lion);
+        let scaled = read("batch_scaling = { rule = \"sqrt\", reference_rows = 4 }").unwrap();
+        assert_eq!([scaled.batch_factor(16), adamw.batch_factor(16)], [2.0, 1.0]);
+        assert_eq!(read(&toml::to_string(&scaled).unwrap()).unwrap(), scaled);
         for (bad, word) in [
+            ("batch_scaling = { rule = \"cubic\", reference_rows = 4 }", "batch_scaling: unknown variant"),
             ("kind = \"lion\"\neps = 1e-8", "eps"),
             ("beta3 = 1.0", "beta3"),
             ("kind = \"x\"", "adamw"),

@@ -1,5 +1,7 @@
 //! Recipes: everything that determines a run, in one TOML file.
 
+mod error;
+
 use std::path::Path;
 
 use firebox_data::{DataConfig, Source};
@@ -9,9 +11,12 @@ use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::batch_warmup::BatchWarmup;
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
 use crate::watch::{OnSpike, WatchRecipe};
+
+pub use error::RecipeError;
 
 /// The recipes that come with Firebox: name and text.
 pub const BUILT_IN: [(&str, &str); 5] = [
@@ -131,6 +136,9 @@ pub struct ModelRecipe {
     /// Standard deviation of initial weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_std: Option<f64>,
+    /// The width for which learning rate and `init_std` are meant: both are scaled to `d_model` by the maximal update parametrization.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mup_base_width: Option<usize>,
 }
 
 /// Length and batches.
@@ -141,6 +149,9 @@ pub struct TrainRecipe {
     pub steps: u64,
     /// Rows of `context` tokens per step.
     pub batch_rows: usize,
+    /// Fewer rows in the first steps; by default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_warmup: Option<BatchWarmup>,
     /// Rows that are in memory at once; gradients of the others are accumulated. 0: all.
     pub micro_batch_rows: usize,
     /// Share of each target that is spread over the vocabulary; in training alone.
@@ -158,6 +169,7 @@ impl Default for TrainRecipe {
         Self {
             steps: 1000,
             batch_rows: 16,
+            batch_warmup: None,
             micro_batch_rows: 0,
             label_smoothing: 0.0,
             z_loss: 0.0,
@@ -171,6 +183,11 @@ impl TrainRecipe {
     /// What the loss is besides the cross-entropy.
     pub fn loss(&self) -> LossConfig {
         LossConfig { label_smoothing: self.label_smoothing, z_loss: self.z_loss }
+    }
+
+    /// Rows of step `step` (from 0).
+    pub fn rows_at(&self, step: u64) -> usize {
+        self.batch_warmup.map_or(self.batch_rows, |warmup| warmup.rows_at(step, self.batch_rows))
     }
 
     /// Rows of one forward and backward pass.
@@ -217,53 +234,6 @@ impl Default for CheckpointRecipe {
     fn default() -> Self {
         Self { every: 100, keep_last: 2, keep_best: true }
     }
-}
-
-/// Why a recipe cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum RecipeError {
-    /// Neither a built-in name nor a file.
-    #[error("no recipe `{name}`: built in are {known}; or give the path of a TOML file")]
-    Unknown {
-        /// What was asked for.
-        name: String,
-        /// Names of the built-in ones.
-        known: String,
-    },
-    /// The file cannot be read.
-    #[error("cannot read the recipe {path}: {source}")]
-    Read {
-        /// Which file.
-        path: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// It is no TOML, or a key is unknown or of the wrong type.
-    #[error("recipe {origin}: {reason}{hint}")]
-    Parse {
-        /// Where the text comes from.
-        origin: String,
-        /// What is wrong.
-        reason: String,
-        /// The nearest known key.
-        hint: String,
-    },
-    /// An override that is no `key=value`.
-    #[error("--set {given}: expected key=value, such as optimizer.lr=3e-4")]
-    Override {
-        /// What was given.
-        given: String,
-    },
-    /// A value out of its range.
-    #[error("recipe: {key} = {got}: expected {expected}")]
-    Value {
-        /// The key.
-        key: &'static str,
-        /// What it should be.
-        expected: String,
-        /// What it is.
-        got: String,
-    },
 }
 
 impl Recipe {
@@ -329,6 +299,11 @@ impl Recipe {
         }
     }
 
+    /// The peak learning rate: that of the optimizer, scaled to the batch where it says so.
+    pub fn peak_lr(&self) -> f64 {
+        self.optimizer.lr * self.optimizer.batch_factor(self.train.batch_rows)
+    }
+
     /// Applies `key=value` overrides.
     ///
     /// # Errors
@@ -364,6 +339,9 @@ impl Recipe {
             if value == 0 {
                 return fail(key, "at least 1", "0".into());
             }
+        }
+        if let Some(warmup) = &self.train.batch_warmup {
+            warmup.validate(self.train.batch_rows)?;
         }
         if !(0.0..1.0).contains(&self.train.label_smoothing) {
             return fail("train.label_smoothing", "a share in [0, 1)", self.train.label_smoothing.to_string());
@@ -432,10 +410,15 @@ impl ModelRecipe {
             bias: self.bias.unwrap_or(base.bias),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
-            init_std: self.init_std.unwrap_or(match (&self.preset, self.d_model) {
-                (None, Some(d)) => presets::depth_init_std(d),
-                _ => base.init_std,
-            }),
+            init_std: match (&self.preset, self.mup_base_width) {
+                (preset, Some(width)) => {
+                    let of_preset = preset.as_ref().map(|_| base.init_std);
+                    let of_width = self.init_std.or(of_preset).unwrap_or(presets::depth_init_std(width));
+                    of_width * (width as f64 / d_model as f64).sqrt()
+                }
+                (None, None) => self.init_std.unwrap_or(presets::depth_init_std(d_model)),
+                (Some(_), None) => self.init_std.unwrap_or(base.init_std),
+            },
         })
     }
 
@@ -462,6 +445,7 @@ impl ModelRecipe {
             tied: Some(config.tied),
             dropout: Some(config.dropout),
             init_std: Some(config.init_std),
+            mup_base_width: None,
         }
     }
 }

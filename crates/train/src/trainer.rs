@@ -1,5 +1,7 @@
 //! The training loop.
 
+mod persist;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -9,19 +11,18 @@ use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_optim::{Average, NamedGrads, Optimizer, StateTensor};
+use firebox_optim::{Average, NamedGrads, Optimizer};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
 use crate::curvature::drawn;
 use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
-use crate::model_io;
-use crate::observe::{EvalRecord, Event, Observer, RunInfo, StepRecord, Summary, memory};
+use crate::lr_find::{LrFound, LrPoint, LrSweep};
+use crate::observe::{EvalRecord, Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::recipe::Recipe;
-use crate::watch::{OnSpike, Watch};
+use crate::watch::Watch;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -105,15 +106,19 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.schedule.validate(recipe.train.steps)?;
-        let optimizer = recipe.optimizer.build()?;
         config.validate()?;
+        let mup = recipe.mup(&config)?;
+        let optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup)?;
         let loader = dataset.train_loader(config.context, recipe.seed)?;
         if recipe.eval.sample_tokens > 0 {
             prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
         }
         let model = match init {
             Some(model) => model,
-            None => Decoder::new(&config, recipe.seed, &device.clone().autodiff())?,
+            None => {
+                let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
+                if let Some(mup) = mup { mup.initial(model)? } else { model }
+            }
         };
         Ok(Self {
             dir: dir.to_path_buf(),
@@ -129,51 +134,6 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Continues from a checkpoint of the run in `dir`.
-    ///
-    /// # Errors
-    /// [`TrainError`]: as [`new`](Self::new), or a checkpoint that does not fit.
-    pub fn resume(
-        recipe: Recipe,
-        dir: &Path,
-        dataset: &'a Dataset,
-        device: &Device,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self, TrainError> {
-        let loaded = load_trained(checkpoint, &device.clone().autodiff())?;
-        let tokens = dataset.tokenizer.json();
-        if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
-            return Err(TrainError::Resume {
-                path: checkpoint.path().into(),
-                expected: "the corpus that the run was started with (its tokenizer is another)".into(),
-                got: format!("{} tokens", dataset.tokenizer.vocab_size()),
-            });
-        }
-        let wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
-        let model = loaded.model.for_training(recipe.seed, wanted.dropout)?;
-        if *model.config() != wanted {
-            let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
-            return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
-        }
-        let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
-        trainer.restore(checkpoint)?;
-        Ok(trainer)
-    }
-
-    /// Takes everything but the model from a checkpoint.
-    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
-        let recipe_hash = std::mem::take(&mut self.state.recipe_hash);
-        self.state = State { recipe_hash, ..checkpoint.read_json("state.json")? };
-        let optimizer = checkpoint.tensors(&self.state_file())?;
-        let Self { model: Some(model), optimizer: of_model, average, .. } = self else { return Ok(()) };
-        of_model.load_state::<_, TrainError>(model, state_tensors(&optimizer))?;
-        // A run may be given an average later on.
-        if let (Some(average), true) = (average, checkpoint.contains(AVERAGE_STATE)) {
-            average.load_state::<_, TrainError>(model, state_tensors(&checkpoint.tensors(AVERAGE_STATE)?))?;
-        }
-        Ok(())
-    }
-
     /// The model, as it is.
     pub fn model(&self) -> &Decoder {
         // PANIC: `model` is empty only while the optimizer has it; where that fails, the run is over.
@@ -183,16 +143,6 @@ impl<'a> Trainer<'a> {
     /// Where the run is.
     pub fn state(&self) -> &State {
         &self.state
-    }
-
-    /// The model to evaluate and to keep: mostly the one that is trained.
-    fn averaged(&self) -> Result<Decoder, TrainError> {
-        Ok(self.optimizer.averaged(self.model().clone())?)
-    }
-
-    /// The optimizer's state in a checkpoint.
-    fn state_file(&self) -> String {
-        format!("optimizer/{}.safetensors", self.optimizer.algorithm().name())
     }
 
     /// How the parameters are trained, to print at the start.
@@ -218,7 +168,7 @@ impl<'a> Trainer<'a> {
             params: c.num_params() as u64,
             total_steps: self.recipe.train.steps,
             start_step: self.state.step,
-            tokens_per_step: (self.recipe.train.batch_rows * c.context) as u64,
+            tokens_per_step: self.tokens_of(self.recipe.train.batch_rows),
             backend: backend.into(),
             threads: threads as u32,
             flops_per_token: c.flops_per_token(),
@@ -238,7 +188,7 @@ impl<'a> Trainer<'a> {
         interrupt: &AtomicBool,
     ) -> Result<Summary, TrainError> {
         let started = Instant::now();
-        let (before_s, first_step) = (self.state.elapsed_s, self.state.step);
+        let State { elapsed_s: before_s, step: first_step, tokens: first_tokens, .. } = self.state;
         let mut pace = Pace::start(self.state.tokens);
         let mut last_loss = None;
         let mut training_s = 0.0;
@@ -249,11 +199,12 @@ impl<'a> Trainer<'a> {
                 break;
             }
             let step_started = Instant::now();
-            let done = self.step(observer)?;
+            let lr = self.recipe.schedule.lr_at(self.recipe.peak_lr(), self.state.step, self.recipe.train.steps);
+            let done = self.step(lr, observer)?;
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
-            if let Some(Done { loss, lr, grad_norm }) = done {
+            if let Some(Done { loss, grad_norm }) = done {
                 last_loss = Some(loss);
                 if step == first_step + 1 || last || step.is_multiple_of(self.recipe.train.log_every) {
                     let tokens_per_s = pace.tokens_per_s(self.state.tokens);
@@ -291,7 +242,7 @@ impl<'a> Trainer<'a> {
         }
         self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
         self.save(observer)?;
-        let tokens_here = self.state.tokens.saturating_sub(first_step * self.tokens_per_step());
+        let tokens_here = self.state.tokens - first_tokens;
         let tokens_per_s = if training_s > 0.0 { tokens_here as f64 / training_s } else { 0.0 };
         let summary = Summary {
             params: self.model().config().num_params() as u64,
@@ -313,14 +264,43 @@ impl<'a> Trainer<'a> {
         Ok(summary)
     }
 
-    fn tokens_per_step(&self) -> u64 {
-        (self.recipe.train.batch_rows * self.model().config().context) as u64
+    /// Takes one step at each learning rate of `sweep`, until the loss has grown to four times its least; `on_point` hears of each. The rates stand for
+    /// `optimizer.lr`. Batches are whole from the first step, the schedule has no say, and nothing is written.
+    ///
+    /// # Errors
+    /// [`TrainError`]: a sweep that goes nowhere, or a rate that the optimizer does not take.
+    pub fn find_lr(mut self, sweep: &LrSweep, on_point: &mut dyn FnMut(&LrPoint)) -> Result<LrFound, TrainError> {
+        sweep.validate()?;
+        self.recipe.train.batch_warmup = None;
+        self.recipe.train.max_bad_steps = u64::MAX;
+        let factor = self.recipe.optimizer.batch_factor(self.recipe.train.batch_rows);
+        self.optimizer.validate_lr(sweep.lr_max * factor)?;
+        let mut found = LrFound::default();
+        for lr in sweep.rates() {
+            let loss = match self.step(lr * factor, &mut Observers::new()) {
+                Ok(Some(done)) => done.loss,
+                Ok(None) | Err(TrainError::HalfUpdated { .. }) => f64::INFINITY,
+                Err(error) => return Err(error),
+            };
+            let goes_on = found.push(lr, loss);
+            if let Some(point) = found.points.last() {
+                on_point(point);
+            }
+            if !goes_on {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
+    fn tokens_of(&self, rows: usize) -> u64 {
+        (rows * self.model().config().context) as u64
     }
 
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
-    fn step(&mut self, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
-        let lr = self.recipe.schedule.lr_at(self.recipe.optimizer.lr, self.state.step, self.recipe.train.steps);
-        let batches = self.batches();
+    fn step(&mut self, lr: f64, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
+        let rows = self.recipe.train.rows_at(self.state.step);
+        let batches = self.batches(rows);
         if self.optimizer.curvature_is_due(self.state.step) {
             self.estimate_curvature(&batches)?;
         }
@@ -330,8 +310,8 @@ impl<'a> Trainer<'a> {
         };
         drop(batches);
         self.state.step += 1;
-        self.state.samples += self.recipe.train.batch_rows as u64;
-        self.state.tokens += self.tokens_per_step();
+        self.state.samples += rows as u64;
+        self.state.tokens += self.tokens_of(rows);
         let (loss, grad_norm) = match updated {
             Ok(numbers) => numbers,
             Err(Skip::NotFinite(reason)) => {
@@ -348,12 +328,12 @@ impl<'a> Trainer<'a> {
         }
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
-        Ok(Some(Done { loss, lr, grad_norm }))
+        Ok(Some(Done { loss, grad_norm }))
     }
 
     /// The micro-batches of the current step.
-    fn batches(&self) -> Vec<TokenBatch> {
-        let (rows, micro) = (self.recipe.train.batch_rows, self.recipe.train.micro_rows());
+    fn batches(&self, rows: usize) -> Vec<TokenBatch> {
+        let micro = self.recipe.train.micro_rows();
         let parts: Vec<_> = (0..rows)
             .step_by(micro)
             .map(|at| self.loader.batch(self.state.samples + at as u64, micro.min(rows - at)))
@@ -437,31 +417,6 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Leaves the batch out, or goes back to the last checkpoint, and on with the data after the batch. The batch has been counted as read.
-    fn answer_spike(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        let step = self.state.step;
-        let back = self.recipe.watch.on_spike == OnSpike::Rollback
-            && self.state.watch.rollbacks < self.recipe.watch.max_rollbacks;
-        let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
-        let Some(found) = found else {
-            self.state.skipped += 1;
-            return Ok(observer.on_event(&Event::Skipped { step, reason })?);
-        };
-        let device = self.model().embed.weight.val().device();
-        let model = load_trained(&found.checkpoint, &device)?.model;
-        let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
-        self.model = Some(model.with_loss(self.recipe.train.loss()));
-        let here = self.state.clone();
-        self.restore(&found.checkpoint)?;
-        let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
-        self.state.samples = here.samples + skipped;
-        (self.state.tokens, self.state.skipped) = (here.tokens, here.skipped + 1);
-        self.state.watch.spikes = here.watch.spikes;
-        self.state.watch.rollbacks = here.watch.rollbacks + 1;
-        let reason = format!("{reason}; back to step {}", self.state.step);
-        Ok(observer.on_event(&Event::Skipped { step, reason: &reason })?)
-    }
-
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
     fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
         if self.dataset.val.is_empty() {
@@ -506,27 +461,6 @@ impl<'a> Trainer<'a> {
         let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
         Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
     }
-
-    /// Writes a checkpoint and removes those that the recipe does not keep.
-    fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        let dir = self.dir.join("checkpoints");
-        let mut writer = Writer::create(&dir, self.state.step)?;
-        model_io::save(&mut writer, &self.averaged()?, &self.dataset.tokenizer)?;
-        if self.optimizer.averages() {
-            model_io::save_parameters(&mut writer, TRAINED, self.model())?;
-        }
-        write_state(&mut writer, &self.state_file(), self.optimizer.state_shapes(), self.optimizer.state())?;
-        if let Some(average) = &self.average {
-            write_state(&mut writer, AVERAGE_STATE, average.state_shapes(), average.state())?;
-            model_io::save_parameters(&mut writer, AVERAGE, &average.apply(self.model().clone()))?;
-        }
-        writer.json("state.json", &self.state)?;
-        let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
-        let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
-        prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
-        observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
-        Ok(())
-    }
 }
 
 /// Tokens of a prompt, after the end-of-text token that every document follows. Where there is neither (an empty prompt, a character tokenizer) it is
@@ -541,43 +475,6 @@ pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<
         ids.push(0);
     }
     Ok(ids)
-}
-
-/// The parameters that are trained, where they are others than those of `model.safetensors`.
-const TRAINED: &str = "trained.safetensors";
-
-/// The averaged parameters under Hugging Face's names, and what the average remembers.
-const AVERAGE: &str = "average/model.safetensors";
-const AVERAGE_STATE: &str = "average/state.safetensors";
-
-/// The model with the parameters that are trained.
-fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
-    let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
-    if checkpoint.contains(TRAINED) {
-        loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
-    }
-    Ok(loaded)
-}
-
-fn state_tensors(file: &TensorFile) -> impl Iterator<Item = Result<StateTensor, TrainError>> + '_ {
-    file.names().map(|name| {
-        let (shape, values) = (file.shape(name)?.to_vec(), file.f32(name)?);
-        Ok(StateTensor { name: name.to_owned(), shape, values })
-    })
-}
-
-/// Writes tensors one at a time.
-fn write_state(
-    writer: &mut Writer,
-    name: &str,
-    shapes: impl Iterator<Item = (String, Vec<usize>)>,
-    tensors: impl Iterator<Item = StateTensor>,
-) -> Result<(), CheckpointError> {
-    let specs: Vec<TensorSpec> = shapes.map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
-    let encode = |tensor: StateTensor| {
-        encode_f32(&tensor.values, safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
-    };
-    writer.tensors(name, &Default::default(), &specs, tensors.map(encode))
 }
 
 /// The mean loss and the gradients' norm of an update, or why there was none.
@@ -595,7 +492,6 @@ const LOSS_NOT_FINITE: Skip = Skip::NotFinite("the loss is not finite");
 /// Numbers of a step that updated the parameters.
 struct Done {
     loss: f64,
-    lr: f64,
     grad_norm: f64,
 }
 

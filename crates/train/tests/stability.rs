@@ -81,7 +81,8 @@ fn corrupted_batches_are_left_out_or_rolled_back() {
     assert!(state.watch.spikes > 0 && state.skipped == state.watch.spikes && state.step == STEPS);
     assert!(seen.skipped.iter().all(|reason| reason.contains("spike")));
 
-    let back = "watch={ on_spike = \"rollback\", threshold = 5.0, warmup_steps = 20, skip_batches = 2, max_rollbacks = 100 }";
+    let back =
+        "watch={ on_spike = \"rollback\", threshold = 5.0, warmup_steps = 20, skip_batches = 2, max_rollbacks = 100 }";
     let (rolled, seen, state) = train("back", &corrupt, &[back, "checkpoint.every=10"]);
     println!("rolled back {rolled:.4}: {:?}", seen.skipped);
     // It has seen more good data in the end, and may be better.

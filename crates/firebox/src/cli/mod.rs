@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod lr_find;
 mod prepare;
 mod text;
 mod train;
@@ -31,6 +32,8 @@ struct Cli {
 enum Command {
     /// Train a model: raw text in, checkpoints, samples and a report out.
     Train(train::TrainArgs),
+    /// Find the range of useful learning rates: a short run whose rate grows until the loss does.
+    LrFind(lr_find::LrFindArgs),
     /// List or show the built-in recipes.
     #[command(subcommand)]
     Recipe(RecipeCommand),
@@ -133,6 +136,7 @@ pub fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Train(args) => train::run(args),
+        Command::LrFind(args) => lr_find::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),
         Command::Tokenize(args) => prepare::run(args),

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use firebox::data::Dataset;
 use firebox::tensor::peak;
-use firebox::train::checkpoint::{Checkpoint, CheckpointError, find_latest};
+use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::observe::compare::gzip_xz;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::{Recipe, TrainError, Trainer};
+use firebox::train::{Cooldown, Recipe, TrainError, Trainer};
 
 use super::prepare::DataArgs;
 use super::{CliError, DeviceArgs};
@@ -22,6 +22,8 @@ use super::{CliError, DeviceArgs};
 ///   firebox train my.toml --set optimizer.lr=3e-4   your recipe, one value changed
 ///   firebox train --depth 6 --data 'books/*.txt'    everything follows from the depth
 ///   firebox train --resume --out runs/default       go on where it stopped
+///   firebox train --cooldown-from runs/long/checkpoints/step-800 --steps 200
+///                                                   let its learning rate decay, in a run of its own
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct TrainArgs {
@@ -41,6 +43,13 @@ pub struct TrainArgs {
     /// Go on from the last whole checkpoint in --out.
     #[arg(long)]
     resume: bool,
+    /// Branch off a run whose learning rate is at its peak (a constant or wsd schedule): from this checkpoint, or the last of this run, the rate decays over
+    /// --steps in a new run.
+    #[arg(long, value_name = "CHECKPOINT", requires = "steps", conflicts_with_all = ["recipe", "depth", "resume", "seed"])]
+    cooldown_from: Option<PathBuf>,
+    /// Steps of the cooldown.
+    #[arg(long, value_name = "N", requires = "cooldown_from")]
+    steps: Option<u64>,
     /// Seed, instead of the recipe's.
     #[arg(long)]
     seed: Option<u64>,
@@ -62,9 +71,15 @@ pub fn show(name: &str) -> Result<(), CliError> {
 }
 
 pub fn run(args: TrainArgs) -> Result<(), CliError> {
-    let (recipe, dir) = args.recipe()?;
     let device = args.device.backend.device()?;
-    let found = checkpoint(&dir, args.resume)?;
+    let (recipe, dir, found) = match &args.cooldown_from {
+        Some(from) => args.cooldown(from)?,
+        None => {
+            let (recipe, dir) = args.recipe()?;
+            let found = checkpoint(&dir, args.resume)?;
+            (recipe, dir, found)
+        }
+    };
     let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
     println!("{}", dataset.stats);
     let mut trainer = match found {
@@ -98,12 +113,16 @@ fn checkpoint(dir: &Path, resume: bool) -> Result<Option<Checkpoint>, CliError> 
         _ if !resume => Err(TrainError::RunExists(dir.into()).into()),
         found => {
             let found = found?;
-            for skipped in &found.skipped {
-                eprintln!("warning: {skipped}");
-            }
+            warn_of(&found);
             println!("resuming from {}", found.checkpoint.path().display());
             Ok(Some(found.checkpoint))
         }
+    }
+}
+
+fn warn_of(found: &Found) {
+    for skipped in &found.skipped {
+        eprintln!("warning: {skipped}");
     }
 }
 
@@ -116,11 +135,26 @@ fn program() -> String {
 const DEFAULT: &str = "default";
 
 impl TrainArgs {
+    /// Recipe, folder and first checkpoint of a cooldown.
+    fn cooldown(&self, from: &Path) -> Result<(Recipe, PathBuf, Option<Checkpoint>), CliError> {
+        let found = resolve(from)?;
+        warn_of(&found);
+        let cooldown = Cooldown::new(&found.checkpoint, self.steps.unwrap_or_default(), &self.set)?;
+        let recipe = cooldown.recipe().clone();
+        let dir = self.run_dir(&recipe.name);
+        println!("cooling down from {}", found.checkpoint.path().display());
+        let copy = cooldown.start(&dir)?;
+        Ok((recipe, dir, Some(copy)))
+    }
+
+    fn run_dir(&self, name: &str) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| Path::new("runs").join(name))
+    }
+
     /// The recipe and the folder of the run.
     fn recipe(&self) -> Result<(Recipe, PathBuf), CliError> {
         let mut set = self.set.clone();
         set.extend(self.seed.map(|seed| format!("seed={seed}")));
-        let dir = |name: &str| self.out.clone().unwrap_or_else(|| Path::new("runs").join(name));
         let recipe = match (&self.recipe, self.depth) {
             (None, Some(0)) => {
                 let (expected, got) = ("at least 1".into(), "0".into());
@@ -128,7 +162,7 @@ impl TrainArgs {
             }
             (None, Some(depth)) => Recipe::depth(depth).with(&set)?,
             (None, None) => {
-                let dir = dir(DEFAULT);
+                let dir = self.run_dir(DEFAULT);
                 let stored = dir.join("recipe.toml");
                 if self.resume && stored.is_file() {
                     return Ok((Recipe::load(&stored.display().to_string(), &set)?, dir));
@@ -137,7 +171,7 @@ impl TrainArgs {
             }
             (Some(name), _) => Recipe::load(name, &set)?,
         };
-        let dir = dir(&recipe.name);
+        let dir = self.run_dir(&recipe.name);
         Ok((recipe, dir))
     }
 }

@@ -28,7 +28,7 @@ pub struct RunInfo {
     pub total_steps: u64,
     /// Steps done before this start: 0 for a new run, the checkpoint's step for a resumed one.
     pub start_step: u64,
-    /// Tokens a step reads, over all micro-batches and ranks.
+    /// Tokens a step reads, over all micro-batches and ranks; after the batch warmup, where there is one.
     pub tokens_per_step: u64,
     /// The device the run uses: "ndarray", "wgpu", ...
     pub backend: String,

@@ -1,0 +1,156 @@
+//! The run's part on disk: checkpoints, and how a run goes on from one.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use firebox_data::Dataset;
+use firebox_models::decoder::Decoder;
+use firebox_optim::StateTensor;
+
+use super::{State, Trainer};
+use crate::TrainError;
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
+use crate::model_io;
+use crate::observe::{Event, Observer};
+use crate::recipe::Recipe;
+use crate::watch::OnSpike;
+
+impl<'a> Trainer<'a> {
+    /// Continues from a checkpoint of the run in `dir`.
+    ///
+    /// # Errors
+    /// [`TrainError`]: as [`new`](Self::new), or a checkpoint that does not fit.
+    pub fn resume(
+        recipe: Recipe,
+        dir: &Path,
+        dataset: &'a Dataset,
+        device: &Device,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, TrainError> {
+        let loaded = load_trained(checkpoint, &device.clone().autodiff())?;
+        let tokens = dataset.tokenizer.json();
+        if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
+            return Err(TrainError::Resume {
+                path: checkpoint.path().into(),
+                expected: "the corpus that the run was started with (its tokenizer is another)".into(),
+                got: format!("{} tokens", dataset.tokenizer.vocab_size()),
+            });
+        }
+        let wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
+        let model = loaded.model.for_training(recipe.seed, wanted.dropout)?;
+        if *model.config() != wanted {
+            let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
+            return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
+        }
+        let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
+        trainer.restore(checkpoint)?;
+        Ok(trainer)
+    }
+
+    /// Takes everything but the model from a checkpoint.
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        let recipe_hash = std::mem::take(&mut self.state.recipe_hash);
+        self.state = State { recipe_hash, ..checkpoint.read_json("state.json")? };
+        let optimizer = checkpoint.tensors(&self.state_file())?;
+        let Self { model: Some(model), optimizer: of_model, average, .. } = self else { return Ok(()) };
+        of_model.load_state::<_, TrainError>(model, state_tensors(&optimizer))?;
+        // A run may be given an average later on.
+        if let (Some(average), true) = (average, checkpoint.contains(AVERAGE_STATE)) {
+            average.load_state::<_, TrainError>(model, state_tensors(&checkpoint.tensors(AVERAGE_STATE)?))?;
+        }
+        Ok(())
+    }
+
+    /// The model to evaluate and to keep: mostly the one that is trained.
+    pub(super) fn averaged(&self) -> Result<Decoder, TrainError> {
+        Ok(self.optimizer.averaged(self.model().clone())?)
+    }
+
+    /// The optimizer's state in a checkpoint.
+    fn state_file(&self) -> String {
+        format!("optimizer/{}.safetensors", self.optimizer.algorithm().name())
+    }
+
+    /// Leaves the batch out, or goes back to the last checkpoint, and on with the data after the batch. The batch has been counted as read.
+    pub(super) fn answer_spike(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let step = self.state.step;
+        let back = self.recipe.watch.on_spike == OnSpike::Rollback
+            && self.state.watch.rollbacks < self.recipe.watch.max_rollbacks;
+        let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
+        let Some(found) = found else {
+            self.state.skipped += 1;
+            return Ok(observer.on_event(&Event::Skipped { step, reason })?);
+        };
+        let device = self.model().embed.weight.val().device();
+        let model = load_trained(&found.checkpoint, &device)?.model;
+        let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
+        self.model = Some(model.with_loss(self.recipe.train.loss()));
+        let here = self.state.clone();
+        self.restore(&found.checkpoint)?;
+        let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
+        self.state.samples = here.samples + skipped;
+        (self.state.tokens, self.state.skipped) = (here.tokens, here.skipped + 1);
+        self.state.watch.spikes = here.watch.spikes;
+        self.state.watch.rollbacks = here.watch.rollbacks + 1;
+        let reason = format!("{reason}; back to step {}", self.state.step);
+        Ok(observer.on_event(&Event::Skipped { step, reason: &reason })?)
+    }
+
+    /// Writes a checkpoint and removes those that the recipe does not keep.
+    pub(super) fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let dir = self.dir.join("checkpoints");
+        let mut writer = Writer::create(&dir, self.state.step)?;
+        model_io::save(&mut writer, &self.averaged()?, &self.dataset.tokenizer)?;
+        if self.optimizer.averages() {
+            model_io::save_parameters(&mut writer, TRAINED, self.model())?;
+        }
+        write_state(&mut writer, &self.state_file(), self.optimizer.state_shapes(), self.optimizer.state())?;
+        if let Some(average) = &self.average {
+            write_state(&mut writer, AVERAGE_STATE, average.state_shapes(), average.state())?;
+            model_io::save_parameters(&mut writer, AVERAGE, &average.apply(self.model().clone()))?;
+        }
+        writer.json("state.json", &self.state)?;
+        let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
+        let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
+        prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
+        observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
+        Ok(())
+    }
+}
+
+/// The parameters that are trained, where they are others than those of `model.safetensors`.
+const TRAINED: &str = "trained.safetensors";
+
+/// The averaged parameters under Hugging Face's names, and what the average remembers.
+const AVERAGE: &str = "average/model.safetensors";
+const AVERAGE_STATE: &str = "average/state.safetensors";
+
+/// The model with the parameters that are trained.
+fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
+    let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
+    if checkpoint.contains(TRAINED) {
+        loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
+    }
+    Ok(loaded)
+}
+
+fn state_tensors(file: &TensorFile) -> impl Iterator<Item = Result<StateTensor, TrainError>> + '_ {
+    file.names().map(|name| {
+        let (shape, values) = (file.shape(name)?.to_vec(), file.f32(name)?);
+        Ok(StateTensor { name: name.to_owned(), shape, values })
+    })
+}
+
+/// Writes tensors one at a time.
+fn write_state(
+    writer: &mut Writer,
+    name: &str,
+    shapes: impl Iterator<Item = (String, Vec<usize>)>,
+    tensors: impl Iterator<Item = StateTensor>,
+) -> Result<(), CheckpointError> {
+    let specs: Vec<TensorSpec> = shapes.map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
+    let encode = |tensor: StateTensor| {
+        encode_f32(&tensor.values, safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
+    };
+    writer.tensors(name, &Default::default(), &specs, tensors.map(encode))
+}
