@@ -115,7 +115,7 @@ pub fn markdown(report: &Report) -> Result<String> {
     let (count, d) = MATRICES;
     Ok(format!(
         "{count} matrices of {d} x {d}; GB/s of what a step must read and write: parameter, gradient and state once each. A copy \
-         runs at {} GB/s. PyTorch's Muon has neither form.\n\n{table}",
+         runs at {} GB/s, since it reads its target as well before it writes it. PyTorch's Muon has neither form.\n\n{table}",
         number(copy / 1e9)
     ))
 }

@@ -107,7 +107,7 @@ impl Average {
                 }
                 (AverageConfig::Lawa { count, .. }, last) => {
                     kept.extend(last);
-                    if kept.len() == count {
+                    while kept.len() >= count {
                         kept.remove(0);
                     }
                     kept.push(value);
@@ -209,7 +209,16 @@ impl Average {
         };
         self.updates = updates;
         self.shapes = infos.into_iter().filter(|(name, _)| found.contains_key(name)).collect();
-        self.kept = found.into_iter().map(|(name, kept)| (name, kept.into_values().collect())).collect();
+        // Of an average of another kind or length the last ones are taken.
+        let limit = match self.config {
+            AverageConfig::Ema { .. } => 1,
+            AverageConfig::Lawa { count, .. } => count,
+        };
+        let last = |kept: BTreeMap<usize, Tensor<1>>| {
+            let skipped = kept.len().saturating_sub(limit);
+            kept.into_values().skip(skipped).collect()
+        };
+        self.kept = found.into_iter().map(|(name, kept)| (name, last(kept))).collect();
         Ok(())
     }
 }
@@ -327,5 +336,18 @@ mod tests {
         let error = load(wrong).unwrap_err().to_string();
         assert!(error.contains("expected shape [5]") && error.contains("1 unused: wait.0"), "{error}");
         load(saved).unwrap();
+
+        // The last of five become the first of an exponential average.
+        let mut lawa = Average::new(AverageConfig::Lawa { every: 1, count: 5 }).unwrap();
+        (1..=7).for_each(|t| lawa.update(&net(t as f32)));
+        for (config, expected) in
+            [(AverageConfig::Ema { decay: 0.9 }, 1), (AverageConfig::Lawa { every: 1, count: 2 }, 2)]
+        {
+            let mut other = Average::new(config).unwrap();
+            other.load_state::<_, OptimError>(&net(0.0), lawa.state().map(Ok)).unwrap();
+            assert!(other.kept.values().all(|kept| kept.len() == expected));
+            other.update(&net(8.0));
+            assert!(other.kept.values().all(|kept| kept.len() == expected));
+        }
     }
 }

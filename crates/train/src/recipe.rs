@@ -353,6 +353,9 @@ impl Recipe {
             return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
         }
         self.watch.validate()?;
+        if self.average.is_some() && self.optimizer.algorithm.name() == "schedule_free" {
+            return fail("average", "none with schedule_free, which is an average already", "one".into());
+        }
         if self.memory.optimizer_in_backward && self.watch.on_spike != OnSpike::Ignore {
             let expected =
                 "ignore with memory.optimizer_in_backward, which updates before the gradients' norm is known";

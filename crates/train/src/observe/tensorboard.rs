@@ -63,13 +63,12 @@ impl Observer for TensorBoard {
                     ("memory/resident_bytes", record.memory_bytes as f64),
                 ]),
             ),
-            Event::Evaluated(record) => self.write(
-                record.step,
-                &Content::Scalars(&[
-                    ("validation/loss", record.val_loss),
-                    ("validation/bits_per_byte", record.val_bpb),
-                ]),
-            ),
+            Event::Evaluated(record) => {
+                let raw = [("validation/loss", record.val_loss), ("validation/bits_per_byte", record.val_bpb)];
+                let average = record.val_loss_average.map(|loss| ("validation/loss_of_average", loss));
+                let scalars: Vec<_> = raw.into_iter().chain(average).collect();
+                self.write(record.step, &Content::Scalars(&scalars))
+            }
             Event::Sampled { step, text } => self.write(*step, &Content::Text("sample", text)),
             Event::Finished(_) => {
                 self.open = None;
