@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use crate::algorithm::lerp;
+use crate::algorithm::{Slot, lerp};
 use crate::error::check;
-use crate::params::map_trainable;
-use crate::{OptimError, StateTensor, parameters};
+use crate::optimizer::problem;
+use crate::params::{ParamInfo, map_trainable, values};
+use crate::{OptimError, StateTensor};
 
 /// Which average.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -96,9 +97,9 @@ impl Average {
             return;
         }
         let Self { config, updates, kept, shapes } = self;
-        visit(module, &mut |name, shape, value| {
-            let kept = kept.entry(name.to_owned()).or_default();
-            shapes.entry(name.to_owned()).or_insert(shape);
+        for (ParamInfo { name, shape, .. }, value) in trainable(module) {
+            shapes.entry(name.clone()).or_insert(shape);
+            let kept = kept.entry(name).or_default();
             match (*config, kept.pop()) {
                 (AverageConfig::Ema { .. }, None) => kept.push(value),
                 (AverageConfig::Ema { decay }, Some(mean)) => {
@@ -113,7 +114,7 @@ impl Average {
                     kept.push(value);
                 }
             }
-        });
+        }
     }
 
     /// The module with averaged parameters; as it is before the first average.
@@ -160,41 +161,35 @@ impl Average {
         M: Module,
         E: From<OptimError>,
     {
-        let mut values = BTreeMap::new();
-        visit(module, &mut |name, _, value| drop(values.insert(name.to_owned(), value.device())));
-        let infos: BTreeMap<String, Vec<usize>> =
-            parameters(module)?.into_iter().map(|info| (info.name, info.shape)).collect();
+        let expected: BTreeMap<String, (Slot, Device)> = trainable(module)
+            .map(|(info, value)| (info.name, (Slot::signed("", &info.shape), value.device())))
+            .collect();
         let mut found: BTreeMap<String, BTreeMap<usize, Tensor<1>>> = BTreeMap::new();
         let (mut updates, mut unused, mut wrong) = (None, vec![], vec![]);
         for tensor in tensors {
-            let StateTensor { name, shape, values: numbers } = tensor?;
-            if name == UPDATES && numbers.len() == 2 {
-                updates = Some(((numbers[0] as u64) << 20) + numbers[1] as u64);
+            let tensor = tensor?;
+            if tensor.name == UPDATES && tensor.values.len() == 2 {
+                updates = Some(((tensor.values[0] as u64) << 20) + tensor.values[1] as u64);
                 continue;
             }
-            let known = name
+            let known = tensor
+                .name
                 .rsplit_once('.')
-                .and_then(|(param, i)| Some((param, i.parse::<usize>().ok()?, infos.get(param)?, values.get(param)?)));
-            let Some((param, i, expected, device)) = known else {
-                unused.push(name);
+                .and_then(|(param, i)| Some((param, i.parse::<usize>().ok()?, expected.get(param)?)));
+            let Some((param, i, (slot, device))) = known else {
+                unused.push(tensor.name);
                 continue;
             };
-            if shape != *expected || numbers.len() != expected.iter().product::<usize>() {
-                wrong.push(format!("{name}: expected shape {expected:?}, got {shape:?} with {} values", numbers.len()));
-                continue;
-            }
-            if let Some(bad) = numbers.iter().find(|x| !x.is_finite()) {
-                wrong.push(format!("{name}: expected finite numbers, got {bad}"));
-            }
-            let n = numbers.len();
-            let tensor = Tensor::from_data(TensorData::new(numbers, [n]), device);
-            found.entry(param.to_owned()).or_default().insert(i, tensor);
+            wrong.extend(problem(&tensor, slot));
+            let n = tensor.values.len();
+            let kept = found.entry(param.to_owned()).or_default();
+            kept.insert(i, Tensor::from_data(TensorData::new(tensor.values, [n]), device));
         }
         // All parameters have the same number, 0, 1, … without a gap.
         let most = found.values().map(BTreeMap::len).max().unwrap_or(0);
         let mut missing: Vec<String> = match most {
             0 => vec![],
-            most => values
+            most => expected
                 .keys()
                 .flat_map(|name| (0..most).map(move |i| (name, i)))
                 .filter(|(name, i)| found.get(*name).is_none_or(|kept| !kept.contains_key(i)))
@@ -208,7 +203,7 @@ impl Average {
             return Err(OptimError::State { missing, unused, wrong }.into());
         };
         self.updates = updates;
-        self.shapes = infos.into_iter().filter(|(name, _)| found.contains_key(name)).collect();
+        self.shapes = expected.into_iter().map(|(name, (slot, _))| (name, slot.shape)).collect();
         // Of an average of another kind or length the last ones are taken.
         let limit = match self.config {
             AverageConfig::Ema { .. } => 1,
@@ -223,35 +218,14 @@ impl Average {
     }
 }
 
-/// Calls `f` with the name, shape and flat value, without gradients, of every trainable parameter.
-fn visit<M: Module>(module: &M, f: &mut dyn FnMut(&str, Vec<usize>, Tensor<1>)) {
-    struct Visitor<'a> {
-        path: Vec<String>,
-        f: &'a mut dyn FnMut(&str, Vec<usize>, Tensor<1>),
-    }
-    impl ModuleVisitor for Visitor<'_> {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_owned());
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.is_require_grad() {
-                let value = param.val().inner();
-                let shape = value.dims();
-                let flat = value.reshape([shape.iter().product::<usize>()]);
-                (self.f)(&self.path.join("."), shape.to_vec(), flat);
-            }
-        }
-    }
-    module.visit(&mut Visitor { path: vec![], f });
+fn trainable<M: Module>(module: &M) -> impl Iterator<Item = (ParamInfo, Tensor<1>)> {
+    values(module).into_iter().filter(|(info, _)| info.trainable)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use burn::tensor::Device;
+    use burn::module::Param;
 
     use super::*;
 

@@ -75,6 +75,6 @@ pub use error::OptimError;
 pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};
 pub use optimizer::{Optimizer, StateTensor};
-pub use params::{DecayRule, ParamInfo, ParamKind, parameters};
+pub use params::{DecayRule, ParamInfo, ParamKind, parameters, values};
 pub use scaling::{BatchScaling, ScalingRule};
 pub use schedule::{Anneal, DecayShape, Schedule};

@@ -178,9 +178,12 @@ impl Optimizer {
     fn prepare(&mut self, trainable: &BTreeMap<String, (ParamInfo, Device)>) {
         for (name, (info, device)) in trainable {
             // Made for parameters without a gradient too, so that a state is either empty or complete.
+            if self.state.contains_key(name) {
+                continue;
+            }
             let Assigned { algorithm, kind, .. } = self.rules.assign(info);
-            let zeros = || ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, name, device);
-            self.state.entry(name.clone()).or_insert_with(zeros);
+            let zeros = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, name, device);
+            self.state.insert(name.clone(), zeros);
         }
     }
 
@@ -312,7 +315,7 @@ fn check_gradients(trainable: &BTreeMap<String, (ParamInfo, Device)>, grads: &Na
 }
 
 /// What is wrong with a saved tensor.
-fn problem(tensor: &StateTensor, slot: &Slot) -> Option<String> {
+pub(crate) fn problem(tensor: &StateTensor, slot: &Slot) -> Option<String> {
     let StateTensor { name, shape, values } = tensor;
     if *shape != slot.shape || values.len() != slot.elements() {
         return Some(format!("{name}: expected shape {:?}, got {shape:?} with {} values", slot.shape, values.len()));

@@ -82,6 +82,33 @@ impl ParamKind {
     }
 }
 
+/// The float parameters of a module with their values, flat and without gradients, in the module's order. The values share the parameters' memory.
+pub fn values<M: Module>(module: &M) -> Vec<(ParamInfo, Tensor<1>)> {
+    #[derive(Default)]
+    struct Visitor {
+        path: Vec<String>,
+        found: Vec<(ParamInfo, Tensor<1>)>,
+    }
+    impl ModuleVisitor for Visitor {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let value = param.val();
+            let value = if value.device().is_autodiff() { value.inner() } else { value };
+            let shape = value.dims().to_vec();
+            let flat = value.reshape([shape.iter().product::<usize>()]);
+            self.found.push((ParamInfo { name: self.path.join("."), shape, trainable: param.is_require_grad() }, flat));
+        }
+    }
+    let mut visitor = Visitor::default();
+    module.visit(&mut visitor);
+    visitor.found
+}
+
 /// Which parameters weight decay pulls towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -300,7 +300,14 @@ fn updates_follow_their_formulas() {
             share: 0.25,
             grad_scale: 0.5,
         }),
-        Update::Sophia(SophiaHyper { lr: 0.01, beta1: 0.96, rho: 0.4, weight_decay: 0.1, eps: 1e-15, grad_scale: 0.5 }),
+        Update::Sophia(SophiaHyper {
+            lr: 0.01,
+            beta1: 0.96,
+            gamma: 0.4,
+            weight_decay: 0.1,
+            eps: 1e-15,
+            grad_scale: 0.5,
+        }),
     ];
     for (rule, device) in rules.iter().flat_map(|rule| devices().into_iter().map(move |device| (*rule, device))) {
         for n in [1usize, 7, 33, 16_385, 50_003] {

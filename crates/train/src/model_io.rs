@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
 use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
@@ -138,28 +138,7 @@ pub(crate) fn save_parameters(writer: &mut Writer, name: &str, model: &Decoder) 
 
 /// The float parameters by path, flat and without gradients.
 pub fn parameters<M: Module>(module: &M) -> Vec<(String, Tensor<1>)> {
-    #[derive(Default)]
-    struct Visitor {
-        path: Vec<String>,
-        found: Vec<(String, Tensor<1>)>,
-    }
-    impl ModuleVisitor for Visitor {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.into());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let tensor = param.val();
-            let tensor = if tensor.device().is_autodiff() { tensor.inner() } else { tensor };
-            let n = tensor.dims().iter().product::<usize>();
-            self.found.push((self.path.join("."), tensor.reshape([n])));
-        }
-    }
-    let mut visitor = Visitor::default();
-    module.visit(&mut visitor);
-    visitor.found
+    firebox_optim::values(module).into_iter().map(|(info, value)| (info.name, value)).collect()
 }
 
 /// Replaces parameters by values of the same number of elements, by path.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
-use firebox_optim::{AverageConfig, Schedule};
+use firebox_optim::{Algorithm, AverageConfig, Schedule};
 use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -353,7 +353,7 @@ impl Recipe {
             return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
         }
         self.watch.validate()?;
-        if self.average.is_some() && self.optimizer.algorithm.name() == "schedule_free" {
+        if self.average.is_some() && matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {
             return fail("average", "none with schedule_free, which is an average already", "one".into());
         }
         if self.memory.optimizer_in_backward && self.watch.on_spike != OnSpike::Ignore {

@@ -69,7 +69,7 @@ impl Rule for SophiaConfig {
         let hyper = SophiaHyper {
             lr: at.lr as f32,
             beta1: self.beta1 as f32,
-            rho: self.gamma as f32,
+            gamma: self.gamma as f32,
             weight_decay: at.weight_decay as f32,
             // The authors' code.
             eps: 1e-15,

@@ -268,7 +268,7 @@ pub struct SophiaHyper {
     /// Decay of m.
     pub beta1: f32,
     /// What h is multiplied by in the denominator.
-    pub rho: f32,
+    pub gamma: f32,
     /// Decoupled weight decay, multiplied by the learning rate.
     pub weight_decay: f32,
     /// Smallest denominator.
@@ -284,7 +284,7 @@ impl Formula for SophiaHyper {
     fn step<N: Number>(&self, param: N, grad: N, states: &mut [N]) -> N {
         let [m, h] = states else { return param };
         *m = m.clone().times(self.beta1) + grad.times(self.grad_scale).times(1.0 - self.beta1);
-        let update = (m.clone() / h.clone().times(self.rho).plus(self.eps)).clip(1.0);
+        let update = (m.clone() / h.clone().times(self.gamma).plus(self.eps)).clip(1.0);
         param.clone() - param.times(self.lr * self.weight_decay) - update.times(self.lr)
     }
 }
