@@ -58,7 +58,7 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
     let (inputs, targets) = task.batch();
     let recompute = if contender == Contender::Firebox { Recompute::None } else { Recompute::Blocks };
     let mut state = State {
-        engine: Engine { recompute, offload: None },
+        engine: Engine { recompute, ..Engine::default() },
         in_backward: contender == Contender::FireboxLean,
         model: Some(Decoder::new(&task.model, task.seed, &device)?),
         optimizer: Optimizer::new(config, DecayRule::Matrices)?,

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::batch_warmup::BatchWarmup;
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
+use crate::precision::PrecisionRecipe;
 use crate::watch::{OnSpike, WatchRecipe};
 
 pub use error::RecipeError;
@@ -63,6 +64,9 @@ pub struct Recipe {
     /// How to need less memory.
     #[serde(default)]
     pub memory: MemoryRecipe,
+    /// In what is computed.
+    #[serde(default)]
+    pub precision: PrecisionRecipe,
     /// What to do when the loss jumps.
     #[serde(default)]
     pub watch: WatchRecipe,
@@ -294,6 +298,7 @@ impl Recipe {
             eval: EvalRecipe { every: (steps / 10).max(1), max_batches: 16, ..EvalRecipe::default() },
             checkpoint: CheckpointRecipe { every: (steps / 10).max(1), ..CheckpointRecipe::default() },
             memory: MemoryRecipe::default(),
+            precision: PrecisionRecipe::default(),
             watch: WatchRecipe::default(),
             average: None,
         }
@@ -361,6 +366,7 @@ impl Recipe {
                 "ignore with memory.optimizer_in_backward, which updates before the gradients' norm is known";
             return fail("watch.on_spike", expected, format!("{:?}", self.watch.on_spike).to_lowercase());
         }
+        self.precision.validate(self.memory.optimizer_in_backward)?;
         self.memory.validate(self.optimizer.clip, self.train.batch_rows.div_ceil(self.train.micro_rows()))
     }
 }

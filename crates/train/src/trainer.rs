@@ -21,6 +21,7 @@ use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::observe::{EvalRecord, Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
+use crate::precision::LossScale;
 use crate::recipe::Recipe;
 use crate::watch::Watch;
 
@@ -49,6 +50,9 @@ pub struct State {
     pub last_eval: Option<LastEval>,
     /// Seconds of training so far.
     pub elapsed_s: f64,
+    /// What the loss is scaled by.
+    #[serde(default)]
+    pub loss_scale: LossScale,
     /// SHA-256 of the recipe.
     pub recipe_hash: String,
     /// What the watch over loss and gradients has seen.
@@ -105,6 +109,7 @@ impl<'a> Trainer<'a> {
             let expected = format!("at least the tokenizer's {tokens} tokens");
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
+        recipe.precision.check_device(device)?;
         recipe.schedule.validate(recipe.train.steps)?;
         config.validate()?;
         let mup = recipe.mup(&config)?;
@@ -125,10 +130,10 @@ impl<'a> Trainer<'a> {
             model: Some(model.with_loss(recipe.train.loss())),
             optimizer,
             average: recipe.average.map(Average::new).transpose()?,
-            engine: recipe.memory.engine(dir),
+            engine: Engine { compute: recipe.precision.compute.into(), ..recipe.memory.engine(dir) },
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
-            state: State { recipe_hash: recipe.hash(), ..State::default() },
+            state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             dataset,
             recipe,
         })
@@ -318,6 +323,12 @@ impl<'a> Trainer<'a> {
                 self.skip(reason, observer)?;
                 return Ok(None);
             }
+            Err(Skip::Overflow(reason)) => {
+                // How the scale finds its level: nothing that has to stop a run.
+                self.state.skipped += 1;
+                observer.on_event(&Event::Skipped { step: self.state.step, reason: &reason })?;
+                return Ok(None);
+            }
             Err(Skip::Spike(reason)) => {
                 self.answer_spike(&reason, observer)?;
                 return Ok(None);
@@ -340,7 +351,9 @@ impl<'a> Trainer<'a> {
             .collect();
         // Each part's loss is scaled by the targets of the whole batch, so that parts add up to the large batch.
         let targets = parts.iter().map(firebox_data::Batch::target_count).sum();
-        parts.into_iter().map(|part| token_batch(part, targets)).collect()
+        let scale = self.state.loss_scale.factor;
+        let scaled = |batch: TokenBatch| TokenBatch { loss_scale: batch.loss_scale * scale, ..batch };
+        parts.into_iter().map(|part| scaled(token_batch(part, targets))).collect()
     }
 
     /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
@@ -352,12 +365,18 @@ impl<'a> Trainer<'a> {
             let counter = self.state.step | (i as u64) << 40;
             loss += self.engine.gradients(self.model(), batch, counter, &mut grads)?;
         }
-        let clip = self.recipe.optimizer.clip;
+        let scale = self.state.loss_scale.factor;
+        let clip = self.recipe.optimizer.clip * scale;
         // The one host sync of a step: the norm decides whether the update may happen.
         let (grad_norm, factor) = if clip > 0.0 { grads.clip_factor(clip) } else { (grads.global_norm(), 1.0) };
+        let (loss, grad_norm, factor) = (loss / scale, grad_norm / scale, factor / scale);
         if !loss.is_finite() || !grad_norm.is_finite() {
+            if loss.is_finite() && self.recipe.precision.back_off(&mut self.state.loss_scale) {
+                return Ok(Err(Skip::Overflow(format!("a gradient overflows at loss scale {scale}"))));
+            }
             return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
         }
+        self.recipe.precision.grow(&mut self.state.loss_scale);
         if let Some(reason) = self.state.watch.look(&self.recipe.watch, loss, grad_norm) {
             return Ok(Err(Skip::Spike(reason)));
         }
@@ -377,6 +396,7 @@ impl<'a> Trainer<'a> {
         }
         let targets = batches.iter().flat_map(|batch| batch.targets.iter()).filter(|&&target| target >= 0).count();
         let Self { model: Some(model), optimizer, .. } = self else { return Ok(()) };
+        grads.scale(1.0 / self.state.loss_scale.factor);
         if grads.all_finite() {
             optimizer.curvature(model, grads, targets as u64)?;
         }
@@ -484,6 +504,7 @@ type Updated = Result<(f64, f64), Skip>;
 enum Skip {
     NotFinite(&'static str),
     Spike(String),
+    Overflow(String),
 }
 
 const GRADIENT_NOT_FINITE: Skip = Skip::NotFinite("a gradient is not finite");

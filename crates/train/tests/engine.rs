@@ -70,7 +70,8 @@ fn models() -> [(&'static str, DecoderConfig); 4] {
 }
 
 fn engines(dir: &Path) -> Vec<Engine> {
-    let with = |recompute| [None, Some(dir.to_path_buf())].map(|offload| Engine { recompute, offload });
+    let with =
+        |recompute| [None, Some(dir.to_path_buf())].map(|offload| Engine { recompute, offload, ..Engine::default() });
     [Recompute::None, Recompute::Blocks, Recompute::Every(2), Recompute::Every(3)].into_iter().flat_map(with).collect()
 }
 

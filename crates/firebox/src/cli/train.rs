@@ -90,7 +90,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let mut info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
     info.program = program();
     if firebox::tensor::device::is_fused(&device) {
-        info.peak_flops = peak::measure_matmul_flops();
+        info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into());
     }
     let mut observers = Observers::standard();
     observers.on_event(&Event::RunStarted(&info))?;

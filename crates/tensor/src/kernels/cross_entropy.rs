@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{Into, Mat, matmul};
+use super::matmul::{Compute, Into, Mat, matmul};
 use super::simd::{exp_sum, max, sum, vectorized};
 use crate::buffers::{buffer, recycle};
 
@@ -28,6 +28,8 @@ pub(crate) struct Loss {
     pub label_smoothing: f32,
     /// Factor of the squared logarithm of softmax's denominator.
     pub z_loss: f32,
+    /// In what the head is multiplied.
+    pub compute: Compute,
 }
 
 /// Where the gradients of the summed loss go, before the upstream gradient; overwritten.
@@ -61,7 +63,7 @@ pub(crate) fn linear_cross_entropy(
         let range = c * rows * d..(c * rows + n) * d;
         let h = Mat::new(&hidden[range.clone()], n, d, d);
         let logits = &mut scratch[..n * v];
-        matmul(h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
+        matmul(loss.compute, h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
         let with_gradient = gradients.is_some();
         let losses: Vec<f32> = logits
             .par_chunks_exact_mut(v)
@@ -72,8 +74,8 @@ pub(crate) fn linear_cross_entropy(
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
             let into = if c == 0 { Into::Write } else { Into::Add };
-            matmul(dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
-            matmul(dlogits.t(), h, g.weight, d, into);
+            matmul(loss.compute, dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
+            matmul(loss.compute, dlogits.t(), h, g.weight, d, into);
         }
     }
     recycle(scratch);
@@ -90,7 +92,7 @@ vectorized! {
             row.fill(0.0);
             return 0.0;
         }
-        let Loss { scale, label_smoothing, z_loss } = loss;
+        let Loss { scale, label_smoothing, z_loss, .. } = loss;
         let target = target as usize;
         let at_target = row[target];
         let mean = if label_smoothing > 0.0 { sum(row) / row.len() as f32 } else { 0.0 };

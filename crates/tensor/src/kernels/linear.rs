@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::activation::{Gelu, gelu, gelu_again, gelu_backward, swiglu, swiglu_backward};
-use super::matmul::{Into, Mat, matmul};
+use super::matmul::{Compute, Into, Mat, matmul};
 use super::norm::{Norm, norm, norm_backward};
 use super::{CHUNK, add, add_chunk, copy, sum_over_rows};
 use crate::buffers::{buffer, recycle};
@@ -53,6 +53,7 @@ impl Before<'_> {
 
 /// `y = before(x) w + bias + residual`; `w` is `[inputs, outputs]`, or a transposed view.
 pub(crate) fn linear(
+    compute: Compute,
     x: &[f32],
     before: Before<'_>,
     w: Mat<'_>,
@@ -83,7 +84,7 @@ pub(crate) fn linear(
             Into::Add
         }
     };
-    before.with(x, inputs, |a| matmul(Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
+    before.with(x, inputs, |a| matmul(compute, Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
 }
 
 /// Turns `da`, the gradient of GELU's output, into that of its input `x`, and returns GELU's output, which the weight's gradient takes.
@@ -95,6 +96,7 @@ pub(crate) fn gelu_gradient(x: &[f32], form: Gelu, da: &mut [f32]) -> Vec<f32> {
 
 /// `dw (+)= before(x)^T dy` in the layout of the weight: `[inputs, outputs]`, or `[outputs, inputs]` where `transposed`.
 pub(crate) fn weight_gradient(
+    compute: Compute,
     x: &[f32],
     before: Before<'_>,
     inputs: usize,
@@ -106,7 +108,7 @@ pub(crate) fn weight_gradient(
     before.with(x, inputs, |a| {
         let a = Mat::new(a, dy.rows(), inputs, inputs);
         let (l, r, width) = if transposed { (dy.t(), a, inputs) } else { (a.t(), dy, dy.cols()) };
-        matmul(l, r, dw, width, into);
+        matmul(compute, l, r, dw, width, into);
     });
 }
 

@@ -9,9 +9,11 @@ use matmul::Into;
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod bf16;
 pub(crate) mod compact;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
+pub(crate) mod half;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod norm;

@@ -154,6 +154,11 @@ impl<'a> Parts<'a> {
         Self { data: data.as_mut_ptr(), len: data.len(), width, lifetime: PhantomData }
     }
 
+    /// Values from one row to the next.
+    pub fn stride(&self) -> usize {
+        self.width
+    }
+
     /// Columns `column..column + width` of `rows`.
     ///
     /// # Safety
@@ -176,6 +181,11 @@ pub(crate) struct Place<'a> {
 }
 
 impl Place<'_> {
+    /// Where it starts; its rows are the matrix's stride apart.
+    pub fn start(&mut self) -> *mut f32 {
+        self.matrix.data.wrapping_add(self.rows.start * self.matrix.width + self.column)
+    }
+
     /// Its row `i`.
     #[inline(always)]
     pub fn row(&mut self, i: usize) -> &mut [f32] {

@@ -5,7 +5,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Sink, Vjp, dims, kept, map1};
+use super::vjp::{Keep, Sink, Vjp, dims, kept, map1};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
 use crate::device::is_fused;
@@ -84,7 +84,7 @@ pub(crate) struct Dropout {
 }
 
 impl Vjp<1> for Gelu {
-    const KEEPS: [bool; 1] = [true];
+    const KEEPS: [Keep; 1] = [Keep::Activation];
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
@@ -105,7 +105,7 @@ impl Vjp<1> for Gelu {
 }
 
 impl Vjp<1> for SwiGlu {
-    const KEEPS: [bool; 1] = [true];
+    const KEEPS: [Keep; 1] = [Keep::Activation];
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let mut shape = dims::<B>(&x);
@@ -138,7 +138,7 @@ fn halve_last(shape: &mut [usize]) -> usize {
 }
 
 impl Vjp<1> for Dropout {
-    const KEEPS: [bool; 1] = [false];
+    const KEEPS: [Keep; 1] = [Keep::Nothing];
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use burn::backend::Dispatch;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -11,9 +10,10 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, activation};
 
+use super::compute::compute;
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
-use super::vjp::{Tracked, dims};
+use super::vjp::{Kept, Tracked, dims, give_back, kept};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
 use crate::device::is_fused;
@@ -151,15 +151,15 @@ pub(crate) fn forward<B: HostBackend>(qkv: FloatTensor<B>, op: &Attention) -> Fl
 struct FromOutput;
 
 impl<B: HostBackend> Backward<B, 1> for FromOutput {
-    type State = (Attention, NodeId, [FloatTensor<B>; 2]);
+    type State = (Attention, [Kept<B>; 2], FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let dout = B::values(grads.consume::<B>(&ops.node));
-        let (op, qkv, saved) = ops.state;
+        let (op, saved, log_sums) = ops.state;
         let [Some(parent)] = ops.parents else { return };
-        let qkv = checkpointer.retrieve_node_output::<FloatTensor<B>>(qkv);
+        let [qkv, out] = saved.map(|saved| kept(saved.restore(checkpointer)));
         let shape = dims::<B>(&qkv);
-        let (qkv, [out, log_sums]) = (B::values(qkv), saved.map(B::values));
+        let [qkv, out, log_sums] = [qkv, out, log_sums].map(B::values);
         let mut dqkv = buffer(qkv.as_ref().len());
         kernel::attention_backward(qkv.as_ref(), out.as_ref(), log_sums.as_ref(), dout.as_ref(), op.shape(), &mut dqkv);
         grads.register::<B>(parent.id, B::tensor(dqkv, &shape));
@@ -173,9 +173,16 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     let input = qkv.primitive().clone();
     match FromOutput.prepare::<C>([qkv.node()]).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {
-            let saved = prep.checkpoint(&qkv);
             let [out, log_sums] = op.run::<B>(input);
-            prep.finish((op, saved, [out.clone(), log_sums]), out)
+            let saved = match compute().half() {
+                None => [Kept::Node(prep.checkpoint(&qkv)), Kept::Tensor(out.clone())],
+                Some(half) => [qkv.into_parts().0, out.clone()].map(|t| {
+                    let packed = Kept::packed(half, t.clone());
+                    give_back::<B>(t);
+                    packed
+                }),
+            };
+            prep.finish((op, saved, log_sums), out)
         }
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>(input, &op)),
     }

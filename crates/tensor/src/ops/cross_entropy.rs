@@ -10,12 +10,14 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
+use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::cross_entropy as kernel;
+use crate::kernels::matmul::Compute;
 
 /// What a language model's loss is besides the cross-entropy; the default is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -54,11 +56,11 @@ pub fn linear_cross_entropy(
     assert!(z_loss >= 0.0 && z_loss.is_finite(), "cross-entropy: z-loss {z_loss} is not a factor of at least 0");
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
-        let op = CrossEntropy { targets, scale, loss: *loss };
+        let op = CrossEntropy { targets, scale, loss: *loss, compute: compute() };
         return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
     let device = hidden.device();
-    let logits = hidden.matmul(weight.transpose());
+    let logits = multiply(hidden, weight.transpose());
     let log_p = activation::log_softmax(logits.clone(), 1);
     let at: Vec<i32> = targets.iter().map(|&t| t.max(0)).collect();
     let kept: Vec<f32> = targets.iter().map(|&t| f32::from(u8::from(t >= 0))).collect();
@@ -82,6 +84,7 @@ pub(crate) struct CrossEntropy {
     targets: Arc<[i32]>,
     scale: f64,
     loss: LossConfig,
+    compute: Compute,
 }
 
 impl CrossEntropy {
@@ -90,6 +93,7 @@ impl CrossEntropy {
             scale: self.scale as f32,
             label_smoothing: self.loss.label_smoothing as f32,
             z_loss: self.loss.z_loss as f32,
+            compute: self.compute,
         };
         kernel::linear_cross_entropy(hidden, weight, d, &self.targets, loss, gradients)
     }

@@ -7,7 +7,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::extension::FusedOps;
-use super::vjp::{Sink, Vjp, dims, map1};
+use super::vjp::{Keep, Sink, Vjp, dims, map1};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::embedding as kernel;
@@ -46,7 +46,7 @@ pub(crate) struct Embedding {
 
 /// Of the table, whose values backward does not need.
 impl Vjp<1> for Embedding {
-    const KEEPS: [bool; 1] = [false];
+    const KEEPS: [Keep; 1] = [Keep::Nothing];
 
     fn forward<B: HostBackend>(&self, [table]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let d = dims::<B>(&table)[1];

@@ -5,15 +5,16 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Device, Tensor};
 
 use super::activation::{self, gelu, gelu_exact, swiglu};
+use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::norm::{self, layer_norm, rms_norm};
-use super::vjp::{Sink, Vjp, dims, kept};
+use super::vjp::{Keep, Sink, Vjp, dims, kept};
 use crate::adapter::HostBackend;
 use crate::buffers::{buffer, recycle};
 use crate::device::is_fused;
 use crate::kernels::linear as kernel;
 use crate::kernels::linear::Before;
-use crate::kernels::matmul::{Into, Mat, matmul};
+use crate::kernels::matmul::{Compute, Into, Mat, matmul};
 
 /// What happens to the input of a linear layer on its way in. On the CPU backends it is made again in backward, so that only the layer's own input is kept.
 // Passed once and taken apart: a box would only add an allocation.
@@ -103,7 +104,7 @@ pub fn fused_linear<const D: usize>(
             or_none(residual, &device).into_dispatch(),
             norm_weight,
             norm_bias,
-            Linear { pre, transposed: false },
+            Linear { pre, transposed: false, compute: compute() },
         ));
     }
     let a = match pre {
@@ -133,7 +134,7 @@ pub fn linear_transposed<const D: usize>(x: Tensor<D>, w: Tensor<2>) -> Tensor<D
     let device = x.device();
     if is_fused(&device) {
         let none = || or_none::<1>(None, &device).into_dispatch();
-        let op = Linear { pre: PreOp::Nothing, transposed: true };
+        let op = Linear { pre: PreOp::Nothing, transposed: true, compute: compute() };
         let (x, w) = (x.into_dispatch(), w.into_dispatch());
         return Tensor::from_dispatch(Dispatch::fused_linear(x, w, none(), none(), none(), none(), op));
     }
@@ -156,7 +157,7 @@ fn compose<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> 
     let (inputs, outputs) = (dims[D - 1], w.dims()[1]);
     let rows = dims.iter().product::<usize>() / inputs.max(1);
     dims[D - 1] = outputs;
-    let y = x.reshape([rows, inputs]).matmul(w);
+    let y = multiply(x.reshape([rows, inputs]), w);
     match b {
         Some(b) => (y + b.unsqueeze::<2>()).reshape(dims),
         None => y.reshape(dims),
@@ -189,6 +190,7 @@ pub(crate) struct Linear {
     pre: PreOp,
     /// Whether the weight is `[O, I]`.
     transposed: bool,
+    compute: Compute,
 }
 
 /// The weight as `[I, O]`, whatever its layout.
@@ -202,7 +204,10 @@ fn some(values: &[f32]) -> Option<&[f32]> {
 }
 
 impl Vjp<6> for Linear {
-    const KEEPS: [bool; 6] = [true, true, false, false, true, true];
+    const KEEPS: [Keep; 6] = {
+        use Keep::{Activation, Nothing, Parameter};
+        [Activation, Parameter, Nothing, Nothing, Parameter, Parameter]
+    };
 
     fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; 6]) -> FloatTensor<B> {
         let [x, w, b, residual, norm_weight, norm_bias] = inputs;
@@ -215,7 +220,7 @@ impl Vjp<6> for Linear {
         }
         let mut y = buffer(shape.iter().product());
         let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
-        kernel::linear(x.as_ref(), before, w, some(b.as_ref()), some(residual.as_ref()), &mut y);
+        kernel::linear(self.compute, x.as_ref(), before, w, some(b.as_ref()), some(residual.as_ref()), &mut y);
         B::tensor(y, &shape)
     }
 
@@ -239,16 +244,16 @@ impl Vjp<6> for Linear {
         let db = db.fill(&[outputs], |db, into| kernel::bias_gradient(dy.as_ref(), db, into));
         if let (Before::Gelu(form), true, true) = (before, dx.wanted(), dw.wanted()) {
             let mut da = buffer(rows * inputs);
-            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
+            matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
             let a = kernel::gelu_gradient(x.as_ref(), form, &mut da);
             let dw = dw.fill(&w_shape, |dw, into| {
-                kernel::weight_gradient(&a, Before::Nothing, inputs, dy_mat, self.transposed, dw, into);
+                kernel::weight_gradient(self.compute, &a, Before::Nothing, inputs, dy_mat, self.transposed, dw, into);
             });
             recycle(a);
             return [dx.put(&x_shape, da), dw, db, dresidual, None, None];
         }
         let dw = dw.fill(&w_shape, |dw, into| {
-            kernel::weight_gradient(x.as_ref(), before, inputs, dy_mat, self.transposed, dw, into);
+            kernel::weight_gradient(self.compute, x.as_ref(), before, inputs, dy_mat, self.transposed, dw, into);
         });
         let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
             .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);
@@ -256,10 +261,10 @@ impl Vjp<6> for Linear {
         let dx = if !input_wanted {
             None
         } else if matches!(before, Before::Nothing) {
-            dx.fill(&x_shape, |dx, into| matmul(dy_mat, w_mat.t(), dx, inputs, into))
+            dx.fill(&x_shape, |dx, into| matmul(self.compute, dy_mat, w_mat.t(), dx, inputs, into))
         } else {
             let mut da = buffer(rows * inputs);
-            matmul(dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
+            matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
             let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
             dx.replace(&x_shape, |existing| {
                 kernel::input_gradient(x.as_ref(), before, inputs, da, existing, norm_gradients)

@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod compute;
 mod cross_entropy;
 mod embedding;
 mod extension;
@@ -20,6 +21,7 @@ mod vjp;
 
 pub use activation::{dropout, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
+pub use compute::{Compute, with_compute};
 pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
 pub use formula::{

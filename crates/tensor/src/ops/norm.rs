@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
 use super::linear::or_none;
-use super::vjp::{Sink, Vjp, dims, kept, map1};
+use super::vjp::{Keep, Sink, Vjp, dims, kept, map1};
 use crate::adapter::HostBackend;
 use crate::buffers::recycle;
 use crate::device::is_fused;
@@ -81,7 +81,7 @@ impl Norm {
 
 /// Of (x, weight, bias).
 impl Vjp<3> for Norm {
-    const KEEPS: [bool; 3] = [true; 3];
+    const KEEPS: [Keep; 3] = [Keep::Activation, Keep::Parameter, Keep::Parameter];
 
     fn forward<B: HostBackend>(&self, [x, weight, bias]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);

@@ -9,7 +9,7 @@ use burn::backend::{Autodiff, AutodiffBackend, Dispatch};
 use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
-use super::vjp::{Sink, Tracked, Vjp, carry, take_carried};
+use super::vjp::{Keep, Sink, Tracked, Vjp, carry, give_back, take_carried};
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 
@@ -58,8 +58,7 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     upstream: Tracked<B, C>,
 ) -> Tracked<B, C> {
     let (primitive, node) = output.into_parts();
-    // Its buffer is for the next operation, if this was the last holder.
-    drop(B::values(primitive));
+    give_back::<B>(primitive);
     match Seed.prepare::<C>([node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => prep.finish(upstream.into_primitive(), forward::<B>()),
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>()),
@@ -94,7 +93,7 @@ pub fn enter<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 pub(crate) struct Enter;
 
 impl Vjp<1> for Enter {
-    const KEEPS: [bool; 1] = [false];
+    const KEEPS: [Keep; 1] = [Keep::Nothing];
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         x

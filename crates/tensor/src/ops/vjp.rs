@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use burn::backend::Autodiff;
 use burn::backend::TensorMetadata;
@@ -12,15 +13,17 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
+use super::compute::compute;
 use crate::adapter::HostBackend;
 use crate::buffers::{buffer, recycle};
 use crate::kernels;
+use crate::kernels::half::{Half, Packed};
 use crate::kernels::matmul::Into;
 
 /// An operation of `N` float tensors; further arguments are fields. A tensor that is left out is an empty one.
 pub(crate) trait Vjp<const N: usize>: Clone + Send + std::fmt::Debug + 'static {
-    /// Inputs whose values backward reads; the others are not kept for it.
-    const KEEPS: [bool; N];
+    /// What backward reads of each input.
+    const KEEPS: [Keep; N];
 
     /// The output.
     fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; N]) -> FloatTensor<B>;
@@ -33,6 +36,44 @@ pub(crate) trait Vjp<const N: usize>: Clone + Send + std::fmt::Debug + 'static {
         grad: FloatTensor<B>,
         sinks: [Sink<B>; N],
     ) -> [Option<FloatTensor<B>>; N];
+}
+
+/// What backward reads of an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Nothing: it is not kept.
+    Nothing,
+    /// A parameter's values, which are there anyway.
+    Parameter,
+    /// Values that are kept for backward alone: in 16 bits where products are [computed](super::compute::with_compute) in them.
+    Activation,
+}
+
+/// A value that waits for backward.
+#[derive(Clone, Debug)]
+pub(crate) enum Kept<B: HostBackend> {
+    Nothing,
+    Node(NodeId),
+    Tensor(FloatTensor<B>),
+    Packed(Arc<Packed>, Vec<usize>),
+}
+
+impl<B: HostBackend> Kept<B> {
+    /// In 16 bits.
+    pub fn packed(half: Half, tensor: FloatTensor<B>) -> Self {
+        let shape = dims::<B>(&tensor);
+        Kept::Packed(Arc::new(Packed::new(half, B::values(tensor).as_ref())), shape)
+    }
+
+    /// The values, if they were kept.
+    pub fn restore(self, checkpointer: &mut Checkpointer) -> Option<FloatTensor<B>> {
+        match self {
+            Kept::Nothing => None,
+            Kept::Node(id) => Some(checkpointer.retrieve_node_output::<FloatTensor<B>>(id)),
+            Kept::Tensor(tensor) => Some(tensor),
+            Kept::Packed(packed, shape) => Some(B::tensor(packed.unpack(), &shape)),
+        }
+    }
 }
 
 /// Where the gradient of one input goes: into nothing, into a new buffer, or on top of a gradient that another operation has made.
@@ -164,13 +205,13 @@ fn remember(id: NodeId) {
 struct Run<O>(std::marker::PhantomData<O>);
 
 impl<B: HostBackend, O: Vjp<N>, const N: usize> Backward<B, N> for Run<O> {
-    type State = (O, [Option<NodeId>; N]);
+    type State = (O, [Kept<B>; N]);
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         forget(ops.node.id);
         let (op, kept) = ops.state;
-        let inputs = kept.map(|id| id.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id)));
+        let inputs = kept.map(|kept| kept.restore(checkpointer));
         let sinks = ops.parents.each_ref().map(|parent| match parent {
             None => Sink { wanted: false, existing: None },
             Some(parent) => {
@@ -209,12 +250,25 @@ pub(crate) fn apply<B: HostBackend, C: CheckpointStrategy, O: Vjp<N>, const N: u
     match Run::<O>(std::marker::PhantomData).prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {
             let mut keeps = O::KEEPS.into_iter();
-            let kept = inputs.each_ref().map(|t| keeps.next().is_some_and(|k| k).then(|| prep.checkpoint(t)));
+            let half = compute().half();
+            let kept = inputs.each_ref().map(|t| match (keeps.next(), half) {
+                (None | Some(Keep::Nothing), _) => Kept::Nothing,
+                (Some(Keep::Activation), Some(half)) => Kept::packed(half, t.primitive().clone()),
+                _ => Kept::Node(prep.checkpoint(t)),
+            });
             let output = op.forward::<B>(primitives());
+            if half.is_some() {
+                inputs.into_iter().for_each(|t| give_back::<B>(t.into_parts().0));
+            }
             prep.finish((op, kept), output)
         }
         OpsKind::UnTracked(prep) => prep.finish(op.forward::<B>(primitives())),
     }
+}
+
+/// Leaves a tensor's memory to the next operation, if this is its last holder.
+pub(crate) fn give_back<B: HostBackend>(tensor: FloatTensor<B>) {
+    drop(B::values(tensor));
 }
 
 /// An input that backward keeps.

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use burn::tensor::Tensor;
 use firebox_models::{Flow, Staged, TokenBatch};
 use firebox_optim::{NamedGrads, parameters};
-use firebox_tensor::ops;
+use firebox_tensor::ops::{self, Compute, with_compute};
 
 use crate::TrainError;
 use crate::model_io::to_host;
@@ -29,6 +29,8 @@ pub struct Engine {
     /// The folder with the file in which the inputs of recomputed stages wait, instead of memory. The file has no name: it is gone when the pass
     /// is, or the process, however that ends.
     pub offload: Option<PathBuf>,
+    /// In what linear layers and the head multiply, and what backward needs of them waits.
+    pub compute: Compute,
 }
 
 impl Engine {
@@ -68,6 +70,7 @@ impl Engine {
         let mut pass = Pass {
             batch,
             step,
+            compute: self.compute,
             first,
             saved: Vec::with_capacity(n),
             spill: self.offload.as_deref().map(Spill::create).transpose()?,
@@ -97,7 +100,8 @@ impl Engine {
                     _ => Some(Saved::Input(flow.clone())),
                 };
                 pass.saved.extend(saved);
-                flow = plain.get_or_insert_with(|| model.valid()).forward_stage(i, flow, batch, Some(step));
+                let plain = plain.get_or_insert_with(|| model.valid());
+                flow = with_compute(self.compute, || plain.forward_stage(i, flow, batch, Some(step)));
             }
         }
         pass.loss = Some(flow.loss());
@@ -110,6 +114,7 @@ impl Engine {
 pub struct Pass<'a> {
     batch: &'a TokenBatch,
     step: u64,
+    compute: Compute,
     /// The first stage that gets gradients.
     first: usize,
     /// What backward needs of the stages from `first` on that it has not reached.
@@ -184,6 +189,7 @@ impl Pass<'_> {
             Flow::Hidden(x) => (None, Flow::Hidden(Tensor::from_inner(x))),
             other => (None, other),
         };
-        Recorded { input, output: model.forward_stage(i, flow, self.batch, Some(self.step)) }
+        let output = with_compute(self.compute, || model.forward_stage(i, flow, self.batch, Some(self.step)));
+        Recorded { input, output }
     }
 }

@@ -6,6 +6,8 @@ use std::path::Path;
 use serde::de::{self, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use firebox_tensor::ops::Compute;
+
 use super::Engine;
 use crate::recipe::RecipeError;
 
@@ -51,7 +53,7 @@ impl MemoryRecipe {
             Offload::None => None,
             Offload::Disk => Some(dir.to_path_buf()),
         };
-        Engine { recompute: self.recompute, offload }
+        Engine { recompute: self.recompute, offload, compute: Compute::F32 }
     }
 
     /// Checks it against the rest of the recipe.
@@ -165,7 +167,10 @@ mod tests {
             "train.micro_batch_rows=0",
         ]);
         let engine = all.unwrap().memory.engine(Path::new("runs/x"));
-        assert_eq!(engine, Engine { recompute: Recompute::Every(3), offload: Some("runs/x".into()) });
+        assert_eq!(
+            engine,
+            Engine { recompute: Recompute::Every(3), offload: Some("runs/x".into()), compute: Compute::F32 }
+        );
     }
 
     #[test]
