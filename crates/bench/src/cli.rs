@@ -157,8 +157,10 @@ impl Train {
             Contender::Firebox,
             Contender::FireboxRecompute,
             Contender::FireboxLean,
+            Contender::FireboxBf16,
             Contender::TorchEager,
             Contender::TorchCompile,
+            Contender::TorchBf16,
         ];
         let settings = self.common.settings(&contenders, 5);
         all_train(&settings)?;
@@ -408,7 +410,10 @@ fn work(job: &str) -> Result<()> {
     }
     match (contender, task) {
         (
-            contender @ (Contender::Firebox | Contender::FireboxRecompute | Contender::FireboxLean),
+            contender @ (Contender::Firebox
+            | Contender::FireboxRecompute
+            | Contender::FireboxLean
+            | Contender::FireboxBf16),
             Task::Train(training),
         ) => step::work(contender, &training),
         (contender, Task::Train(training)) => burn_training(contender, &training),

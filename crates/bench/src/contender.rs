@@ -16,10 +16,14 @@ pub enum Contender {
     FireboxRecompute,
     /// The same with `memory.optimizer_in_backward`: each parameter is updated as soon as its gradient is complete. There is no clipping then.
     FireboxLean,
+    /// The same with `precision.compute = "bf16"`: products, and what backward needs of the layers, in bfloat16.
+    FireboxBf16,
     /// PyTorch: scaled_dot_product_attention, fused AdamW.
     TorchEager,
     /// The same model through torch.compile.
     TorchCompile,
+    /// PyTorch's eager model under `torch.autocast` to bfloat16.
+    TorchBf16,
     /// PyTorch's optimizers in their `foreach` form (optim).
     TorchForeach,
     /// A model of burn's own modules and AdamW on burn-ndarray.
@@ -53,8 +57,10 @@ impl Contender {
             Self::Firebox => "firebox",
             Self::FireboxRecompute => "firebox-recompute",
             Self::FireboxLean => "firebox-lean",
+            Self::FireboxBf16 => "firebox-bf16",
             Self::TorchEager => "torch-eager",
             Self::TorchCompile => "torch-compile",
+            Self::TorchBf16 => "torch-bf16",
             Self::TorchForeach => "torch-foreach",
             Self::BurnNdarray => "burn-ndarray",
             Self::BurnFlex => "burn-flex",
@@ -70,10 +76,11 @@ impl Contender {
             Self::Firebox
             | Self::FireboxRecompute
             | Self::FireboxLean
+            | Self::FireboxBf16
             | Self::Naive
             | Self::Matrixmultiply
             | Self::Peak => Runtime::Own,
-            Self::TorchEager | Self::TorchCompile | Self::TorchForeach => Runtime::Python,
+            Self::TorchEager | Self::TorchCompile | Self::TorchBf16 | Self::TorchForeach => Runtime::Python,
             Self::BurnNdarray | Self::BurnFlex => Runtime::Baseline,
         }
     }
@@ -85,12 +92,26 @@ impl Contender {
 
     /// Whether it computes kernels by themselves.
     pub fn computes_kernels(self) -> bool {
-        !matches!(self, Self::FireboxRecompute | Self::BurnNdarray | Self::BurnFlex | Self::Peak)
+        !matches!(
+            self,
+            Self::FireboxRecompute
+                | Self::FireboxLean
+                | Self::FireboxBf16
+                | Self::TorchBf16
+                | Self::BurnNdarray
+                | Self::BurnFlex
+                | Self::Peak
+        )
     }
 
     /// Whether it is a model of burn's own modules.
     pub fn is_burn(self) -> bool {
         self.runtime() == Runtime::Baseline
+    }
+
+    /// Whether it multiplies in bfloat16.
+    pub fn is_bf16(self) -> bool {
+        matches!(self, Self::FireboxBf16 | Self::TorchBf16)
     }
 
     /// Whether it is PyTorch.

@@ -4,6 +4,7 @@ use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::device::Backend;
+use firebox_tensor::ops::Compute;
 use firebox_train::engine::{Engine, Recompute};
 use firebox_train::observe::memory;
 
@@ -56,9 +57,13 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
     let config =
         AdamWConfig { beta1: task.beta1, beta2: task.beta2, weight_decay: task.weight_decay, ..AdamWConfig::default() };
     let (inputs, targets) = task.batch();
-    let recompute = if contender == Contender::Firebox { Recompute::None } else { Recompute::Blocks };
+    let (recompute, compute) = match contender {
+        Contender::FireboxBf16 => (Recompute::None, Compute::Bf16),
+        Contender::Firebox => (Recompute::None, Compute::F32),
+        _ => (Recompute::Blocks, Compute::F32),
+    };
     let mut state = State {
-        engine: Engine { recompute, ..Engine::default() },
+        engine: Engine { recompute, compute, offload: None },
         in_backward: contender == Contender::FireboxLean,
         model: Some(Decoder::new(&task.model, task.seed, &device)?),
         optimizer: Optimizer::new(config, DecayRule::Matrices)?,

@@ -153,15 +153,20 @@ impl Report {
         self.results.iter().find(|outcome| outcome.contender == contender)
     }
 
-    /// The fastest of PyTorch.
+    /// The fastest of PyTorch in f32.
     pub fn best_torch(&self) -> Option<&Outcome> {
-        let torch = self.results.iter().filter(|outcome| outcome.contender.is_torch());
+        let torch = self.results.iter().filter(|outcome| outcome.contender.is_torch() && !outcome.contender.is_bf16());
         torch.max_by(|a, b| a.speed().median.total_cmp(&b.speed().median))
     }
 
     /// The outcome whose memory is compared with: PyTorch's eager one, which takes less than the compiled.
     fn torch_memory(&self) -> Option<&Outcome> {
         self.of(Contender::TorchEager).or_else(|| self.best_torch())
+    }
+
+    /// The one of PyTorch that an outcome is compared with: the fastest of its precision.
+    fn rival(&self, outcome: &Outcome) -> Option<&Outcome> {
+        if outcome.contender.is_bf16() { self.of(Contender::TorchBf16) } else { self.best_torch() }
     }
 
     fn peak(&self) -> f64 {
@@ -174,8 +179,7 @@ impl Report {
 
     /// The table and what was aimed for, in Markdown.
     pub fn markdown(&self) -> String {
-        let header =
-            ["", "tokens/s", "min – max", "to the best PyTorch", "MFU", "peak memory", "before the model", "loss"];
+        let header = ["", "tokens/s", "min – max", "to PyTorch", "MFU", "peak memory", "before the model", "loss"];
         let mut table = Table::new(header);
         let (best, memory) = (self.best_torch(), self.torch_memory());
         for outcome in &self.results {
@@ -184,8 +188,8 @@ impl Report {
                 outcome.contender.to_string(),
                 number(speed.median),
                 format!("{} – {}", number(speed.min), number(speed.max)),
-                best.map_or_else(String::new, |best| times(speed.median / best.speed().median)),
-                percent(self.mfu(outcome)),
+                self.rival(outcome).map_or_else(String::new, |rival| times(speed.median / rival.speed().median)),
+                if outcome.contender.is_bf16() { String::new() } else { percent(self.mfu(outcome)) },
                 bytes(outcome.peak_rss_bytes),
                 bytes(outcome.rss_before_model_bytes),
                 format!("{:.3} → {:.3}", outcome.first_loss, outcome.loss),

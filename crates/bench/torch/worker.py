@@ -43,7 +43,7 @@ def tokens(seed, count, vocab):
 class Training:
     """Steps on one fixed batch."""
 
-    def __init__(self, task, compiled):
+    def __init__(self, task, contender):
         from models import Decoder, adamw
 
         config = task["model"]
@@ -55,13 +55,15 @@ class Training:
         rows = tokens(task["seed"], task["batch"] * (task["tokens"] + 1), config["vocab_size"])
         rows = rows.view(task["batch"], task["tokens"] + 1)
         self.inputs, self.targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        self.loss = torch.compile(self.model) if compiled else self.model
+        self.loss = torch.compile(self.model) if contender == "torch-compile" else self.model
+        self.bf16 = contender == "torch-bf16"
         self.first_loss = self.step()
         for _ in range(task["warmup_steps"] - 1):
             self.step()
 
     def step(self):
-        loss = self.loss(self.inputs, self.targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.inputs, self.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -81,7 +83,7 @@ def main():
     before = memory("VmRSS")
     kind, task = next(iter(job["task"].items()))
     if kind == "train":
-        runner = Training(task, job["contender"] == "torch-compile")
+        runner = Training(task, job["contender"])
         ready = {"params": runner.params, "loss": runner.first_loss}
     elif kind == "kernels":
         from kernels import Kernels
