@@ -120,9 +120,9 @@ impl Average {
     /// The module with averaged parameters; as it is before the first average.
     pub fn apply<M: Module>(&self, module: M) -> M {
         map_trainable(module, &|name| self.kept.contains_key(name), &mut |name, _, param| {
-            let Some(kept) = self.kept.get(name).filter(|kept| !kept.is_empty()) else { return param };
+            let Some(kept) = self.kept.get(name).filter(|kept| !kept.is_empty()) else { return param.into() };
             let share = 1.0 / kept.len() as f64;
-            kept.iter().skip(1).fold(kept[0].clone() * share, |sum, value| sum + value.clone() * share)
+            kept.iter().skip(1).fold(kept[0].clone() * share, |sum, value| sum + value.clone() * share).into()
         })
     }
 

@@ -8,7 +8,7 @@ use firebox_tensor::ops::Precision;
 
 use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
-use crate::params::{DecayRule, ParamInfo, located, map_trainable};
+use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
 use crate::{NamedGrads, OptimError};
 
 /// An optimizer for the parameters of a module.
@@ -120,8 +120,11 @@ impl Optimizer {
         let state = &mut self.state;
         Ok(map_trainable(module, &|name| assigned.contains_key(name), &mut |name, _, param| {
             let found = grads.remove(name).zip(state.get_mut(name)).zip(assigned.get(name));
-            let Some(((grad, state), to)) = found else { return param };
-            to.algorithm.step(lr * to.lr_scale, to.weight_decay, grad_scale, param, grad, state)
+            let Some(((grad, state), to)) = found else { return param.into() };
+            // Another one than that of the state.
+            let seed = Some(state.seed().rotate_left(16));
+            let values = to.algorithm.step(lr * to.lr_scale, to.weight_decay, grad_scale, param, grad, state);
+            New { values, seed }
         }))
     }
 
@@ -169,8 +172,8 @@ impl Optimizer {
             .get(name)
             .zip(self.state.get(name))
         {
-            Some((config, state)) if state.steps > 0 => config.averaged(param, &state.states),
-            _ => param,
+            Some((config, state)) if state.steps > 0 => config.averaged(param, &state.states).into(),
+            _ => param.into(),
         }))
     }
 

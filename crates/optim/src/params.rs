@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
+use firebox_tensor::ops::{is_bf16, to_bf16, to_f32};
 use serde::{Deserialize, Serialize};
 
 use crate::OptimError;
@@ -82,7 +83,8 @@ impl ParamKind {
     }
 }
 
-/// The float parameters of a module with their values, flat and without gradients, in the module's order. The values share the parameters' memory.
+/// The float parameters of a module with their values, flat and without gradients, in the module's order. The values share the parameters' memory, unless
+/// those are in bfloat16.
 pub fn values<M: Module>(module: &M) -> Vec<(ParamInfo, Tensor<1>)> {
     #[derive(Default)]
     struct Visitor {
@@ -100,7 +102,7 @@ pub fn values<M: Module>(module: &M) -> Vec<(ParamInfo, Tensor<1>)> {
             let value = param.val();
             let value = if value.device().is_autodiff() { value.inner() } else { value };
             let shape = value.dims().to_vec();
-            let flat = value.reshape([shape.iter().product::<usize>()]);
+            let flat = to_f32(value).reshape([shape.iter().product::<usize>()]);
             self.found.push((ParamInfo { name: self.path.join("."), shape, trainable: param.is_require_grad() }, flat));
         }
     }
@@ -175,20 +177,34 @@ pub(crate) fn visit_floats<M: Module>(module: &M, f: &mut dyn FnMut(&str, FloatP
     module.visit(&mut Visitor { path: vec![], f });
 }
 
+/// New values of a parameter, flat.
+pub(crate) struct New {
+    pub values: Tensor<1>,
+    /// By what they are rounded to bfloat16, if that is what the parameter is in. Without one they stay in f32.
+    pub seed: Option<u32>,
+}
+
+impl From<Tensor<1>> for New {
+    fn from(values: Tensor<1>) -> Self {
+        Self { values, seed: None }
+    }
+}
+
 /// Replaces every trainable float parameter whose name is `wanted` by `f(name, rank, flat values without gradients)`. The others are left alone,
 /// graphs that hold them included.
 ///
 /// A parameter is taken out of the module before `f` gets it, so that nothing else holds its memory and `f` may work in place. The
-/// result requires gradients again, as a new leaf, with the parameter's identity and checkpointing strategy.
+/// result requires gradients again, as a new leaf, with the parameter's identity and checkpointing strategy. Where a parameter is in bfloat16, `f` gets its
+/// values in f32; they are rounded again with the seed of [`New`].
 pub(crate) fn map_trainable<M: Module>(
     module: M,
     wanted: &dyn Fn(&str) -> bool,
-    f: &mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>,
+    f: &mut dyn FnMut(&str, usize, Tensor<1>) -> New,
 ) -> M {
     struct Mapper<'a> {
         path: Vec<String>,
         wanted: &'a dyn Fn(&str) -> bool,
-        f: &'a mut dyn FnMut(&str, usize, Tensor<1>) -> Tensor<1>,
+        f: &'a mut dyn FnMut(&str, usize, Tensor<1>) -> New,
     }
     impl ModuleMapper for Mapper<'_> {
         fn enter_module(&mut self, name: &str, _container: &str) {
@@ -205,9 +221,14 @@ pub(crate) fn map_trainable<M: Module>(
             let (id, tensor, mapper) = param.consume();
             let strategy = tensor.gradient_checkpointing_strategy();
             let tensor = tensor.inner();
-            let shape = tensor.dims();
-            let flat = tensor.reshape([shape.iter().product::<usize>()]);
-            let mut tensor = Tensor::from_inner((self.f)(&name, D, flat).reshape(shape));
+            let (shape, half) = (tensor.dims(), is_bf16(&tensor));
+            let flat = to_f32(tensor).reshape([shape.iter().product::<usize>()]);
+            let New { values, seed } = (self.f)(&name, D, flat);
+            let values = values.reshape(shape);
+            let mut tensor = Tensor::from_inner(match seed {
+                Some(seed) if half => to_bf16(values, Some(seed)),
+                _ => values,
+            });
             if let Some(strategy) = strategy {
                 tensor = tensor.with_gradient_checkpointing_strategy(strategy);
             }
@@ -268,7 +289,7 @@ mod tests {
         let net = map_trainable(net, &|_| true, &mut |name, rank, flat| {
             assert!(!flat.is_autodiff());
             seen.push((name.to_owned(), rank, flat.dims()[0]));
-            flat * 2.0
+            (flat * 2.0).into()
         });
         let expected = [("table", 3, 24), ("parts.0.weight", 2, 15), ("parts.0.bias", 1, 5), ("parts.1.weight", 2, 15)];
         assert_eq!(seen, expected.map(|(n, r, e)| (n.to_owned(), r, e)));

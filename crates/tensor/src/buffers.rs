@@ -101,27 +101,45 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 fn fresh(len: usize) -> Vec<f32> {
     /// Smaller buffers come from the heap.
     const MAPPED_BYTES: usize = 1 << 20;
+    if 4 * len < MAPPED_BYTES { vec![0.0; len] } else { mapped(len, MAPPED_BYTES, libc::MADV_HUGEPAGE) }
+}
+
+/// Zeros, of which only the pages that are touched take memory.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(crate) fn untouched(len: usize) -> Vec<f64> {
+    /// Smaller ones are not worth pages of their own.
+    const MAPPED_BYTES: usize = 64 << 10;
+    // A huge page would be memory as a whole.
+    if 8 * len < MAPPED_BYTES { vec![0.0; len] } else { mapped(len, MAPPED_BYTES, libc::MADV_NOHUGEPAGE) }
+}
+
+/// Zeros mapped by themselves: more than `threshold` bytes of them.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn mapped<T: bytemuck::Zeroable>(len: usize, threshold: usize, advice: libc::c_int) -> Vec<T> {
     /// Everyone else's threshold. glibc's own would grow to 32 MB with the first large memory that is freed; then the heap of gpt2-124m has 100 MB more.
     const USUAL_BYTES: libc::c_int = 4 << 20;
     const PAGE: usize = 4096;
-    if 4 * len < MAPPED_BYTES {
-        return vec![0.0; len];
-    }
     // SAFETY: mallopt may be called at any time from any thread; one that allocates in between has its memory mapped as well.
-    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES as libc::c_int) };
-    let values = vec![0.0; len];
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, threshold as libc::c_int) };
+    let values = bytemuck::zeroed_vec::<T>(len);
     // SAFETY: as above.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, USUAL_BYTES) };
-    let (start, end) = (values.as_ptr() as usize, values.as_ptr() as usize + 4 * len);
+    let (start, end) = (values.as_ptr() as usize, values.as_ptr() as usize + size_of::<T>() * len);
     let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
     // SAFETY: whole pages inside one allocation of ours; the advice changes no content. Where it is refused, pages are small.
-    unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) };
     values
 }
 
 /// New memory for a buffer.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 fn fresh(len: usize) -> Vec<f32> {
+    vec![0.0; len]
+}
+
+/// Zeros, of which the system may give memory to touched pages alone.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub(crate) fn untouched(len: usize) -> Vec<f64> {
     vec![0.0; len]
 }
 

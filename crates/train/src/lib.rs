@@ -54,7 +54,7 @@ pub use batch_warmup::BatchWarmup;
 pub use cooldown::Cooldown;
 pub use error::TrainError;
 pub use optimizer_recipe::OptimizerRecipe;
-pub use precision::{ComputeType, LossScale, LossScaling, PrecisionRecipe};
+pub use precision::{ComputeType, LossScale, LossScaling, ParamType, PrecisionRecipe};
 pub use recipe::Recipe;
 pub use trainer::{LastEval, State, Trainer, prompt_ids};
 pub use watch::{OnSpike, Watch, WatchRecipe};

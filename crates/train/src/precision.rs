@@ -1,25 +1,39 @@
-//! The recipe's `[precision]`: in what products are multiplied, and by what the loss is scaled so that gradients in f16 do not vanish.
+//! The recipe's `[precision]`: in what products are multiplied and parameters held, and by what the loss is scaled so that gradients in f16 do not vanish.
 
 use std::fmt;
 
-use burn::tensor::Device;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor};
 use firebox_tensor::device::is_fused;
-use firebox_tensor::ops::Compute;
+use firebox_tensor::ops::{Compute, to_bf16};
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::TrainError;
 use crate::recipe::RecipeError;
 
-/// How exactly a run computes. Parameters, gradients, norms, softmax, the loss and all sums are f32 whatever it says.
+/// How exactly a run computes. Gradients, norms, softmax, the loss and all sums are f32 whatever it says.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrecisionRecipe {
     /// The type in which matrix products are multiplied, and in which what backward needs of a layer waits for it.
     pub compute: ComputeType,
+    /// The type in which matrices, embeddings and the head are held between updates: in bf16 there are no master weights, and updates round stochastically.
+    pub params: ParamType,
     /// Factor of the loss, taken out of the gradients again; for `compute = "f16"` alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScaling>,
+}
+
+/// A float type of parameters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ParamType {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
 }
 
 /// A float type of products.
@@ -98,6 +112,9 @@ impl PrecisionRecipe {
     /// Checks it against the rest of the recipe.
     pub(crate) fn validate(&self, optimizer_in_backward: bool) -> Result<(), RecipeError> {
         let fail = |key, expected: &str, got: String| Err(RecipeError::Value { key, expected: expected.into(), got });
+        if self.params == ParamType::Bf16 && self.compute != ComputeType::Bf16 {
+            return fail("precision.params", "f32, or precision.compute = \"bf16\" beside it", "bf16".into());
+        }
         match (self.compute, self.loss_scale) {
             (ComputeType::F32 | ComputeType::Bf16, Some(_)) => {
                 let expected = "none without precision.compute = \"f16\": the range of bf16 is that of f32";
@@ -117,12 +134,39 @@ impl PrecisionRecipe {
 
     /// Checks it against the device, which multiplies in its own types where operations are not fused.
     pub(crate) fn check_device(&self, device: &Device) -> Result<(), TrainError> {
+        if self.params == ParamType::Bf16 && !is_fused(device) {
+            let expected = "f32, or a CPU backend".into();
+            return Err(TrainError::Input { what: "precision.params", expected, got: "bf16".into() });
+        }
         let dtype = Compute::from(self.compute).dtype();
         if is_fused(device) || device.supports_dtype(dtype) {
             return Ok(());
         }
         let expected = "a type that the device multiplies: f32, or another backend".into();
         Err(TrainError::Input { what: "precision.compute", expected, got: format!("{dtype:?}") })
+    }
+
+    /// The module with its parameters in the type in which they are held: those of two dimensions or more.
+    pub(crate) fn hold<M: Module>(&self, module: M) -> M {
+        struct Halve;
+        impl ModuleMapper for Halve {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                if D < 2 {
+                    return param;
+                }
+                let trainable = param.is_require_grad();
+                let (id, tensor, mapper) = param.consume();
+                let held = match tensor.device().is_autodiff() {
+                    true => Tensor::from_inner(to_bf16(tensor.inner(), None)).set_require_grad(trainable),
+                    false => to_bf16(tensor, None),
+                };
+                Param::from_mapped_value(id, held, mapper)
+            }
+        }
+        match self.params {
+            ParamType::F32 => module,
+            ParamType::Bf16 => module.map(&mut Halve),
+        }
     }
 
     /// Before the first step.
@@ -216,6 +260,7 @@ mod tests {
         }
         for (set, says) in [
             (&["precision.compute=fp16"][..], "did you mean `f16`?"),
+            (&["precision.params=bf16"], "precision.compute = \"bf16\" beside it"),
             (&["precision.compute=bf16", "precision.loss_scale=dynamic"], "none without"),
             (&["precision.compute=f16", "precision.loss_scale=0.5"], "at least 1"),
             (&["precision.compute=f16", "precision.loss_scale=dynamc"], "did you mean `dynamic`?"),

@@ -127,7 +127,7 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             dir: dir.to_path_buf(),
-            model: Some(model.with_loss(recipe.train.loss())),
+            model: Some(recipe.precision.hold(model.with_loss(recipe.train.loss()))),
             optimizer,
             average: recipe.average.map(Average::new).transpose()?,
             engine: Engine { compute: recipe.precision.compute.into(), ..recipe.memory.engine(dir) },

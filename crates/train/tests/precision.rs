@@ -10,6 +10,10 @@ use firebox_train::checkpoint::Checkpoint;
 use firebox_train::observe::{Event, ObserveError, Observer, RunInfo, Summary};
 use firebox_train::{Recipe, State, Trainer};
 
+const BF16: &str = "precision.compute=bf16";
+const F16: &str = "precision.compute=f16";
+const PURE: &str = "precision={ compute = \"bf16\", params = \"bf16\" }";
+
 /// Lines of two letters in turn: what follows is what stood two places before.
 fn dataset(dir: &Path) -> Dataset {
     let letter = |x: u64| b'a' + (x % 26) as u8;
@@ -71,7 +75,7 @@ fn halves_train_as_f32_does() {
         loss
     };
     let full = loss("f32", &[]);
-    for compute in ["precision.compute=bf16", "precision.compute=f16"] {
+    for compute in [BF16, F16, PURE] {
         let half = loss(compute, &[compute]);
         assert!((half - full).abs() < 0.02 && half.to_bits() != full.to_bits(), "{compute}: {half}, f32 {full}");
         // What is computed again in backward is what was computed in forward.
@@ -86,7 +90,7 @@ fn f16_needs_its_loss_scaled() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
     let large = [
-        "train={ steps = 20, batch_rows = 131072, micro_batch_rows = 8192 }",
+        "train={ steps = 12, batch_rows = 131072, micro_batch_rows = 8192 }",
         "model={ d_model = 16, n_layers = 1, n_heads = 1, context = 8, tied = false, init_std = 0.01 }",
         "eval.max_batches=4",
     ];
@@ -119,7 +123,7 @@ fn a_resumed_run_takes_the_same_steps() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
     let device = Backend::NdArray.device().unwrap();
-    for precision in ["precision.compute=bf16", "precision.compute=f16"] {
+    for precision in [BF16, F16, PURE] {
         let extra = [precision, "model.init_std=0.5", "checkpoint={ every = 20, keep_last = 5 }"];
         let whole = dir.path().join(precision);
         let (summary, _, state) = train(&whole, &dataset, &extra);

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::half::bf16_bits;
-use super::matmul::{Into, Mat};
+use super::matmul::{Into, Mat, Values};
 use super::panel::Parts;
 use super::scratch::with_scratch;
 use super::simd::vectorized;
@@ -45,20 +45,55 @@ pub(crate) fn available() -> bool {
 /// A pair of bf16, the first in the lower half.
 type Pair = u32;
 
-#[inline(always)]
-fn pair(first: f32, second: f32) -> Pair {
-    bf16_bits(second) << 16 | bf16_bits(first)
+/// The bits of a value in bfloat16.
+trait Value: Copy {
+    fn bits(self) -> u32;
 }
 
-vectorized! {
-    /// Packs `width` lines of a matrix, `from` on, whose values of one step lie side by side: `out[p][line]`.
-    fn pack_steps(from: &[f32], step_stride: usize, steps: usize, width: usize, panel: usize, out: &mut [Pair]) {
-        for (p, out) in out.chunks_exact_mut(panel).enumerate() {
-            let (lines, rest) = out.split_at_mut(width);
+impl Value for f32 {
+    #[inline(always)]
+    fn bits(self) -> u32 {
+        bf16_bits(self)
+    }
+}
+
+impl Value for u16 {
+    #[inline(always)]
+    fn bits(self) -> u32 {
+        u32::from(self)
+    }
+}
+
+#[inline(always)]
+fn pair(first: impl Value, second: impl Value) -> Pair {
+    second.bits() << 16 | first.bits()
+}
+
+/// What is packed of a matrix: `width` lines of `steps`, `stride` values from one line to the next, or where `by_steps` from one step to the next.
+#[derive(Clone, Copy)]
+struct Lines {
+    by_steps: bool,
+    stride: usize,
+    steps: usize,
+    width: usize,
+}
+
+impl Lines {
+    /// Into a panel of `P` lines: `out[pair of steps][line]`.
+    #[inline(always)]
+    fn pack<T: Value, const P: usize>(self, from: &[T], out: &mut [Pair]) {
+        if self.by_steps { self.pack_steps::<T, P>(from, out) } else { self.pack_lines::<T, P>(from, out) }
+    }
+
+    /// The values of one step lie side by side.
+    #[inline(always)]
+    fn pack_steps<T: Value, const P: usize>(self, from: &[T], out: &mut [Pair]) {
+        for (p, out) in out.as_chunks_mut::<P>().0.iter_mut().enumerate() {
+            let (lines, rest) = out.split_at_mut(self.width);
             rest.fill(0);
-            let first = &from[2 * p * step_stride..][..width];
-            if 2 * p + 1 < steps {
-                let second = &from[(2 * p + 1) * step_stride..][..width];
+            let first = &from[2 * p * self.stride..][..self.width];
+            if 2 * p + 1 < self.steps {
+                let second = &from[(2 * p + 1) * self.stride..][..self.width];
                 for ((out, x), y) in lines.iter_mut().zip(first).zip(second) {
                     *out = pair(*x, *y);
                 }
@@ -69,20 +104,16 @@ vectorized! {
             }
         }
     }
-}
 
-/// Steps that are turned around at once.
-const TURN: usize = 16;
-
-vectorized! {
-    /// The same for a matrix whose steps of one line lie side by side.
-    fn pack_lines(from: &[f32], line_stride: usize, steps: usize, width: usize, panel: usize, out: &mut [Pair]) {
-        let whole = steps / 2;
-        let mut turned = [[0 as Pair; TURN]; COLUMNS];
-        for (t, out) in out.chunks_mut(TURN * panel).enumerate() {
-            let n = out.len() / panel;
-            for (i, turned) in turned[..width].iter_mut().enumerate() {
-                let from = &from[i * line_stride..][..steps];
+    /// The steps of one line lie side by side.
+    #[inline(always)]
+    fn pack_lines<T: Value, const P: usize>(self, from: &[T], out: &mut [Pair]) {
+        let whole = self.steps / 2;
+        let mut turned = [[0 as Pair; TURN]; P];
+        for (t, out) in out.chunks_mut(TURN * P).enumerate() {
+            let n = out.len() / P;
+            for (i, turned) in turned[..self.width].iter_mut().enumerate() {
+                let from = &from[i * self.stride..][..self.steps];
                 let at = t * TURN;
                 if at + TURN <= whole {
                     for (out, x) in turned.iter_mut().zip(from[2 * at..][..2 * TURN].as_chunks::<2>().0) {
@@ -91,12 +122,13 @@ vectorized! {
                 } else {
                     for (k, out) in turned[..n].iter_mut().enumerate() {
                         let at = 2 * (at + k);
-                        *out = pair(from[at], if at + 1 < steps { from[at + 1] } else { 0.0 });
+                        let second = if at + 1 < self.steps { from[at + 1].bits() } else { 0 };
+                        *out = second << 16 | from[at].bits();
                     }
                 }
             }
-            for (k, out) in out.chunks_exact_mut(panel).enumerate() {
-                let (lines, rest) = out.split_at_mut(width);
+            for (k, out) in out.as_chunks_mut::<P>().0.iter_mut().enumerate() {
+                let (lines, rest) = out.split_at_mut(self.width);
                 rest.fill(0);
                 for (out, turned) in lines.iter_mut().zip(&turned) {
                     *out = turned[k];
@@ -106,15 +138,31 @@ vectorized! {
     }
 }
 
-/// Packs one panel of `lines` rows or columns from line `first` on, of steps `at..at + steps`.
-fn pack(m: Mat<'_>, first: usize, lines: usize, at: usize, steps: usize, panel: usize, out: &mut [Pair]) {
+/// Steps that are turned around at once.
+const TURN: usize = 16;
+
+vectorized! {
+    fn pack_f32(lines: Lines, panel: usize, from: &[f32], out: &mut [Pair]) {
+        if panel == ROWS { lines.pack::<f32, ROWS>(from, out) } else { lines.pack::<f32, COLUMNS>(from, out) }
+    }
+}
+
+vectorized! {
+    fn pack_bf16(lines: Lines, panel: usize, from: &[u16], out: &mut [Pair]) {
+        if panel == ROWS { lines.pack::<u16, ROWS>(from, out) } else { lines.pack::<u16, COLUMNS>(from, out) }
+    }
+}
+
+/// Packs one panel of `width` rows from row `first` on, of steps `at..at + steps`.
+fn pack(m: Mat<'_>, first: usize, width: usize, at: usize, steps: usize, panel: usize, out: &mut [Pair]) {
     let (line, step) = m.strides();
-    let from = &m.values()[first * line + at * step..];
-    if line == 1 {
-        pack_steps(from, step, steps, lines, panel, out);
-    } else {
-        debug_assert_eq!(step, 1);
-        pack_lines(from, line, steps, lines, panel, out);
+    let by_steps = line == 1;
+    debug_assert!(by_steps || step == 1);
+    let (start, lines) =
+        (first * line + at * step, Lines { by_steps, stride: if by_steps { step } else { line }, steps, width });
+    match m.values() {
+        Values::F32(values) => pack_f32(lines, panel, &values[start..], out),
+        Values::Bf16(bits) => pack_bf16(lines, panel, &bits[start..], out),
     }
 }
 

@@ -43,13 +43,12 @@ pub(crate) struct Gradients<'a> {
 /// The sum of the losses of the rows whose target is not negative; `hidden` is `[n, d]`, `weight` `[v, d]`. The sum runs in f64.
 pub(crate) fn linear_cross_entropy(
     hidden: &[f32],
-    weight: &[f32],
-    d: usize,
+    weight: Mat<'_>,
     targets: &[i32],
     loss: Loss,
     mut gradients: Option<Gradients<'_>>,
 ) -> f32 {
-    let v = weight.len() / d;
+    let (v, d) = (weight.rows(), weight.cols());
     let fit = |bytes: usize| bytes / (4 * v.max(1));
     let rows = fit(LOGITS_BYTES).max(fit(MAX_LOGITS_BYTES).min(MIN_ROWS)).clamp(1, targets.len().max(1));
     if let (Some(g), true) = (&mut gradients, targets.is_empty()) {
@@ -63,7 +62,7 @@ pub(crate) fn linear_cross_entropy(
         let range = c * rows * d..(c * rows + n) * d;
         let h = Mat::new(&hidden[range.clone()], n, d, d);
         let logits = &mut scratch[..n * v];
-        matmul(loss.compute, h, Mat::new(weight, v, d, d).t(), logits, v, Into::Write);
+        matmul(loss.compute, h, weight.t(), logits, v, Into::Write);
         let with_gradient = gradients.is_some();
         let losses: Vec<f32> = logits
             .par_chunks_exact_mut(v)
@@ -74,7 +73,7 @@ pub(crate) fn linear_cross_entropy(
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
             let into = if c == 0 { Into::Write } else { Into::Add };
-            matmul(loss.compute, dlogits, Mat::new(weight, v, d, d), &mut g.hidden[range], d, Into::Write);
+            matmul(loss.compute, dlogits, weight, &mut g.hidden[range], d, Into::Write);
             matmul(loss.compute, dlogits.t(), h, g.weight, d, into);
         }
     }

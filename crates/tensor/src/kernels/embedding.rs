@@ -13,6 +13,15 @@ pub(crate) fn gather(table: &[f32], d: usize, ids: &[i32], out: &mut [f32]) {
     });
 }
 
+/// The same of a table in bfloat16.
+pub(crate) fn gather_bf16(table: &[u16], d: usize, ids: &[i32], out: &mut [f32]) {
+    out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| {
+        for (o, &bits) in o.iter_mut().zip(&table[id as usize * d..][..d]) {
+            *o = f32::from_bits(u32::from(bits) << 16);
+        }
+    });
+}
+
 /// `dtable[ids[i]] += dy[i]`, onto zeros or onto what is there.
 ///
 /// The rows of one id are summed up in their order before the sum is added: the result has the same bits on any number of threads, and whether a gradient

@@ -5,6 +5,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::CHUNK;
+use super::compact::{hash, to_bf16};
 use super::simd::vectorized;
 use crate::buffers::{buffer, recycle};
 
@@ -101,10 +102,32 @@ impl Packed {
 
     /// The values, in a buffer of the pool.
     pub fn unpack(&self) -> Vec<f32> {
-        let mut out = buffer(self.len);
-        let bits = &bytemuck::cast_slice(&self.buffer)[..self.len];
-        out.par_chunks_mut(CHUNK).zip(bits.par_chunks(CHUNK)).for_each(|(out, x)| self.half.unpack_chunk(x, out));
-        out
+        unpacked(self.half, &bytemuck::cast_slice(&self.buffer)[..self.len])
+    }
+}
+
+/// The values of the bits, in a buffer of the pool.
+pub(crate) fn unpacked(half: Half, bits: &[u16]) -> Vec<f32> {
+    let mut out = buffer(bits.len());
+    out.par_chunks_mut(CHUNK).zip(bits.par_chunks(CHUNK)).for_each(|(out, x)| half.unpack_chunk(x, out));
+    out
+}
+
+/// The bits of bfloat16, rounded to nearest, or where there is a seed stochastically: up with the probability that makes the mean right.
+pub(crate) fn bf16_of(values: &[f32], seed: Option<u32>) -> Vec<u16> {
+    let mut bits = vec![0u16; values.len()];
+    bits.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(i, (out, x))| match seed {
+        None => pack_bf16(x, out),
+        Some(seed) => pack_randomly(x, seed, (i * CHUNK) as u32, out),
+    });
+    bits
+}
+
+vectorized! {
+    fn pack_randomly(values: &[f32], seed: u32, first: u32, out: &mut [u16]) {
+        for (i, (out, x)) in out.iter_mut().zip(values).enumerate() {
+            *out = to_bf16(*x, hash(seed, first.wrapping_add(i as u32)));
+        }
     }
 }
 

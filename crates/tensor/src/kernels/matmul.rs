@@ -3,7 +3,7 @@
 use gemm::Parallelism;
 
 use super::bf16;
-use super::half::Half;
+use super::half::{Half, unpacked};
 use crate::buffers::recycle;
 
 /// In what the operands of matrix products are multiplied; sums are f32.
@@ -30,10 +30,17 @@ impl Compute {
     }
 }
 
+/// Values of a matrix.
+#[derive(Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [u16]),
+}
+
 /// A row-major `[rows, cols]` matrix inside a slice, or its transpose.
 #[derive(Clone, Copy)]
 pub(crate) struct Mat<'a> {
-    data: &'a [f32],
+    data: Values<'a>,
     rows: usize,
     cols: usize,
     row_stride: usize,
@@ -47,7 +54,16 @@ impl<'a> Mat<'a> {
     /// If the last row ends behind the slice.
     pub fn new(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         assert_fits(data.len(), rows, cols, stride);
-        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+        Self { data: Values::F32(data), rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// A matrix in bfloat16, whose rows touch.
+    ///
+    /// # Panics
+    /// If the last row ends behind the slice.
+    pub fn bf16(bits: &'a [u16], rows: usize, cols: usize) -> Self {
+        assert_fits(bits.len(), rows, cols, cols);
+        Self { data: Values::Bf16(bits), rows, cols, row_stride: cols, col_stride: 1 }
     }
 
     /// Number of rows.
@@ -61,7 +77,7 @@ impl<'a> Mat<'a> {
     }
 
     /// The values, from the first of the matrix on.
-    pub fn values(&self) -> &'a [f32] {
+    pub fn values(&self) -> Values<'a> {
         self.data
     }
 
@@ -70,8 +86,12 @@ impl<'a> Mat<'a> {
         (self.row_stride, self.col_stride)
     }
 
-    /// The same matrix over `values` that lie like this one's.
-    fn over(self, data: &[f32]) -> Mat<'_> {
+    /// The same matrix over values that lie like this one's, if there are any.
+    fn over<'b>(self, made: Option<&'b [f32]>) -> Mat<'b>
+    where
+        'a: 'b,
+    {
+        let data = made.map_or(self.data, Values::F32);
         Mat { data, rows: self.rows, cols: self.cols, row_stride: self.row_stride, col_stride: self.col_stride }
     }
 
@@ -100,21 +120,24 @@ pub(crate) fn matmul(compute: Compute, a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_
     if a.rows == 0 || b.cols == 0 {
         return;
     }
-    match compute.half() {
-        None => sgemm(a, b, c, c_stride, into),
-        Some(Half::Bf16) if bf16::available() => bf16::matmul(a, b, c, c_stride, into),
-        Some(half) => {
-            let [a_values, b_values] = [a.data, b.data].map(|values| half.rounded(values));
-            sgemm(a.over(&a_values), b.over(&b_values), c, c_stride, into);
-            recycle(a_values);
-            recycle(b_values);
-        }
+    let half = compute.half();
+    if half == Some(Half::Bf16) && bf16::available() {
+        return bf16::matmul(a, b, c, c_stride, into);
     }
+    // In f32, of values that are rounded or unpacked first.
+    let [a_made, b_made] = [a, b].map(|mat| match (mat.data, half) {
+        (Values::F32(_), None) => None,
+        (Values::F32(values), Some(half)) => Some(half.rounded(values)),
+        (Values::Bf16(bits), _) => Some(unpacked(Half::Bf16, bits)),
+    });
+    sgemm(a.over(a_made.as_deref()), b.over(b_made.as_deref()), c, c_stride, into);
+    [a_made, b_made].into_iter().flatten().for_each(recycle);
 }
 
 /// See [`matmul`], which has checked the shapes.
 fn sgemm(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, into: Into) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
+    let (Values::F32(a_values), Values::F32(b_values)) = (a.data, b.data) else { unreachable!("unpacked by matmul") };
     let add = into == Into::Add;
     let i = |stride: usize| stride as isize;
     // SAFETY: `Mat::new` and `matmul`'s check keep every index that `gemm` forms from shape and strides inside the three
@@ -128,10 +151,10 @@ fn sgemm(a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, into: Into) {
             1,
             i(c_stride),
             add,
-            a.data.as_ptr(),
+            a_values.as_ptr(),
             i(a.col_stride),
             i(a.row_stride),
-            b.data.as_ptr(),
+            b_values.as_ptr(),
             i(b.col_stride),
             i(b.row_stride),
             1.0,

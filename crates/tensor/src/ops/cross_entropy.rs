@@ -12,12 +12,13 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::compute::{compute, multiply};
 use super::extension::FusedOps;
+use super::linear::Weight;
 use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::cross_entropy as kernel;
-use crate::kernels::matmul::Compute;
+use crate::kernels::matmul::{Compute, Mat};
 
 /// What a language model's loss is besides the cross-entropy; the default is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -88,14 +89,14 @@ pub(crate) struct CrossEntropy {
 }
 
 impl CrossEntropy {
-    fn run(&self, hidden: &[f32], weight: &[f32], d: usize, gradients: Option<kernel::Gradients<'_>>) -> f32 {
+    fn run(&self, hidden: &[f32], weight: Mat<'_>, gradients: Option<kernel::Gradients<'_>>) -> f32 {
         let loss = kernel::Loss {
             scale: self.scale as f32,
             label_smoothing: self.loss.label_smoothing as f32,
             z_loss: self.loss.z_loss as f32,
             compute: self.compute,
         };
-        kernel::linear_cross_entropy(hidden, weight, d, &self.targets, loss, gradients)
+        kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, gradients)
     }
 }
 
@@ -104,9 +105,8 @@ pub(crate) fn forward<B: HostBackend>(
     weight: FloatTensor<B>,
     op: &CrossEntropy,
 ) -> FloatTensor<B> {
-    let d = dims::<B>(&weight)[1];
-    let (hidden, weight) = (B::values(hidden), B::values(weight));
-    B::tensor(vec![op.run(hidden.as_ref(), weight.as_ref(), d, None)], &[1])
+    let (hidden, weight) = (B::values(hidden), Weight::<B>::new(weight));
+    B::tensor(vec![op.run(hidden.as_ref(), weight.mat(), None)], &[1])
 }
 
 #[derive(Debug)]
@@ -140,10 +140,10 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     match Scaled.prepare::<C>([h_node, w_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (h_shape, w_shape) = (dims::<B>(&h), dims::<B>(&w));
-            let (h, w) = (B::values(h), B::values(w));
-            let (mut dh, mut dw) = (buffer(h.as_ref().len()), buffer(w.as_ref().len()));
+            let (h, w) = (B::values(h), Weight::<B>::new(w));
+            let (mut dh, mut dw) = (buffer(h.as_ref().len()), buffer(w_shape.iter().product()));
             let gradients = kernel::Gradients { hidden: &mut dh, weight: &mut dw };
-            let loss = op.run(h.as_ref(), w.as_ref(), w_shape[1], Some(gradients));
+            let loss = op.run(h.as_ref(), w.mat(), Some(gradients));
             prep.finish([B::tensor(dh, &h_shape), B::tensor(dw, &w_shape)], B::tensor(vec![loss], &[1]))
         }
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>(h, w, &op)),

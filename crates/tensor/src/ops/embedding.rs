@@ -9,6 +9,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use super::extension::FusedOps;
 use super::vjp::{Keep, Sink, Vjp, dims, map1};
 use crate::adapter::HostBackend;
+use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::embedding as kernel;
 
@@ -50,7 +51,15 @@ impl Vjp<1> for Embedding {
 
     fn forward<B: HostBackend>(&self, [table]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let d = dims::<B>(&table)[1];
-        map1::<B>(table, &[self.batch, self.tokens, d], |table, out| kernel::gather(table, d, &self.ids, out))
+        let shape = [self.batch, self.tokens, d];
+        match B::bits(table) {
+            Ok(bits) => {
+                let mut out = buffer(shape.iter().product());
+                kernel::gather_bf16(bits.as_ref(), d, &self.ids, &mut out);
+                B::tensor(out, &shape)
+            }
+            Err(table) => map1::<B>(table, &shape, |table, out| kernel::gather(table, d, &self.ids, out)),
+        }
     }
 
     fn backward<B: HostBackend>(

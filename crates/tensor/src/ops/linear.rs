@@ -193,10 +193,33 @@ pub(crate) struct Linear {
     compute: Compute,
 }
 
-/// The weight as `[I, O]`, whatever its layout.
-fn weight<'a>(values: &'a [f32], shape: &[usize], transposed: bool) -> Mat<'a> {
-    let mat = Mat::new(values, shape[0], shape[1], shape[1]);
-    if transposed { mat.t() } else { mat }
+/// A weight, in f32 or bfloat16.
+pub(super) enum Weight<B: HostBackend> {
+    Full(B::Values, [usize; 2]),
+    Bits(B::Bits, [usize; 2]),
+}
+
+impl<B: HostBackend> Weight<B> {
+    pub fn new(tensor: FloatTensor<B>) -> Self {
+        let shape = dims::<B>(&tensor);
+        let shape = [shape[0], shape[1]];
+        match B::bits(tensor) {
+            Ok(bits) => Self::Bits(bits, shape),
+            Err(tensor) => Self::Full(B::values(tensor), shape),
+        }
+    }
+
+    pub fn mat(&self) -> Mat<'_> {
+        match self {
+            Self::Full(values, [rows, cols]) => Mat::new(values.as_ref(), *rows, *cols, *cols),
+            Self::Bits(bits, [rows, cols]) => Mat::bf16(bits.as_ref(), *rows, *cols),
+        }
+    }
+
+    /// As `[I, O]`, whatever its layout.
+    fn by_inputs(&self, transposed: bool) -> Mat<'_> {
+        if transposed { self.mat().t() } else { self.mat() }
+    }
 }
 
 fn some(values: &[f32]) -> Option<&[f32]> {
@@ -211,10 +234,10 @@ impl Vjp<6> for Linear {
 
     fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; 6]) -> FloatTensor<B> {
         let [x, w, b, residual, norm_weight, norm_bias] = inputs;
-        let (mut shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
-        let [x, w, b, residual] = [x, w, b, residual].map(B::values);
+        let (mut shape, w) = (dims::<B>(&x), Weight::<B>::new(w));
+        let [x, b, residual] = [x, b, residual].map(B::values);
         let [norm_weight, norm_bias] = [norm_weight, norm_bias].map(B::values);
-        let w = weight(w.as_ref(), &w_shape, self.transposed);
+        let w = w.by_inputs(self.transposed);
         if let Some(last) = shape.last_mut() {
             *last = w.cols();
         }
@@ -233,9 +256,9 @@ impl Vjp<6> for Linear {
         let (x, w) = (kept(x), kept(w));
         let (x_shape, w_shape) = (dims::<B>(&x), dims::<B>(&w));
         let dresidual = if dresidual.wanted() { dresidual.hand_over(grad.clone()) } else { None };
-        let (x, w, dy) = (B::values(x), B::values(w), B::values(grad));
+        let (x, w, dy) = (B::values(x), Weight::<B>::new(w), B::values(grad));
         let [norm_weight, norm_bias] = [kept(norm_weight), kept(norm_bias)].map(B::values);
-        let w_mat = weight(w.as_ref(), &w_shape, self.transposed);
+        let w_mat = w.by_inputs(self.transposed);
         let (inputs, outputs) = (w_mat.rows(), w_mat.cols());
         let rows = dy.as_ref().len() / outputs.max(1);
         let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());

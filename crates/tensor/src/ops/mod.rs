@@ -30,7 +30,7 @@ pub use formula::{
 };
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{add, release, sum_of_squares, update};
+pub use optim::{add, is_bf16, release, sum_of_squares, to_bf16, to_f32, update};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
 pub use state::{Precision, State};

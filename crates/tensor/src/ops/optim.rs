@@ -4,14 +4,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::formula::Update;
 use super::state::{State, Store};
+use super::vjp::dims;
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::compact::hash;
+use crate::kernels::half::{Half, bf16_of, unpacked};
 use crate::kernels::{self, CHUNK, simd, update as kernel};
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
@@ -35,6 +37,8 @@ trait FusedOptim: Backend {
     fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self>;
+    fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -71,6 +75,20 @@ macro_rules! host_backend {
             fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 drop(Self::values(x));
                 Self::tensor(vec![], &[0])
+            }
+            fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self> {
+                let shape = dims::<Self>(&x);
+                match Self::bits(x) {
+                    Ok(bits) => Self::from_bits(bits.as_ref().to_vec(), &shape),
+                    Err(x) => Self::from_bits(bf16_of(Self::values(x).as_ref(), seed), &shape),
+                }
+            }
+            fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                let shape = dims::<Self>(&x);
+                match Self::bits(x) {
+                    Ok(bits) => Self::tensor(unpacked(Half::Bf16, bits.as_ref()), &shape),
+                    Err(x) => x,
+                }
             }
             fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
                 let (mut x, y) = (Self::into_vec(x), Self::values(y));
@@ -186,4 +204,37 @@ pub fn release<const D: usize>(x: Tensor<D>) {
     if is_fused(&x.device()) {
         drop(Dispatch::fused_release(x.into_dispatch()));
     }
+}
+
+/// A parameter in bfloat16, half the memory: rounded to nearest, or where there is a seed stochastically, so that updates below its precision are not lost
+/// (Zamirai et al., arXiv:2010.06192). [`linear`](super::linear), [`linear_transposed`](super::linear_transposed), [`embedding`](super::embedding) and
+/// [`linear_cross_entropy`](super::linear_cross_entropy) take it as a weight; for everything else there is [`to_f32`].
+///
+/// On devices without fused operations it is their own type.
+///
+/// # Panics
+/// If the tensor is on an autodiff device.
+pub fn to_bf16<const D: usize>(x: Tensor<D>, seed: Option<u32>) -> Tensor<D> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_to_bf16(x.into_dispatch(), seed));
+    }
+    x.cast(DType::BF16)
+}
+
+/// A parameter in f32; itself if it is so already.
+///
+/// # Panics
+/// If the tensor is on an autodiff device.
+pub fn to_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    match is_bf16(&x) {
+        false => x,
+        true if is_fused(&x.device()) => Tensor::from_dispatch(Dispatch::fused_to_f32(x.into_dispatch())),
+        true => x.cast(DType::F32),
+    }
+}
+
+/// Whether a parameter is in bfloat16.
+pub fn is_bf16<const D: usize>(x: &Tensor<D>) -> bool {
+    // burn-ndarray has no such type: see the adapter.
+    matches!(x.dtype(), DType::BF16 | DType::F64)
 }

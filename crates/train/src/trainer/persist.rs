@@ -84,7 +84,7 @@ impl<'a> Trainer<'a> {
         let device = self.model().embed.weight.val().device();
         let model = load_trained(&found.checkpoint, &device)?.model;
         let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
-        self.model = Some(model.with_loss(self.recipe.train.loss()));
+        self.model = Some(self.recipe.precision.hold(model.with_loss(self.recipe.train.loss())));
         let here = self.state.clone();
         self.restore(&found.checkpoint)?;
         let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
