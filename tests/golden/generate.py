@@ -24,6 +24,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+import bounded
 import optimizers
 import torch_schedules
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -360,6 +361,7 @@ def generate(out_dir):
     model_fixture(out_dir, "llama-tiny", llama(heads=4, kv_heads=2, tied=False), seed=2)
     tied = llama(heads=3, kv_heads=1, tied=True)
     model_fixture(out_dir, "llama-tiny-tied", tied, seed=3, config_text=older_llama_config(tied.config))
+    model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     adamw_fixture(out_dir)
     optimizers.fixture(save, out_dir)
     schedule_fixture(out_dir)

@@ -62,7 +62,7 @@ pub fn losses(recipe: &str, overrides: &[&str], device: &Device) -> Vec<f64> {
     seen.0
 }
 
-/// Losses of 20 steps of two small models (Llama-style with grouped heads, GPT-2-style with dropout) on `device` are those on ndarray to 1e-3 relative.
+/// Losses of 20 steps of three small models (Llama-style with grouped heads, the same with QK-norm and soft-caps, GPT-2-style with dropout) on `device` are those on ndarray to 1e-3 relative.
 #[track_caller]
 pub fn same_losses_as_ndarray(device: &Device) {
     let common = [
@@ -80,9 +80,11 @@ pub fn same_losses_as_ndarray(device: &Device) {
         "model.n_layers=2",
     ];
     let llama = ["model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=48"];
+    let bounds = ["model.qk_norm=true", "model.attention_softcap=3", "model.logit_softcap=6"];
+    let bounded = [&llama[..], &bounds].concat();
     let gpt2 = ["model.preset=gpt2", "model.n_heads=2", "model.dropout=0.1", "model.d_ff=64"];
     let ndarray = firebox::tensor::device::Backend::NdArray.device().unwrap();
-    for (name, shape) in [("llama", &llama[..]), ("gpt2", &gpt2[..])] {
+    for (name, shape) in [("llama", &llama[..]), ("bounded", &bounded[..]), ("gpt2", &gpt2[..])] {
         let mut set: Vec<&str> = common.to_vec();
         set.extend(shape);
         // `depth` of the base recipe and a preset exclude each other.

@@ -138,9 +138,15 @@ fn tied_llama_is_transformers_llama() {
     check("llama-tiny-tied");
 }
 
+/// QK-norm, both soft-caps and a window, against plain PyTorch.
+#[test]
+fn a_decoder_with_bounded_logits_is_pytorchs() {
+    check("bounded-tiny");
+}
+
 #[test]
 fn the_cache_gives_the_same_logits() {
-    for name in ["gpt2-tiny", "llama-tiny", "llama-tiny-tied"] {
+    for name in ["gpt2-tiny", "llama-tiny", "llama-tiny-tied", "bounded-tiny"] {
         use firebox::train::model_io::load;
         let file = TensorFile::open(golden(&format!("{name}.safetensors"))).unwrap();
         let dir = tempfile::tempdir().unwrap();

@@ -97,7 +97,7 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
             })
         }
         Kernel::Attention { batch, tokens, n_heads, n_kv_heads, head_dim } => {
-            let config = AttentionConfig { n_heads, n_kv_heads, head_dim, window: None, rope: None };
+            let config = AttentionConfig { n_heads, n_kv_heads, head_dim, window: None, softcap: 0.0, rope: None };
             let qkv = leaf([batch, tokens, config.qkv_width()], &device);
             let sequence = Sequence::plain(batch, tokens);
             backward(vec![keep(&qkv)], move || ops::attention(qkv.clone(), &config, &sequence))
@@ -128,7 +128,14 @@ fn firebox(kernel: &Kernel) -> Result<Call> {
             let (x, weight, targets) = (leaf([rows, d], &device), leaf([vocab, d], &device), ids(rows, vocab));
             let scale = 1.0 / rows as f64;
             backward(vec![keep(&x), keep(&weight)], move || {
-                ops::linear_cross_entropy(x.clone(), weight.clone(), targets.clone(), scale, &LossConfig::default())
+                ops::linear_cross_entropy(
+                    x.clone(),
+                    weight.clone(),
+                    targets.clone(),
+                    scale,
+                    0.0,
+                    &LossConfig::default(),
+                )
             })
         }
         Kernel::AdamW { n } => {

@@ -143,6 +143,8 @@ fn recipes() {
         ("tiny", "model.n_heads=0", &["n_heads", "0"]),
         ("tiny", "model.head_dim=7", &["head_dim", "even"]),
         ("tiny", "model.context=0", &["context", "0"]),
+        ("tiny", "model.attention_softcap=-1", &["attention_softcap", "-1"]),
+        ("tiny", "model.logit_softcap=inf", &["logit_softcap", "inf"]),
         ("tiny", "model.dropout=1", &["dropout", "1"]),
         ("tiny", "model.vocab_size=10", &["vocab_size", "10"]),
         ("tiny", "model.preset=gpt7", &["preset"]),

@@ -95,8 +95,11 @@ fn a_run_stopped_by_a_signal_goes_on_bit_for_bit() {
 #[test]
 fn resume_needs_no_more_than_the_run_and_its_text() {
     let lab = Lab::new(150);
-    let want = undisturbed(&lab, &LONG).fingerprint();
-    assert!(stop(&lab, "run", &LONG, 3, "TERM"));
+    // Every key of the model that is off by default must come back from the run.
+    let bounded = ["model.qk_norm=true", "model.attention_softcap=5", "model.logit_softcap=9"];
+    let args: Vec<&str> = LONG.into_iter().chain(bounded.into_iter().flat_map(|value| ["--set", value])).collect();
+    let want = undisturbed(&lab, &args).fingerprint();
+    assert!(stop(&lab, "run", &args, 3, "TERM"));
     // The recipe comes from the run; the second time, nothing is left to do.
     for _ in 0..2 {
         lab.call(&["train", "--resume", "--data", "docs.jsonl", "--out", "run"]).succeeded();

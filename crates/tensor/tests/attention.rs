@@ -27,10 +27,10 @@ fn layout(tokens: usize, rows: &[&[usize]]) -> (Vec<i32>, Vec<i32>) {
 type Case = (usize, usize, usize, usize, &'static [&'static [usize]], bool);
 
 fn run(case: &Case) {
-    run_with_window(case, None);
+    run_with(case, None, 0.0);
 }
 
-fn run_with_window(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, window: Option<usize>) {
+fn run_with(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, window: Option<usize>, softcap: f64) {
     let (positions, segments) = layout(tokens, rows);
     let sequence = Sequence::new(rows.len(), tokens, positions.clone(), &segments);
     let theta = rotary.then_some(100.0);
@@ -39,6 +39,7 @@ fn run_with_window(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, wi
         n_kv_heads: kv_heads,
         head_dim,
         window,
+        softcap,
         rope: theta.map(|theta| Arc::new(RopeTable::new(theta, head_dim, tokens))),
     };
     let width = config.qkv_width();
@@ -50,10 +51,11 @@ fn run_with_window(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, wi
         positions: &positions,
         segments: &segments,
         window: window.unwrap_or(usize::MAX),
+        softcap,
         theta,
     };
     check(
-        &format!("attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?} window {window:?}"),
+        &format!("attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?} window {window:?} cap {softcap}"),
         &[rows.len() * tokens * width],
         |t| ops::attention(t[0].clone().reshape([rows.len(), tokens, width]), &config, &sequence).flatten(0, 2),
         |x| plain.forward(&x[0]),
@@ -103,7 +105,23 @@ fn windows() {
         ((530, 1, 1, 2, &[&[530]], true), 200),
     ];
     for (case, window) in cases {
-        run_with_window(case, Some(*window));
+        run_with(case, Some(*window), 0.0);
+    }
+}
+
+/// Scores are of size 1 and, in wide heads, larger: the small caps are nearly reached, the large ones hardly bend.
+#[test]
+fn soft_caps() {
+    let cases: &[(Case, Option<usize>, f64)] = &[
+        ((1, 1, 1, 2, &[&[1]], false), None, 1.0),
+        ((7, 4, 2, 6, &[&[3, 4], &[1, 1, 5]], true), None, 0.5),
+        ((12, 4, 1, 33, &[&[12]], false), None, 3.0),
+        ((65, 3, 3, 5, &[&[65], &[30, 35]], false), Some(9), 0.7),
+        ((129, 2, 2, 4, &[&[129], &[1, 128]], true), None, 50.0),
+        ((300, 2, 1, 2, &[&[300], &[200, 60, 40]], true), Some(270), 2.0),
+    ];
+    for (case, window, softcap) in cases {
+        run_with(case, *window, *softcap);
     }
 }
 
@@ -113,8 +131,14 @@ fn the_same_bits_on_any_number_of_threads() {
         for (batch, tokens, heads, kv_heads) in [(2, 65, 2, 1), (1, 300, 4, 2), (1, 150, 1, 1)] {
             let run = |threads: usize| {
                 let device = device.clone().autodiff();
-                let config =
-                    AttentionConfig { n_heads: heads, n_kv_heads: kv_heads, head_dim: 6, window: None, rope: None };
+                let config = AttentionConfig {
+                    n_heads: heads,
+                    n_kv_heads: kv_heads,
+                    head_dim: 6,
+                    window: None,
+                    softcap: 1.5,
+                    rope: None,
+                };
                 let n = batch * tokens * config.qkv_width();
                 rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                     let x = Tensor::<1>::from_data(TensorData::new(values(n, 1), [n]), &device).require_grad();

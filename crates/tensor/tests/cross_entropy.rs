@@ -13,18 +13,20 @@ use firebox_tensor::ops::{self, LossConfig};
 #[test]
 fn follows_its_formula() {
     for (n, d, v) in [(1, 1, 2), (5, 3, 7), (40, 17, 65), (3, 2, 131)] {
-        for (label_smoothing, z_loss) in [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.05)] {
+        let losses =
+            [(0.0, 0.0, 0.0), (0.1, 0.0, 0.0), (0.0, 0.3, 0.0), (0.2, 0.05, 0.0), (0.0, 0.0, 1.5), (0.2, 0.05, 3.0)];
+        for (label_smoothing, z_loss, cap) in losses {
             let targets: Arc<[i32]> = (0..n).map(|i| if i % 3 == 1 { -100 } else { (i * 5 % v) as i32 }).collect();
             let scale = 0.37;
             let loss = LossConfig { label_smoothing, z_loss };
             check(
-                &format!("[{n}, {d}] x [{d}, {v}], {loss:?}"),
+                &format!("[{n}, {d}] x [{d}, {v}], {loss:?}, cap {cap}"),
                 &[n * d, v * d],
                 |t| {
                     let (h, w) = (t[0].clone().reshape([n, d]), t[1].clone().reshape([v, d]));
-                    ops::linear_cross_entropy(h, w, targets.clone(), scale, &loss)
+                    ops::linear_cross_entropy(h, w, targets.clone(), scale, cap, &loss)
                 },
-                |x| reference::linear_cross_entropy(&x[0], &x[1], d, &targets, scale, (label_smoothing, z_loss)),
+                |x| reference::linear_cross_entropy(&x[0], &x[1], d, &targets, scale, (label_smoothing, z_loss, cap)),
             );
         }
     }
@@ -43,6 +45,7 @@ fn run(device: &Device, v: usize, rows: std::ops::Range<usize>) -> [Vec<f64>; 3]
         w.clone(),
         targets,
         0.01,
+        2.0,
         &LossConfig { label_smoothing: 0.1, z_loss: 1e-3 },
     );
     let grads = loss.clone().backward();
@@ -81,7 +84,7 @@ fn a_non_finite_logit_reaches_the_loss() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let h = Tensor::<2>::from_data([[1.0f32, 2.0], [bad, 1.0]], &device);
             let w = Tensor::<2>::from_data([[1.0f32, 0.5], [0.5, 1.0], [0.1, 0.2]], &device);
-            let loss = host(ops::linear_cross_entropy(h, w, vec![0, 1].into(), 0.5, &LossConfig::default()))[0];
+            let loss = host(ops::linear_cross_entropy(h, w, vec![0, 1].into(), 0.5, 0.0, &LossConfig::default()))[0];
             assert!(!loss.is_finite(), "{bad}: loss {loss}");
         }
     }

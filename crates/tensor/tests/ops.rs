@@ -134,6 +134,22 @@ fn gradients_of_shared_values_add_up() {
 }
 
 #[test]
+fn qk_norm() {
+    for (b, t, heads, e) in [(1, 1, [1, 1], 2), (2, 3, [3, 1], 5), (1, 37, [4, 2], 33), (3, 11, [2, 2], 64)] {
+        let width = (heads[0] + 2 * heads[1]) * e;
+        check(
+            &format!("qk_norm [{b}, {t}] of {heads:?} heads of {e}"),
+            &[b * t * width, e, e],
+            |x| {
+                let gains = [x[1].clone(), x[2].clone()];
+                ops::qk_norm(x[0].clone().reshape([b, t, width]), gains, heads, 1e-5).flatten(0, 2)
+            },
+            |x| reference::qk_norm(&x[0], [&x[1], &x[2]], heads, 1e-5),
+        );
+    }
+}
+
+#[test]
 fn norms() {
     for (n, d) in [(1, 2), (3, 7), (131, 17), (2, 130)] {
         check(
@@ -393,7 +409,7 @@ fn results_do_not_depend_on_the_run() {
             let y = ops::gelu(x.clone());
             let w = Tensor::<2>::from_data(TensorData::new(values(11 * 12, 2), [11, 12]), &device);
             let targets = (0..130).map(|i| i % 11).collect();
-            let loss = ops::linear_cross_entropy(y.reshape([130, 12]), w, targets, 0.1, &LossConfig::default());
+            let loss = ops::linear_cross_entropy(y.reshape([130, 12]), w, targets, 0.1, 0.0, &LossConfig::default());
             let grads = loss.clone().backward();
             (host(loss), host(x.grad(&grads).unwrap()))
         };

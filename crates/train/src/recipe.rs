@@ -116,6 +116,15 @@ pub struct ModelRecipe {
     /// Tokens that a query sees at most, itself included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
+    /// RMSNorm of every head's queries and keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qk_norm: Option<bool>,
+    /// Soft-cap of attention scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_softcap: Option<f64>,
+    /// Soft-cap of the logits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_softcap: Option<f64>,
     /// `layer_norm` or `rms_norm`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormKind>,
@@ -412,6 +421,9 @@ impl ModelRecipe {
             }),
             context: self.context.unwrap_or(base.context),
             window: self.window.or(base.window),
+            qk_norm: self.qk_norm.unwrap_or(base.qk_norm),
+            attention_softcap: self.attention_softcap.unwrap_or(base.attention_softcap),
+            logit_softcap: self.logit_softcap.unwrap_or(base.logit_softcap),
             norm: self.norm.unwrap_or(base.norm),
             norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
             feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
@@ -446,6 +458,9 @@ impl ModelRecipe {
             d_ff: Some(d_ff),
             context: Some(context),
             window: config.window,
+            qk_norm: Some(config.qk_norm),
+            attention_softcap: Some(config.attention_softcap),
+            logit_softcap: Some(config.logit_softcap),
             norm: Some(config.norm),
             norm_eps: Some(config.norm_eps),
             feed_forward: Some(config.feed_forward),

@@ -27,6 +27,9 @@ fn device() -> Device {
 fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
     DecoderConfig {
         window: None,
+        qk_norm: false,
+        attention_softcap: 0.0,
+        logit_softcap: 0.0,
         vocab_size: 37,
         d_model: 24,
         n_layers: 5,
@@ -60,12 +63,14 @@ fn llama(tied: bool, dropout: f64) -> DecoderConfig {
     }
 }
 
-fn models() -> [(&'static str, DecoderConfig); 4] {
+fn models() -> [(&'static str, DecoderConfig); 5] {
+    let bounded = DecoderConfig { qk_norm: true, attention_softcap: 2.0, logit_softcap: 5.0, ..llama(true, 0.0) };
     [
         ("GPT-2, tied, dropout", gpt2(true, 0.2)),
         ("GPT-2, untied", gpt2(false, 0.0)),
         ("Llama, untied, dropout", llama(false, 0.1)),
         ("Llama, tied", llama(true, 0.0)),
+        ("Llama, tied, QK-norm, soft-caps", bounded),
     ]
 }
 

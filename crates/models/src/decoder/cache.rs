@@ -51,7 +51,7 @@ impl Decoder {
         let mask = (n > 1).then(|| causal_mask(n, past, window, &device));
         let keep = (past + n).min(window - 1);
         for (block, stored) in self.blocks.iter().zip(&mut cache.blocks) {
-            let qkv = block.attn.qkv.forward(x.clone(), block.attn_norm.before(), None);
+            let qkv = block.project(x.clone(), self.attention_config());
             let heads = |first: usize, count: usize| {
                 qkv.clone().narrow(2, first * e, count * e).reshape([1, n, count, e]).swap_dims(1, 2)
             };
@@ -68,7 +68,7 @@ impl Decoder {
             *stored = (keep > 0).then(|| [kept(&key), kept(&value)]);
             // The H / K query heads of a group are rows of one product.
             let scores = q.reshape([1, k, g * n, e]).matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
-            let mut scores = scores.reshape([1, g * k, n, past + n]);
+            let mut scores = ops::soft_cap(scores, config.attention_softcap).reshape([1, g * k, n, past + n]);
             if let Some(mask) = &mask {
                 scores = scores + mask.clone();
             }
@@ -79,7 +79,7 @@ impl Decoder {
         }
         cache.tokens += n;
         let last = self.norm.forward(x.narrow(1, n - 1, 1));
-        ops::linear_transposed(last, self.head_weight()).reshape([config.vocab_size])
+        self.head_logits(last).reshape([config.vocab_size])
     }
 }
 

@@ -25,6 +25,15 @@ pub struct DecoderConfig {
     /// How many tokens a query sees at most, itself included; the whole row if `None` (Mistral's sliding window, arXiv:2310.06825).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
+    /// Whether every head's queries and keys go through an RMSNorm before they are rotated (see [`qk_norm`](firebox_tensor::ops::qk_norm)).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub qk_norm: bool,
+    /// Soft-cap of attention scores (see [`soft_cap`](firebox_tensor::ops::soft_cap)); 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub attention_softcap: f64,
+    /// Soft-cap of the logits; 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub logit_softcap: f64,
     /// Normalization before each part and at the end.
     pub norm: NormKind,
     /// Added to the variance.
@@ -41,6 +50,14 @@ pub struct DecoderConfig {
     pub dropout: f64,
     /// Standard deviation of initial weights; those that write to the residual stream get `init_std / sqrt(2 n_layers)` (GPT-2, section 2.3).
     pub init_std: f64,
+}
+
+// What is off is not written, so that files stay as they were before there was a choice.
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 /// A normalization.
@@ -121,6 +138,11 @@ impl DecoderConfig {
         if self.window == Some(0) {
             return fail("window", "0".into(), "must be at least 1: a query sees itself".into());
         }
+        for (field, cap) in [("attention_softcap", self.attention_softcap), ("logit_softcap", self.logit_softcap)] {
+            if cap != 0.0 && !(1e-3..=1e6).contains(&cap) {
+                return fail(field, cap.to_string(), "must be 0 (none) or from 0.001 to 1000000".into());
+            }
+        }
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -160,7 +182,8 @@ impl DecoderConfig {
         let bias = |n: usize| if self.bias { n } else { 0 };
         let norm = d + if self.norm == NormKind::LayerNorm { bias(d) } else { 0 };
         let linear = |i: usize, o: usize| i * o + bias(o);
-        let attention = linear(d, self.qkv_width()) + linear(self.n_heads * self.head_dim, d);
+        let head_norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let attention = linear(d, self.qkv_width()) + head_norms + linear(self.n_heads * self.head_dim, d);
         let mlp = linear(d, self.ff_in_width()) + linear(self.d_ff, d);
         let tables = self.vocab_size * d * if self.tied { 1 } else { 2 };
         let positions = if self.positions == Positions::Learned { self.context * d } else { 0 };

@@ -1,4 +1,4 @@
-//! Names, layouts and configs of Hugging Face's GPT-2, Llama, and Mistral (which is Llama with a sliding window).
+//! Names, layouts and configs of Hugging Face's GPT-2, Llama, Mistral (which is Llama with a sliding window) and Qwen 3 (with QK-norm).
 //!
 //! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
 //! only maps values in memory: files belong to whoever reads and writes them.
@@ -14,7 +14,7 @@ use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
 pub enum Family {
     /// `GPT2LMHeadModel`
     Gpt2,
-    /// `LlamaForCausalLM`, or `MistralForCausalLM` where attention has a window.
+    /// `LlamaForCausalLM`, `MistralForCausalLM` where attention has a window, or `Qwen3ForCausalLM` where queries and keys are normalized.
     Llama,
     /// Neither: Firebox's own names and config, for combinations that Hugging Face has no class for.
     Firebox,
@@ -25,7 +25,7 @@ pub enum Family {
 pub enum HfError {
     /// It is of an architecture that this decoder does not cover.
     #[error(
-        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, firebox: this checkpoint cannot be loaded as a decoder"
+        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, qwen3, firebox: this checkpoint cannot be loaded as a decoder"
     )]
     Architecture {
         /// Its `model_type`.
@@ -92,7 +92,9 @@ impl Family {
             && config.feed_forward == FeedForward::SwiGlu
             && matches!(config.positions, Positions::Rotary { .. })
             && !config.bias;
-        match (gpt2, llama) {
+        // Gemma 2 has soft-caps, but also norms after each part.
+        let softcap = config.attention_softcap != 0.0 || config.logit_softcap != 0.0;
+        match (gpt2 && !config.qk_norm && !softcap, llama && !(config.qk_norm && config.window.is_some()) && !softcap) {
             (true, _) => Family::Gpt2,
             (_, true) => Family::Llama,
             _ => Family::Firebox,
@@ -122,6 +124,11 @@ impl Family {
             let (h, k) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
             let qkv = [("self_attn.q_proj", h), ("self_attn.k_proj", k), ("self_attn.v_proj", k)];
             table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.bias);
+            if config.qk_norm {
+                for (ours, llama) in [("attn.q_norm", "self_attn.q_norm"), ("attn.k_norm", "self_attn.k_norm")] {
+                    table.norm(name(ours, "", llama), config.head_dim, false);
+                }
+            }
             table.linear(name("attn.out", "attn.c_proj", ""), h, &llama, &[("self_attn.o_proj", d)], config.bias);
             table.norm(name("mlp_norm", "ln_2", "post_attention_layernorm"), d, norm_bias);
             let input: &[_] = match config.feed_forward {
@@ -167,9 +174,10 @@ impl Family {
             }),
             Family::Llama => {
                 let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
-                let (class, model_type) = match config.window {
-                    None => ("LlamaForCausalLM", "llama"),
-                    Some(_) => ("MistralForCausalLM", "mistral"),
+                let (class, model_type) = match (config.qk_norm, config.window) {
+                    (true, _) => ("Qwen3ForCausalLM", "qwen3"),
+                    (false, None) => ("LlamaForCausalLM", "llama"),
+                    (false, Some(_)) => ("MistralForCausalLM", "mistral"),
                 };
                 let mut json = json!({
                     "architectures": [class],
@@ -225,6 +233,7 @@ pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
             let window = if said { keys.count_or("sliding_window")? } else { Some(4096) };
             (Family::Llama, DecoderConfig { window, ..keys.llama()? })
         }
+        "qwen3" => (Family::Llama, keys.qwen3()?),
         "firebox" => {
             let decoder = keys.0.get("decoder").cloned().unwrap_or(Value::Null);
             let config = serde_json::from_value(decoder).map_err(|e| HfError::Key {
@@ -303,6 +312,9 @@ impl Keys<'_> {
             d_ff: self.count_or("n_inner")?.unwrap_or(4 * d_model),
             context: self.count("n_positions")?,
             window: None,
+            qk_norm: false,
+            attention_softcap: 0.0,
+            logit_softcap: 0.0,
             norm: NormKind::LayerNorm,
             norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
             feed_forward: match self.0.get("activation_function") {
@@ -315,6 +327,15 @@ impl Keys<'_> {
             dropout: self.number_or("resid_pdrop", 0.1)?,
             init_std: self.number_or("initializer_range", 0.02)?,
         })
+    }
+
+    fn qwen3(&self) -> Result<DecoderConfig, HfError> {
+        if self.flag_or("use_sliding_window", false)? {
+            return Err(HfError::Unsupported { key: "use_sliding_window", got: "true".into() });
+        }
+        // Where the file says nothing, transformers takes heads of 128.
+        let head_dim = self.count_or("head_dim")?.unwrap_or(128);
+        Ok(DecoderConfig { qk_norm: true, head_dim, ..self.llama()? })
     }
 
     fn llama(&self) -> Result<DecoderConfig, HfError> {
@@ -347,6 +368,9 @@ impl Keys<'_> {
             d_ff: self.count("intermediate_size")?,
             context: self.count_or("max_position_embeddings")?.unwrap_or(2048),
             window: None,
+            qk_norm: false,
+            attention_softcap: 0.0,
+            logit_softcap: 0.0,
             norm: NormKind::RmsNorm,
             norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
             feed_forward: FeedForward::SwiGlu,
@@ -497,8 +521,37 @@ mod tests {
     }
 
     #[test]
+    fn qk_norm_makes_llama_a_qwen3() {
+        let llama = presets::named("llama-30m").unwrap();
+        let config = DecoderConfig { qk_norm: true, dropout: 0.0, ..llama.clone() };
+        let mut json = Family::of(&config).config_json(&config);
+        assert_eq!(json["model_type"], "qwen3");
+        assert_eq!(parse_config(&json).unwrap(), (Family::Llama, config.clone()));
+        let entries = Family::Llama.entries(&config);
+        let gain = entries.iter().find(|e| e.param == "blocks.1.attn.q_norm.weight").unwrap();
+        assert_eq!(gain.pieces[0].name, "model.layers.1.self_attn.q_norm.weight");
+        assert_eq!(gain.shape, [config.head_dim]);
+        json.as_object_mut().unwrap().remove("head_dim");
+        assert_eq!(parse_config(&json).unwrap().1.head_dim, 128);
+        json["use_sliding_window"] = true.into();
+        assert!(parse_config(&json).unwrap_err().to_string().contains("use_sliding_window"));
+        // What no class of Hugging Face has.
+        for config in [
+            DecoderConfig { window: Some(100), ..config },
+            DecoderConfig { attention_softcap: 50.0, ..llama.clone() },
+            DecoderConfig { logit_softcap: 30.0, ..presets::named("gpt2").unwrap() },
+            DecoderConfig { qk_norm: true, ..presets::named("gpt2").unwrap() },
+        ] {
+            let family = Family::of(&config);
+            assert_eq!(family, Family::Firebox);
+            assert_eq!(parse_config(&family.config_json(&config)).unwrap(), (family, config));
+        }
+    }
+
+    #[test]
     fn entries_cover_every_parameter_once() {
-        for (name, config) in presets::all() {
+        let normed = DecoderConfig { qk_norm: true, ..presets::depth(2, 31) };
+        for (name, config) in presets::all().into_iter().chain([("QK-norm", normed)]) {
             for family in [Family::of(&config), Family::Firebox] {
                 let entries = family.entries(&config);
                 let elements: usize = entries.iter().map(|e| e.shape.iter().product::<usize>()).sum();

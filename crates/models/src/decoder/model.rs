@@ -60,7 +60,7 @@ pub struct Linear {
 /// LayerNorm or RMSNorm.
 #[derive(Module, Debug)]
 pub struct Norm {
-    /// `[D]`
+    /// `[D]`, or `[E]` per head
     pub weight: Param<Tensor<1>>,
     /// `[D]`
     pub bias: Option<Param<Tensor<1>>>,
@@ -88,6 +88,10 @@ pub struct Block {
 pub struct Attention {
     /// `D -> (H + 2 K) E`, columns `[q | k | v]`.
     pub qkv: Linear,
+    /// RMSNorm of every query head, where queries and keys are normalized.
+    pub q_norm: Option<Norm>,
+    /// The same of every key head.
+    pub k_norm: Option<Norm>,
     /// `H E -> D`
     pub out: Linear,
 }
@@ -151,6 +155,11 @@ impl Init<'_> {
         }
     }
 
+    /// Of one head's queries or keys.
+    fn head_norm(&self, config: &DecoderConfig) -> Norm {
+        Norm { weight: self.constant(config.head_dim, 1.0), bias: None, kind: NormKind::RmsNorm, eps: config.norm_eps }
+    }
+
     fn block(&self, i: usize, config: &DecoderConfig) -> Block {
         let DecoderConfig { d_model: d, init_std: std, bias, .. } = *config;
         let residual_std = std / (2.0 * config.n_layers as f64).sqrt();
@@ -160,6 +169,8 @@ impl Init<'_> {
             attn_norm: self.norm(config),
             attn: Attention {
                 qkv: self.linear(&name("attn.qkv"), [d, config.qkv_width()], std, bias),
+                q_norm: config.qk_norm.then(|| self.head_norm(config)),
+                k_norm: config.qk_norm.then(|| self.head_norm(config)),
                 out: self.linear(&name("attn.out"), [heads, d], residual_std, bias),
             },
             mlp_norm: self.norm(config),
@@ -198,6 +209,7 @@ impl Decoder {
                     n_kv_heads: config.n_kv_heads,
                     head_dim: config.head_dim,
                     window: config.window,
+                    softcap: config.attention_softcap,
                     rope,
                 },
                 seed,
@@ -251,7 +263,12 @@ impl Decoder {
     /// # Panics
     /// As [`hidden`](Self::hidden).
     pub fn logits(&self, batch: &TokenBatch) -> Tensor<3> {
-        ops::linear_transposed(self.hidden(batch), self.head_weight())
+        self.head_logits(self.hidden(batch))
+    }
+
+    /// Logits from hidden states after the final norm.
+    pub(crate) fn head_logits(&self, hidden: Tensor<3>) -> Tensor<3> {
+        ops::soft_cap(ops::linear_transposed(hidden, self.head_weight()), self.context.config.logit_softcap)
     }
 
     /// Embeds the tokens, with their positions where those are learned.
@@ -302,7 +319,8 @@ impl Staged for Decoder {
             let loss = if step.is_some() { self.context.loss } else { LossConfig::default() };
             let x = self.norm.forward(x).reshape([b * t, d]);
             let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
-            return Flow::Loss(ops::linear_cross_entropy(x, self.head_weight(), targets, scale, &loss));
+            let cap = self.context.config.logit_softcap;
+            return Flow::Loss(ops::linear_cross_entropy(x, self.head_weight(), targets, scale, cap, &loss));
         };
         // A residual is added inside the product before it, unless dropout comes between.
         let fused = step.is_none() || self.context.config.dropout == 0.0;
@@ -310,12 +328,26 @@ impl Staged for Decoder {
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
             if fused { y } else { x + self.drop(y, step, &format!("{place}.{i}")) }
         };
-        let qkv = block.attn.qkv.forward(x.clone(), block.attn_norm.before(), None);
+        let qkv = block.project(x.clone(), &self.context.attention);
         let y = ops::attention(qkv, &self.context.attention, sequence);
         let y = block.attn.out.forward(y, Pre::Nothing, residual(&x));
         let x = join(x, y, "attn");
         let y = block.mlp.forward(x.clone(), block.mlp_norm.before(), residual(&x));
         Flow::Hidden(join(x, y, "mlp"))
+    }
+}
+
+impl Block {
+    /// `[q | k | v]` of attention, not yet rotated; `[B, T, D] -> [B, T, (H + 2 K) E]`
+    pub(crate) fn project(&self, x: Tensor<3>, config: &AttentionConfig) -> Tensor<3> {
+        let qkv = self.attn.qkv.forward(x, self.attn_norm.before(), None);
+        match (&self.attn.q_norm, &self.attn.k_norm) {
+            (Some(q), Some(k)) => {
+                let heads = [config.n_heads, config.n_kv_heads];
+                ops::qk_norm(qkv, [q.weight.val(), k.weight.val()], heads, q.eps)
+            }
+            _ => qkv,
+        }
     }
 }
 

@@ -6,7 +6,8 @@
 //! reaches are skipped. Forward keeps a running maximum and sum per query (FlashAttention-2, arXiv:2307.08691, algorithm 1) and returns
 //! their logarithm; backward makes the probabilities again from it (algorithm 2), and takes rowsum(P dP) from rowsum(dO O).
 //!
-//! Scores are logarithms to base 2: `log2(e) / sqrt(E)` is part of the packed queries.
+//! Scores are logarithms to base 2: `log2(e) / sqrt(E)` is part of the packed queries. A soft-cap bends them on their way into the softmax, and again in
+//! backward.
 
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 use super::matmul::Into;
 use super::panel::{AHEAD, Columns, PANEL, Parts, Place, Row, pack, transpose, unpack};
 use super::scratch::with_scratch;
-use super::simd::{LANES, dot, exp2, fold_lanes, vectorized};
+use super::simd::{LANES, dot, exp2, fold_lanes, tanh, vectorized};
 use super::tile::{Left, STRIP, tile};
 
 pub(crate) use super::panel::Rope;
@@ -44,6 +45,8 @@ pub(crate) struct Shape<'a> {
     pub starts: &'a [u32],
     /// How many keys a query sees at most, itself included.
     pub window: usize,
+    /// Soft-cap of the scores; 0: none.
+    pub softcap: f32,
     /// Cosines and sines, if positions are rotary.
     pub rope: Option<Rope<'a>>,
 }
@@ -69,6 +72,10 @@ impl Shape<'_> {
     /// What packed queries are multiplied with, so that their scores are logarithms to base 2.
     fn query_factor(&self) -> f32 {
         self.scale() * LOG2_E
+    }
+    /// The cap of scores to base 2.
+    fn cap(&self) -> f32 {
+        self.softcap * LOG2_E
     }
     /// First column of head `head` of `q`, `k` or `v`.
     fn column(&self, part: Part, head: usize) -> usize {
@@ -258,7 +265,7 @@ fn forward_block(
             let rows = s * STRIP..(s * STRIP + STRIP).min(block.len());
             let scores = &mut scores[(reach.start - k0 / PANEL) * QUERIES + rows.start..];
             let (column, row) = (reach.start * PANEL, block.start + rows.start);
-            softmax(scores, reach.len(), column, row, &firsts[rows.clone()], running, s);
+            softmax(scores, reach.len(), column, row, &firsts[rows.clone()], shape.cap(), running, s);
             let into = if k0 > firsts[rows.start] { Into::Add } else { Into::Write };
             if into == Into::Add {
                 correct(o, &running.corrections[s], rows.start);
@@ -396,6 +403,7 @@ fn backward_head(
                         column,
                         row,
                         &firsts[rows.clone()],
+                        shape.cap(),
                         log_sums,
                         delta,
                     );
@@ -472,6 +480,7 @@ vectorized! {
         column: usize,
         row: usize,
         firsts: &[usize],
+        cap: f32,
         running: &mut Running,
         strip: usize,
     ) {
@@ -481,6 +490,9 @@ vectorized! {
             let mut lanes = [f32::NEG_INFINITY; PANEL];
             for p in 0..panels {
                 let scores = &mut scores[p * QUERIES + i];
+                if cap > 0.0 {
+                    scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+                }
                 mask(scores, column + p * PANEL, first, row + i + 1, f32::NEG_INFINITY);
                 for (lane, &score) in lanes.iter_mut().zip(&*scores) {
                     *lane = if score > *lane { score } else { *lane };
@@ -531,7 +543,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// `p = 2^(p - log_sum)` and `ds = p (ds - delta)` for a strip; zero outside each query's reach.
+    /// `p = 2^(p - log_sum)` and `ds = p (ds - delta)` for a strip; zero outside each query's reach. With a cap, p is `cap tanh(p / cap)` first, and ds
+    /// has the slope of that.
     fn softmax_backward(
         p: &mut [Row],
         ds: &mut [Row],
@@ -539,15 +552,24 @@ vectorized! {
         column: usize,
         row: usize,
         firsts: &[usize],
+        cap: f32,
         log_sums: &[f32],
         delta: &[f32],
     ) {
         for (i, ((&first, &log_sum), &delta)) in firsts.iter().zip(log_sums).zip(delta).enumerate() {
             for panel in 0..panels {
                 let (p, ds) = (&mut p[panel * QUERIES + i], &mut ds[panel * QUERIES + i]);
-                for (p, ds) in p.iter_mut().zip(&mut *ds) {
-                    *p = exp2(*p - log_sum);
-                    *ds = *p * (*ds - delta);
+                if cap > 0.0 {
+                    for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                        let t = tanh(*p / cap);
+                        *p = exp2(cap * t - log_sum);
+                        *ds = *p * (*ds - delta) * (1.0 - t * t);
+                    }
+                } else {
+                    for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                        *p = exp2(*p - log_sum);
+                        *ds = *p * (*ds - delta);
+                    }
                 }
                 mask(p, column + panel * PANEL, first, row + i + 1, 0.0);
                 mask(ds, column + panel * PANEL, first, row + i + 1, 0.0);

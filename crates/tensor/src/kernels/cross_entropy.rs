@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::matmul::{Compute, Into, Mat, matmul};
-use super::simd::{exp_sum, max, sum, vectorized};
+use super::simd::{exp, exp_sum, max, reduce, sum, tanh, vectorized};
 use crate::buffers::{buffer, recycle};
 
 /// Bytes of logits that exist at once, where that is enough rows.
@@ -30,6 +30,8 @@ pub(crate) struct Loss {
     pub z_loss: f32,
     /// In what the head is multiplied.
     pub compute: Compute,
+    /// Soft-cap of the logits; 0: none.
+    pub softcap: f32,
 }
 
 /// Where the gradients of the summed loss go, before the upstream gradient; overwritten.
@@ -85,26 +87,38 @@ vectorized! {
     /// The row's loss, not yet scaled; turns its logits into the gradient of the scaled one where that is asked for.
     ///
     /// With l the logarithm of softmax's denominator and e the smoothing, the loss is `l - (1 - e) x_t - e mean(x) + z l^2`, and its gradient
-    /// `softmax(x) (1 + 2 z l) - (1 - e) onehot - e / V`.
+    /// `softmax(x) (1 + 2 z l) - (1 - e) onehot - e / V`. With a cap c, x is `c tanh(logit / c)`, whose slope is `1 - (x / c)^2`.
     fn row_loss(row: &mut [f32], target: i32, loss: Loss, with_gradient: bool) -> f32 {
         if target < 0 {
             row.fill(0.0);
             return 0.0;
         }
-        let Loss { scale, label_smoothing, z_loss, .. } = loss;
+        let Loss { scale, label_smoothing, z_loss, softcap, .. } = loss;
         let target = target as usize;
+        let capped = softcap > 0.0;
+        if capped {
+            row.iter_mut().for_each(|x| *x = softcap * tanh(*x / softcap));
+        }
         let at_target = row[target];
         let mean = if label_smoothing > 0.0 { sum(row) / row.len() as f32 } else { 0.0 };
         let top = max(row);
-        let denominator = exp_sum(row, top);
+        // The slope needs the capped logits once more.
+        let denominator = if capped {
+            reduce(row, 0.0, |sum, x| sum + exp(x - top), |a, b| a + b)
+        } else {
+            exp_sum(row, top)
+        };
         let log = top + denominator.ln();
         if with_gradient {
             let k = scale * (1.0 + 2.0 * z_loss * log) / denominator;
             let spread = scale * label_smoothing / row.len() as f32;
-            for x in row.iter_mut() {
-                *x = *x * k - spread;
+            let slope = |x: f32| if capped { 1.0 - (x / softcap) * (x / softcap) } else { 1.0 };
+            if capped {
+                row.iter_mut().for_each(|x| *x = (exp(*x - top) * k - spread) * slope(*x));
+            } else {
+                row.iter_mut().for_each(|x| *x = *x * k - spread);
             }
-            row[target] -= scale * (1.0 - label_smoothing);
+            row[target] -= scale * (1.0 - label_smoothing) * slope(at_target);
         }
         // A non-finite logit must reach the loss, although `exp` and `max` would hide it.
         if !(at_target.is_finite() && top.is_finite()) {

@@ -11,6 +11,9 @@ use super::{add_assign, sum_over_rows};
 /// Rows that one task works on. Fixed, so that partial sums of the weights' gradients are added in one order on any number of threads.
 const ROWS: usize = 128;
 
+/// The same for rows of many heads.
+const QK_ROWS: usize = 16;
+
 /// Parameters of a norm over rows of `weight.len()` values.
 #[derive(Clone, Copy)]
 pub(crate) struct Norm<'a> {
@@ -109,6 +112,54 @@ vectorized! {
             }
         }
     }
+}
+
+/// RMSNorm of the heads of queries and keys in rows `[q | k | v]`: one gain for every query head, one for every key head.
+#[derive(Clone, Copy)]
+pub(crate) struct QkNorm<'a> {
+    /// Of queries and of keys, both of E values.
+    pub norms: [Norm<'a>; 2],
+    /// Query heads, and key heads.
+    pub heads: [usize; 2],
+}
+
+impl QkNorm<'_> {
+    /// Where values begin, and the width of a row, with E values a head.
+    fn widths(&self) -> (usize, usize) {
+        let ([h, k], e) = (self.heads, self.norms[0].weight.len());
+        ((h + k) * e, (h + 2 * k) * e)
+    }
+}
+
+/// Rows of `[q | k | v]` with their queries and keys normalized.
+pub(crate) fn qk_norm(x: &[f32], n: QkNorm<'_>, out: &mut [f32]) {
+    let ([h, _], [q, k], (values, width)) = (n.heads, n.norms, n.widths());
+    let split = h * q.weight.len();
+    out.par_chunks_mut(width * QK_ROWS).zip(x.par_chunks(width * QK_ROWS)).for_each(|(out, x)| {
+        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            rows(&x[..split], q, &mut out[..split]);
+            rows(&x[split..values], k, &mut out[split..values]);
+            out[values..].copy_from_slice(&x[values..]);
+        }
+    });
+}
+
+/// Gradients of [`qk_norm`]: turns `g` from the gradient of the output into that of `x`, and overwrites those of the gains.
+pub(crate) fn qk_norm_backward(x: &[f32], n: QkNorm<'_>, g: &mut [f32], [dq, dk]: [&mut [f32]; 2]) {
+    let ([h, _], [q, k], (values, width)) = (n.heads, n.norms, n.widths());
+    let e = q.weight.len();
+    let split = h * e;
+    let mut sums = vec![0.0; 2 * e];
+    let chunks = g.par_chunks_mut(width * QK_ROWS).zip(x.par_chunks(width * QK_ROWS));
+    sum_over_rows(chunks, &mut sums, Into::Write, |(g, x), sums| {
+        let (q_sums, k_sums) = sums.split_at_mut(e);
+        for (g, x) in g.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            rows_backward(&x[..split], q, &mut g[..split], &mut [], q_sums);
+            rows_backward(&x[split..values], k, &mut g[split..values], &mut [], k_sums);
+        }
+    });
+    dq.copy_from_slice(&sums[..e]);
+    dk.copy_from_slice(&sums[e..]);
 }
 
 /// With xhat = (x - mean) r and h = dy * weight: dx = r (h - mean(h) - xhat mean(h * xhat)); the middle term falls where no mean was

@@ -13,6 +13,7 @@ use burn::tensor::{Tensor, activation};
 use super::compute::compute;
 use super::extension::FusedOps;
 use super::sequence::{RopeTable, Sequence, rotate_half};
+use super::softcap::{assert_cap, soft_cap};
 use super::vjp::{Kept, Tracked, dims, give_back, kept};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
@@ -30,6 +31,8 @@ pub struct AttentionConfig {
     pub head_dim: usize,
     /// How many keys a query sees at most, itself included (Mistral's sliding window, arXiv:2310.06825); all before it if `None`.
     pub window: Option<usize>,
+    /// Scores s become `c tanh(s / c)`, which keeps them in (-c, c) (Gemma 2, arXiv:2408.00118, section 2); 0: as they are.
+    pub softcap: f64,
     /// Rotations of queries and keys, if positions are rotary.
     pub rope: Option<Arc<RopeTable>>,
 }
@@ -41,19 +44,20 @@ impl AttentionConfig {
     }
 }
 
-/// `softmax(q k^T / sqrt(E)) v` per head; a query sees the tokens of its own segment up to itself, at most
+/// `softmax(cap(q k^T / sqrt(E))) v` per head; a query sees the tokens of its own segment up to itself, at most
 /// `window` of them. No T x T matrix is kept on the fused backends.
 ///
 /// # Shapes
 /// - `qkv`: `[B, T, (H + 2 K) E]`; output `[B, T, H E]`
 ///
 /// # Panics
-/// If the shapes do not fit, the window is 0, or a position is beyond the rotary table.
+/// If the shapes do not fit, the window is 0, the soft-cap is negative or not finite, or a position is beyond the rotary table.
 pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
     let [batch, tokens, width] = qkv.dims();
     let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
     assert!(config.window != Some(0), "attention: a query sees itself: give a window of at least 1");
+    assert_cap(config.softcap);
     assert_eq!(width, config.qkv_width(), "attention: [q | k | v] of {h} + 2 * {k} heads of {e}, got width {width}");
     assert!(
         batch == sequence.batch() && tokens == sequence.tokens(),
@@ -89,7 +93,7 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
     // The H / K query heads of a group are rows of one product: [B, K, (H / K) T, E].
     let g = h / k;
     let q = q.reshape([batch, k, g * tokens, e]);
-    let scores = q.matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt());
+    let scores = soft_cap(q.matmul(key.swap_dims(2, 3)) * (1.0 / (e as f64).sqrt()), config.softcap);
     let scores = scores.reshape([batch, h, tokens, tokens]);
     // Large, but finite: a row of -inf would turn into NaN.
     let p = activation::softmax(
@@ -109,7 +113,7 @@ pub(crate) struct Attention {
 
 impl Attention {
     fn shape(&self) -> kernel::Shape<'_> {
-        let AttentionConfig { n_heads, n_kv_heads, head_dim, window, rope } = &self.config;
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, window, softcap, rope } = &self.config;
         kernel::Shape {
             batch: self.sequence.batch(),
             tokens: self.sequence.tokens(),
@@ -118,6 +122,7 @@ impl Attention {
             head_dim: *head_dim,
             starts: self.sequence.starts(),
             window: window.unwrap_or(usize::MAX),
+            softcap: *softcap as f32,
             rope: rope.as_deref().map(|table| {
                 let (cos, sin) = table.tables();
                 kernel::Rope { cos, sin, positions: self.sequence.positions() }

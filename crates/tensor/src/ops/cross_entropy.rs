@@ -13,6 +13,7 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::linear::Weight;
+use super::softcap::{assert_cap, soft_cap};
 use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
 use crate::buffers::buffer;
@@ -29,8 +30,8 @@ pub struct LossConfig {
     pub z_loss: f64,
 }
 
-/// `scale` times the sum of the losses, in nats, of the rows whose target is not negative: with x the logits `hidden_i weight^T`, e the label
-/// smoothing and z the z-loss,
+/// `scale` times the sum of the losses, in nats, of the rows whose target is not negative: with x the logits `hidden_i weight^T`, through
+/// [`soft_cap`] with `softcap` (0: as they are), e the label smoothing and z the z-loss,
 /// `-(1 - e) log softmax(x)[target_i] - e mean(log softmax(x)) + z (log sum exp x)^2`.
 /// A row with any negative target counts nothing, in the loss and in the gradients. With `scale` = 1 / (number of the other rows of the whole
 /// batch), the losses of micro-batches add up to the mean loss of the batch, and so do their gradients.
@@ -39,12 +40,13 @@ pub struct LossConfig {
 /// - `hidden`: `[N, D]`, `weight`: `[V, D]`, `targets`: `N` values; output `[1]`
 ///
 /// # Panics
-/// If a target is not below V, the number of targets is not N, or a value of `loss` is out of range.
+/// If a target is not below V, the number of targets is not N, or `softcap` or a value of `loss` is out of range.
 pub fn linear_cross_entropy(
     hidden: Tensor<2>,
     weight: Tensor<2>,
     targets: Arc<[i32]>,
     scale: f64,
+    softcap: f64,
     loss: &LossConfig,
 ) -> Tensor<1> {
     let ([n, _], [v, _]) = (hidden.dims(), weight.dims());
@@ -55,13 +57,14 @@ pub fn linear_cross_entropy(
     let LossConfig { label_smoothing, z_loss } = *loss;
     assert!((0.0..1.0).contains(&label_smoothing), "cross-entropy: label smoothing {label_smoothing} is not in [0, 1)");
     assert!(z_loss >= 0.0 && z_loss.is_finite(), "cross-entropy: z-loss {z_loss} is not a factor of at least 0");
+    assert_cap(softcap);
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
-        let op = CrossEntropy { targets, scale, loss: *loss, compute: compute() };
+        let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute() };
         return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
     let device = hidden.device();
-    let logits = multiply(hidden, weight.transpose());
+    let logits = soft_cap(multiply(hidden, weight.transpose()), softcap);
     let log_p = activation::log_softmax(logits.clone(), 1);
     let at: Vec<i32> = targets.iter().map(|&t| t.max(0)).collect();
     let kept: Vec<f32> = targets.iter().map(|&t| f32::from(u8::from(t >= 0))).collect();
@@ -84,6 +87,7 @@ pub fn linear_cross_entropy(
 pub(crate) struct CrossEntropy {
     targets: Arc<[i32]>,
     scale: f64,
+    softcap: f64,
     loss: LossConfig,
     compute: Compute,
 }
@@ -95,6 +99,7 @@ impl CrossEntropy {
             label_smoothing: self.loss.label_smoothing as f32,
             z_loss: self.loss.z_loss as f32,
             compute: self.compute,
+            softcap: self.softcap as f32,
         };
         kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, gradients)
     }

@@ -9,7 +9,7 @@ use super::attention::{self, Attention};
 use super::cross_entropy::{self, CrossEntropy};
 use super::embedding::Embedding;
 use super::linear::Linear;
-use super::norm::Norm;
+use super::norm::{Norm, QkNorm};
 use super::seed::{self, Enter};
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
@@ -27,6 +27,12 @@ pub(crate) trait FusedOps: Backend {
         op: Linear,
     ) -> FloatTensor<Self>;
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
+    fn fused_qk_norm(
+        qkv: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        op: QkNorm,
+    ) -> FloatTensor<Self>;
     fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self>;
     fn fused_swiglu(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self>;
@@ -64,6 +70,14 @@ macro_rules! host_backend {
                 op: Norm,
             ) -> FloatTensor<Self> {
                 op.forward::<Self>([x, w, b])
+            }
+            fn fused_qk_norm(
+                qkv: FloatTensor<Self>,
+                q: FloatTensor<Self>,
+                k: FloatTensor<Self>,
+                op: QkNorm,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([qkv, q, k])
             }
             fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
@@ -116,6 +130,14 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     }
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
         apply::<B, C, _, 3>(op, [x, w, b])
+    }
+    fn fused_qk_norm(
+        qkv: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        op: QkNorm,
+    ) -> FloatTensor<Self> {
+        apply::<B, C, _, 3>(op, [qkv, q, k])
     }
     fn fused_gelu(x: FloatTensor<Self>, op: Gelu) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])

@@ -16,6 +16,7 @@ mod norm;
 mod optim;
 mod seed;
 mod sequence;
+mod softcap;
 pub(crate) mod state;
 mod vjp;
 
@@ -29,8 +30,9 @@ pub use formula::{
     Update,
 };
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
-pub use norm::{layer_norm, rms_norm};
+pub use norm::{layer_norm, qk_norm, rms_norm};
 pub use optim::{add, is_bf16, release, sum_of_squares, to_bf16, to_f32, update};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
+pub use softcap::soft_cap;
 pub use state::{Precision, State};

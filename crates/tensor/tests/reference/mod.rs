@@ -56,6 +56,22 @@ pub fn swiglu(x: &[f64], f: usize) -> Vec<f64> {
     x.chunks(2 * f).flat_map(|r| (0..f).map(|k| r[k] / (1.0 + (-r[k]).exp()) * r[f + k])).collect()
 }
 
+/// `cap tanh(x / cap)`; 0: none.
+fn soft_cap(x: f64, cap: f64) -> f64 {
+    if cap == 0.0 { x } else { cap * (x / cap).tanh() }
+}
+
+/// RMSNorm of the first `h` and the next `k` heads of each row of `h + 2 k`.
+pub fn qk_norm(qkv: &[f64], [q, k]: [&[f64]; 2], [h, n]: [usize; 2], eps: f64) -> Vec<f64> {
+    let e = q.len();
+    let rows = qkv.chunks((h + 2 * n) * e).map(|row| {
+        let [queries, keys] =
+            [norm(&row[..h * e], q, None, false, eps), norm(&row[h * e..(h + n) * e], k, None, false, eps)];
+        [&queries, &keys, &row[(h + n) * e..]].concat()
+    });
+    rows.flatten().collect()
+}
+
 /// One attention layer: shapes, position and segment of each token, base of the rotation.
 pub struct Attention<'a> {
     pub tokens: usize,
@@ -65,6 +81,7 @@ pub struct Attention<'a> {
     pub positions: &'a [i32],
     pub segments: &'a [i32],
     pub window: usize,
+    pub softcap: f64,
     pub theta: Option<f64>,
 }
 
@@ -100,7 +117,10 @@ impl Attention<'_> {
                         .iter()
                         .map(|&j| {
                             let key = vector(b, j, h + kv, true);
-                            q.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (e as f64).sqrt()
+                            soft_cap(
+                                q.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (e as f64).sqrt(),
+                                self.softcap,
+                            )
                         })
                         .collect();
                     let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -120,19 +140,20 @@ impl Attention<'_> {
 }
 
 /// `scale * sum(-(1 - e) log softmax(h w^T)[target] - e mean(log softmax(h w^T)) + z (log sum exp h w^T)^2)` over targets that are not
-/// negative, with e = `smoothing` and z = `z_loss`; `w` is `[v, d]`.
+/// negative, with e = `smoothing` and z = `z_loss`, and the logits capped by `cap`; `w` is `[v, d]`.
 pub fn linear_cross_entropy(
     hidden: &[f64],
     w: &[f64],
     d: usize,
     targets: &[i32],
     scale: f64,
-    (smoothing, z_loss): (f64, f64),
+    (smoothing, z_loss, cap): (f64, f64, f64),
 ) -> Vec<f64> {
     let mut total = 0.0;
     for (row, &target) in hidden.chunks(d).zip(targets) {
         if target >= 0 {
-            let logits: Vec<f64> = w.chunks(d).map(|w| row.iter().zip(w).map(|(a, b)| a * b).sum()).collect();
+            let logits: Vec<f64> =
+                w.chunks(d).map(|w| soft_cap(row.iter().zip(w).map(|(a, b)| a * b).sum(), cap)).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
             let log = top + sum.ln();
