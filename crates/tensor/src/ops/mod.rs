@@ -30,7 +30,7 @@ pub use formula::{
 };
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{add, release, sum_of_squares, update};
+pub use optim::{add, clip_rows, release, sum_of_squares, update};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
 pub use state::{Precision, State};
