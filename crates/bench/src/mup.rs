@@ -84,13 +84,14 @@ impl Report {
     /// [`Error::Draw`](crate::error::Error::Draw).
     pub fn plot(&self) -> Result<String> {
         let panel = |(what, value): (&str, fn(&Point) -> f64)| Panel {
-            title: format!("Change of {what} over width"),
+            title: format!("Change of {what} after 1 and 4 steps"),
             value: |y| format!("{y:.3}"),
             series: self
                 .lines
                 .iter()
                 .map(|line| Series {
-                    label: line.label(),
+                    // The plot has little room for names.
+                    label: format!("{}, {}", line.name, line.steps),
                     points: line.points.iter().map(|point| (point.0 as f64, value(point))).collect(),
                 })
                 .collect(),
@@ -118,7 +119,7 @@ mod tests {
         assert_eq!(standard[0], mup[0]);
         assert!(standard[1].1 > 1.1 * standard[0].1 && mup[1].1 < standard[1].1, "{standard:?} {mup:?}");
         let svg = report.plot().unwrap();
-        assert!(svg.contains("μP, 4 steps") && svg.contains("standard, 1 step"));
+        assert!(svg.contains("μP, 4") && svg.contains("standard, 1"));
         assert!(report.markdown().contains("hidden states"));
     }
 }

@@ -351,8 +351,8 @@ fn the_report_has_every_part_and_escapes_what_it_shows() {
     // Nothing is loaded: the only address is the name of the SVG language.
     let addresses = html.matches("http://").count() + html.matches("https://").count();
     assert_eq!(addresses, html.matches("http://www.w3.org/2000/svg").count());
-    // Eight drawings, the large one for two widths.
-    assert_eq!(html.matches("<svg").count(), 8);
+    // Nine drawings, the large one for two widths.
+    assert_eq!(html.matches("<svg").count(), 9);
     assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
     assert_eq!(html.matches("<section").count(), html.matches("</section>").count());
 
