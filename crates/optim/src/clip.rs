@@ -91,7 +91,7 @@ impl Clipping {
     /// From the squared norms of what each of `clips` is over and of all, of gradients that are multiplied by `scale`.
     pub(crate) fn new(clips: &[Clip], squares: &[f64], all: f64, scale: f64) -> Self {
         let factors = clips.iter().zip(squares).map(|(clip, squares)| match clip {
-            Clip::Norm(most) if *most > 0.0 => factor(*most, squares.sqrt() / scale) / scale,
+            Clip::Norm(most) if *most > 0.0 => factor(*most * scale, squares.sqrt()) / scale,
             _ => 1.0 / scale,
         });
         Self { norm: all.sqrt() / scale, scale, factors: factors.collect() }
