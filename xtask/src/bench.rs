@@ -14,13 +14,14 @@ use crate::workspace::Workspace;
 /// Measures Firebox beside PyTorch and plain burn: builds the benchmark, installs PyTorch into the target folder, runs.
 #[derive(Args)]
 #[command(
-    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout> [OPTIONS]",
+    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout|mup> [OPTIONS]",
     after_help = "Benchmarks:
   train      training steps of four models: tokens/s, MFU, peak memory
   kernels    single operations: GFLOP/s or GB/s
   optim      a step of each optimizer: ms, GB/s
   scaling    time and memory over context, width and depth
   shootout   every optimizer on one recipe: --data tinyshakespeare.txt
+  mup        what a step changes over the width, with μP and without
   speedrun   nanoGPT's CPU recipe to the same loss, wall-clock: --data tinyshakespeare.txt
 
 Examples:
@@ -85,7 +86,7 @@ impl Needs {
         let names =
             |prefix: &str| contenders.iter().flat_map(|list| list.split(',')).any(|name| name.starts_with(prefix));
         Self {
-            torch: !help && first != Some("shootout") && (contenders.is_none() || names("torch")),
+            torch: !help && !matches!(first, Some("shootout" | "mup")) && (contenders.is_none() || names("torch")),
             burn: !help && names("burn"),
             firebox: !help && speedrun,
         }
@@ -112,6 +113,7 @@ mod tests {
         assert_eq!(needs("train --contenders=firebox,burn-flex"), Needs { torch: false, burn, firebox: false });
         assert_eq!(needs("train gpt-14m --contenders torch-eager,burn-flex"), Needs { torch, burn, firebox: false });
         assert_eq!(needs("speedrun --data x.txt"), Needs { torch, burn: false, firebox });
+        assert_eq!(needs("mup"), Needs { torch: false, burn: false, firebox: false });
         assert_eq!(needs("shootout --data x.txt"), Needs { torch: false, burn: false, firebox });
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
 use crate::train::Settings;
-use crate::{docs, kernel_calls, kernels, models, optim, peak, scaling, shootout, speedrun, step, train, worker};
+use crate::{docs, kernel_calls, kernels, models, mup, optim, peak, scaling, shootout, speedrun, step, train, worker};
 
 /// Measures Firebox beside PyTorch and plain burn.
 #[derive(Parser)]
@@ -40,6 +40,7 @@ enum Command {
     Speedrun(Speedrun),
     Optim(Optim),
     Shootout(Shootout),
+    Mup(Mup),
     /// A contender's process; started by the driver.
     #[command(hide = true)]
     Worker {
@@ -305,6 +306,37 @@ impl Shootout {
     }
 }
 
+/// The coordinate check: what a few steps change over the width, in the standard parametrization and in μP.
+#[derive(Args)]
+struct Mup {
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Mup {
+    fn run(&self) -> Result<()> {
+        let settings = self.common.settings(&[Contender::Firebox], 1);
+        if let Some(&contender) = settings.contenders.iter().find(|&&contender| contender != Contender::Firebox) {
+            return Err(Error::NoPart {
+                contender,
+                task: "parametrization here",
+                advice: "leave it out of --contenders",
+            });
+        }
+        firebox_tensor::threads::init(settings.threads)?;
+        let report = mup::run(settings.quick)?;
+        println!("{}", report.markdown());
+        self.common.save("mup", &report)?;
+        let svg = report.plot()?;
+        write(&self.common.path("mup.svg"), &svg)?;
+        if self.common.write_docs {
+            let image = docs::write_plot("mup", "What a few steps change, over the width", &svg)?;
+            docs::write_section_of("optimizers.md", "mup", &format!("{}\n{image}", report.markdown()))?;
+        }
+        Ok(())
+    }
+}
+
 /// Time and peak memory of a step over context, width and depth.
 #[derive(Args)]
 struct Scaling {
@@ -397,6 +429,7 @@ pub fn run() -> Result<()> {
         Command::Speedrun(speedrun) => speedrun.run(),
         Command::Optim(optim) => optim.run(),
         Command::Shootout(shootout) => shootout.run(),
+        Command::Mup(mup) => mup.run(),
     }
 }
 

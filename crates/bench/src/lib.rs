@@ -17,6 +17,7 @@ mod kernel_calls;
 pub mod kernels;
 mod machine;
 pub mod models;
+mod mup;
 mod optim;
 mod peak;
 mod plot;

@@ -6,6 +6,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
 use firebox_tensor::ops::{add, carry_gradient, sum_of_squares};
 
+use crate::clip::factor;
+
 /// Flat gradients (`[elements]`, without autodiff) by the name of their parameter, in the order of names.
 ///
 /// A parameter that took no part in the loss has no entry. In a sum it counts as zero; the optimizer leaves it alone.
@@ -13,9 +15,6 @@ use firebox_tensor::ops::{add, carry_gradient, sum_of_squares};
 pub struct NamedGrads {
     map: BTreeMap<String, Tensor<1>>,
 }
-
-/// Added to the norm in the factor of [`NamedGrads::clip_`], as in PyTorch's `clip_grad_norm_`.
-const CLIP_EPS: f64 = 1e-6;
 
 impl NamedGrads {
     /// No gradients.
@@ -176,13 +175,23 @@ impl NamedGrads {
     /// The order of sums is fixed: the same gradients give the same bits. Reads one number per gradient back from the device, in
     /// one transfer.
     pub fn global_norm(&self) -> f64 {
-        self.reduce(sum_of_squares).sqrt()
+        self.sum_of_squares().sqrt()
+    }
+
+    /// The square of [`global_norm`](Self::global_norm).
+    pub fn sum_of_squares(&self) -> f64 {
+        self.squares().iter().sum()
+    }
+
+    /// The sum of squares of each gradient, in the order of names; one transfer from the device.
+    pub(crate) fn squares(&self) -> Vec<f64> {
+        self.reduce(sum_of_squares)
     }
 
     /// Whether every element is finite. [`global_norm`](Self::global_norm) says nearly the same for free where it is computed anyway.
     pub fn all_finite(&self) -> bool {
         // Zero times a finite number is zero, times anything else NaN.
-        self.reduce(|grad| (grad * 0.0).sum()) == 0.0
+        self.reduce(|grad| (grad * 0.0).sum()).into_iter().all(|zero| zero == 0.0)
     }
 
     /// Scales all gradients by `max_norm / (norm + 1e-6)` if that is below one, as PyTorch's `clip_grad_norm_`; returns the norm
@@ -198,17 +207,16 @@ impl NamedGrads {
     /// The norm, and the factor by which [`clip_`](Self::clip_) would scale: 1 where nothing is to be clipped.
     pub fn clip_factor(&self, max_norm: f64) -> (f64, f64) {
         let norm = self.global_norm();
-        let factor = max_norm / (norm + CLIP_EPS);
-        (norm, if norm.is_finite() { factor.min(1.0) } else { 1.0 })
+        (norm, factor(max_norm, norm))
     }
 
-    /// Sums `f(gradient)` (`[1]` each) in double precision; one transfer from the device.
-    fn reduce(&self, f: impl Fn(Tensor<1>) -> Tensor<1>) -> f64 {
+    /// `f(gradient)` (`[1]` each) of every gradient, in the order of names; one transfer from the device.
+    fn reduce(&self, f: impl Fn(Tensor<1>) -> Tensor<1>) -> Vec<f64> {
         if self.map.is_empty() {
-            return 0.0;
+            return vec![];
         }
         let parts = self.map.values().map(|grad| f(grad.clone())).collect();
-        Tensor::cat(parts, 0).into_data().iter::<f32>().map(f64::from).sum()
+        Tensor::cat(parts, 0).into_data().iter::<f32>().map(f64::from).collect()
     }
 }
 

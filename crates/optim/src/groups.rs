@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::OptimError;
 use crate::algorithm::Algorithm;
+use crate::clip::{Adaptive, Clip};
 use crate::error::check;
 use crate::params::{DecayRule, ParamInfo, ParamKind, in_words, parameters};
 
@@ -32,11 +33,14 @@ pub struct GroupConfig {
     /// The algorithm; by default the optimizer's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub algorithm: Option<Algorithm>,
+    /// How its gradients are clipped, a norm being that of the group's own; by default together with the rest by the optimizer's [`Clip`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<Clip>,
 }
 
 impl Default for GroupConfig {
     fn default() -> Self {
-        Self { params: vec![], kinds: vec![], lr_scale: 1.0, weight_decay: None, algorithm: None }
+        Self { params: vec![], kinds: vec![], lr_scale: 1.0, weight_decay: None, algorithm: None, clip: None }
     }
 }
 
@@ -53,6 +57,8 @@ impl GroupConfig {
 pub(crate) struct Rules {
     algorithm: Algorithm,
     decay: DecayRule,
+    /// Of the parameters in no group, and of groups that have none of their own.
+    clip: Clip,
     groups: Vec<(GroupConfig, GlobSet)>,
 }
 
@@ -65,6 +71,10 @@ pub(crate) struct Assigned {
     pub algorithm: Algorithm,
     pub lr_scale: f64,
     pub weight_decay: f64,
+    /// Which of [`Rules::clips`] its gradient counts to.
+    pub clip: usize,
+    /// How its gradient is clipped by itself.
+    pub adaptive: Option<Adaptive>,
 }
 
 impl Rules {
@@ -76,6 +86,7 @@ impl Rules {
             }
             let scale = config.lr_scale;
             check("lr_scale", scale, (0.0..=1e6).contains(&scale), "0 <= lr_scale <= 1e6")?;
+            config.clip.unwrap_or_default().validate()?;
             if let Some(decay) = config.weight_decay {
                 check("weight_decay", decay, (0.0..=1e6).contains(&decay), "0 <= weight_decay <= 1e6")?;
             }
@@ -90,7 +101,19 @@ impl Rules {
             let set = set.build().map_err(error)?;
             Ok((config, set))
         };
-        Ok(Self { algorithm, decay, groups: groups.into_iter().map(compile).collect::<Result<_, OptimError>>()? })
+        let clip = Clip::default();
+        Ok(Self { algorithm, decay, clip, groups: groups.into_iter().map(compile).collect::<Result<_, OptimError>>()? })
+    }
+
+    pub fn with_clip(self, clip: Clip) -> Result<Self, OptimError> {
+        clip.validate()?;
+        Ok(Self { clip, ..self })
+    }
+
+    /// The optimizer's clipping, then each group's; that of a group without one is over nothing.
+    pub fn clips(&self) -> Vec<Clip> {
+        let groups = self.groups.iter().map(|(config, _)| config.clip.unwrap_or_default());
+        std::iter::once(self.clip).chain(groups).collect()
     }
 
     pub fn algorithm(&self) -> &Algorithm {
@@ -117,7 +140,15 @@ impl Rules {
         } else {
             0.0
         });
-        Assigned { group, kind, algorithm, lr_scale: config.map_or(1.0, |config| config.lr_scale), weight_decay }
+        let own = config.and_then(|config| config.clip);
+        let left_out = own.is_none() && matches!(kind, ParamKind::Head | ParamKind::Embedding);
+        let adaptive = match own.unwrap_or(self.clip) {
+            Clip::Adaptive(adaptive) if !left_out => Some(adaptive),
+            _ => None,
+        };
+        let clip = group.filter(|_| own.is_some()).map_or(0, |group| group + 1);
+        let lr_scale = config.map_or(1.0, |config| config.lr_scale);
+        Assigned { group, kind, algorithm, lr_scale, weight_decay, clip, adaptive }
     }
 
     /// Checks a learning rate for every group.
@@ -142,12 +173,19 @@ impl Rules {
                 label: config.describe(),
                 algorithm: config.algorithm.unwrap_or(self.algorithm),
                 lr_scale: config.lr_scale,
+                clip: config.clip,
                 params: vec![],
             })
             .collect();
         let rest = groups.len();
         for label in ["decay", "no decay"] {
-            groups.push(Group { label: label.to_owned(), algorithm: self.algorithm, lr_scale: 1.0, params: vec![] });
+            groups.push(Group {
+                label: label.to_owned(),
+                algorithm: self.algorithm,
+                lr_scale: 1.0,
+                clip: None,
+                params: vec![],
+            });
         }
         let mut frozen = vec![];
         for info in parameters(module)? {
@@ -181,6 +219,8 @@ pub struct Group {
     pub algorithm: Algorithm,
     /// What the learning rate is multiplied by.
     pub lr_scale: f64,
+    /// How its gradients are clipped, if by themselves.
+    pub clip: Option<Clip>,
     /// Its parameters.
     pub params: Vec<ParamInfo>,
 }
@@ -213,6 +253,12 @@ impl fmt::Display for Groups {
             write!(f, "{}{}: {}", if i == 0 { "" } else { "; " }, group.label, count(&group.params))?;
             if group.lr_scale != 1.0 {
                 write!(f, ", lr x {}", group.lr_scale)?;
+            }
+            match group.clip {
+                Some(Clip::Norm(norm)) if norm > 0.0 => write!(f, ", clip {norm}")?,
+                Some(Clip::Norm(_)) => write!(f, ", no clip")?,
+                Some(Clip::Adaptive(Adaptive { adaptive })) => write!(f, ", adaptive clip {adaptive}")?,
+                None => {}
             }
             if Some(group.algorithm) != rest {
                 write!(f, ", {}", group.algorithm.name())?;

@@ -32,7 +32,7 @@
 //!
 //! - [`Optimizer`] goes over a module by parameter name with one [`Algorithm`], or several by [groups](GroupConfig). The updates are fused in-place kernels on
 //!   the CPU backends. Each configuration says where its defaults differ from PyTorch's.
-//! - [`NamedGrads`] accumulates, clips by global norm, tells whether all is finite.
+//! - [`NamedGrads`] accumulates, clips by global norm, tells whether all is finite. [`Clip`] is by norm, of all or of a group, or adaptive.
 //! - [`Groups`] says what is trained how, and proves that the groups cover the module.
 //! - [`Average`] is a running average of parameters, exponential or of the last ones.
 //! - [`Schedule`] is a pure function of the step: constant, linear, cosine, inverse square root, warmup-stable-decay, each with a warmup, and
@@ -58,6 +58,7 @@
 
 pub mod algorithm;
 mod average;
+mod clip;
 mod error;
 mod grads;
 mod groups;
@@ -71,6 +72,7 @@ pub use algorithm::{
     MuonConfig, MuonScale, ParamState, ScheduleFreeConfig, SgdConfig, SophiaConfig,
 };
 pub use average::{Average, AverageConfig};
+pub use clip::{Adaptive, Clip, Clipping};
 pub use error::OptimError;
 pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};

@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use firebox_tensor::ops::Precision;
 
 use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
+use crate::clip::{Clip, Clipping};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
 use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
 use crate::{NamedGrads, OptimError};
@@ -61,6 +62,15 @@ impl Optimizer {
         Self { precision, ..self }
     }
 
+    /// The same with gradients clipped, by default they are not. It goes for the parameters in no group and for groups without a clipping of their own: the
+    /// norm is that of all their gradients as one vector.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`].
+    pub fn with_clip(self, clip: Clip) -> Result<Self, OptimError> {
+        Ok(Self { rules: self.rules.with_clip(clip)?, ..self })
+    }
+
     /// The algorithm of the parameters that are in no group.
     pub fn algorithm(&self) -> &Algorithm {
         self.rules.algorithm()
@@ -88,6 +98,9 @@ impl Optimizer {
     /// another thing: its parameter decays and its moments fade. Whether gradients are finite is not looked at here:
     /// see [`NamedGrads::global_norm`].
     ///
+    /// Of the clippings only those are applied that need no norm over several parameters ([`Clip::Adaptive`]): see
+    /// [`step_clipped`](Self::step_clipped).
+    ///
     /// The update works in place, without a copy of the parameters, if `module` is the only holder of them: drop clones of it before.
     ///
     /// # Errors
@@ -109,21 +122,74 @@ impl Optimizer {
         module: M,
         grads: &mut NamedGrads,
     ) -> Result<M, OptimError> {
+        self.update(lr, grad_scale, &Clipping::none(), module, grads)
+    }
+
+    /// The same with all gradients clipped as configured. `clipping` is what [`clipping`](Self::clipping) says of the same gradients; between the two a caller
+    /// can look at the norm, and drop them.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_clipped<M: Module>(
+        &mut self,
+        lr: f64,
+        clipping: &Clipping,
+        module: M,
+        grads: &mut NamedGrads,
+    ) -> Result<M, OptimError> {
+        self.update(lr, 1.0, clipping, module, grads)
+    }
+
+    /// The norm of all gradients, and by what they are to be scaled; nothing is changed. Where `grads` are `scale` times what they should be, as with a scaled loss,
+    /// that is taken out. Reads one number per gradient back from the device.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`], [`OptimError::UnknownGradients`], [`OptimError::GradientSize`].
+    pub fn clipping<M: Module>(&self, module: &M, grads: &NamedGrads, scale: f64) -> Result<Clipping, OptimError> {
+        let trainable = trainable(module)?;
+        check_gradients(&trainable, grads)?;
+        let clips = self.rules.clips();
+        let mut of_each = vec![0.0; clips.len()];
+        let (mut all, squares) = (0.0, grads.squares());
+        for ((name, _), squares) in grads.iter().zip(squares) {
+            all += squares;
+            of_each[self.rules.assign(&trainable[name].0).clip] += squares;
+        }
+        Ok(Clipping::new(&clips, &of_each, all, scale))
+    }
+
+    fn update<M: Module>(
+        &mut self,
+        lr: f64,
+        grad_scale: f64,
+        clipping: &Clipping,
+        module: M,
+        grads: &mut NamedGrads,
+    ) -> Result<M, OptimError> {
         self.validate_lr(lr)?;
         let trainable = trainable(&module)?;
         check_gradients(&trainable, grads)?;
         self.prepare(&trainable);
         let with_gradient = trainable.into_iter().filter(|(name, _)| grads.get(name).is_some());
-        let assigned: BTreeMap<String, Assigned> =
-            with_gradient.map(|(name, (info, _))| (name, self.rules.assign(&info))).collect();
+        let assigned: BTreeMap<String, (Assigned, usize)> = with_gradient
+            .map(|(name, (info, _))| {
+                let rows = if info.shape.len() < 2 { 1 } else { info.shape[0].max(1) };
+                (name, (self.rules.assign(&info), rows))
+            })
+            .collect();
 
         let state = &mut self.state;
         Ok(map_trainable(module, &|name| assigned.contains_key(name), &mut |name, _, param| {
             let found = grads.remove(name).zip(state.get_mut(name)).zip(assigned.get(name));
-            let Some(((grad, state), to)) = found else { return param.into() };
+            let Some(((grad, state), &(to, rows))) = found else { return param.into() };
+            let grad = match to.adaptive {
+                Some(adaptive) => adaptive.clip(grad, clipping.scale, &param, rows),
+                None => grad,
+            };
+            let scale = grad_scale * clipping.factor(to.clip);
             // Another one than that of the state.
             let seed = Some(state.seed().rotate_left(16));
-            let values = to.algorithm.step(lr * to.lr_scale, to.weight_decay, grad_scale, param, grad, state);
+            let values = to.algorithm.step(lr * to.lr_scale, to.weight_decay, scale, param, grad, state);
             New { values, seed }
         }))
     }

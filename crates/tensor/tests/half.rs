@@ -27,13 +27,19 @@ fn model(weights: [Tensor<2>; 4], rows: usize, device: &Device) -> Vec<Vec<f64>>
     let gain = Tensor::<1>::ones([d], &autodiff);
     let x = ops::embedding(table.clone(), ids.clone(), 1, rows);
     let pre = Pre::RmsNorm { weight: gain, eps: 1e-6 };
-    let config = AttentionConfig { n_heads: 1, n_kv_heads: 1, head_dim: d, window: None, rope: None };
+    let config = AttentionConfig { n_heads: 1, n_kv_heads: 1, head_dim: d, window: None, rope: None, softcap: 0.0 };
     let packed = ops::fused_linear(x.clone(), pre, qkv.clone(), None, None);
     let attended = ops::attention(packed, &config, &Sequence::plain(1, rows));
     let y = ops::fused_linear(attended, Pre::Gelu, out.clone(), None, Some(x));
     let logits = ops::linear_transposed(y.clone(), head.clone()).sum() * 1e-3;
-    let loss =
-        ops::linear_cross_entropy(y.reshape([rows, d]), head.clone(), ids, 1.0 / rows as f64, &LossConfig::default());
+    let loss = ops::linear_cross_entropy(
+        y.reshape([rows, d]),
+        head.clone(),
+        ids,
+        1.0 / rows as f64,
+        0.0,
+        &LossConfig::default(),
+    );
     let loss = loss + logits;
     let value = host(loss.clone());
     let grads = loss.backward();

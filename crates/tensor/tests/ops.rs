@@ -295,6 +295,34 @@ fn adamw_follows_its_formula() {
     }
 }
 
+/// Rows on both sides of their limit, a row of zeros in the parameter, and a vector as one row; without a change where nothing is too large.
+#[test]
+fn clipped_rows_follow_the_formula() {
+    for device in devices() {
+        for (rows, columns) in [(1usize, 1usize), (1, 40_001), (3, 7), (700, 65), (5, 0)] {
+            let n = rows * columns;
+            let t = |v: &[f32]| Tensor::<1>::from_data(TensorData::new(v.to_vec(), [n]), &device);
+            let mut param = values(n, 1);
+            param.iter_mut().take(columns).for_each(|x| *x = 0.0);
+            // Every third row is too large by far, the others by nothing.
+            let scaled = |(i, x): (usize, f32)| if i / columns.max(1) % 3 == 0 { x } else { x * 1e-3 };
+            let grad: Vec<f32> = values(n, 2).into_iter().enumerate().map(scaled).collect();
+            let norm = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            let mut want = vec![];
+            for (g, p) in grad.chunks(columns.max(1)).zip(param.chunks(columns.max(1))) {
+                let factor = (0.05 * norm(p).max(1e-3) / norm(g)).min(1.0);
+                want.extend(g.iter().map(|&x| f64::from(x) * factor));
+            }
+            let got = host(ops::clip_rows(t(&grad), t(&param), rows, 0.05, 1e-3));
+            close("clipped", &got, &want);
+            if rows > 1 && n > 0 {
+                let second: Vec<f64> = grad[columns..2 * columns].iter().map(|&x| f64::from(x)).collect();
+                assert_eq!(got[columns..2 * columns], second, "left as it was");
+            }
+        }
+    }
+}
+
 /// Every element-wise optimizer on every length, against its formula in double precision; and the composition for other devices too.
 #[test]
 fn updates_follow_their_formulas() {

@@ -60,6 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             tokens_per_s,
             mfu: info.mfu(tokens_per_s),
             memory_bytes: memory::current_bytes(),
+            ..StepRecord::default()
         };
         observers.on_event(&Event::Step(&record))?;
         if step % (steps / 10).max(1) == 0 || step == steps {

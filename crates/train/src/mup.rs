@@ -1,12 +1,11 @@
 //! Maximal update parametrization: hyperparameters that stay good as the width grows.
 
-use std::collections::HashMap;
-
+use burn::tensor::Tensor;
 use firebox_models::decoder::{Decoder, DecoderConfig};
-use firebox_optim::{Algorithm, GroupConfig, OptimError, ParamKind};
+use firebox_optim::{Algorithm, GroupConfig, ParamInfo, ParamKind};
 
 use crate::Recipe;
-use crate::model_io::{parameters, set_parameters, to_host};
+use crate::model_io::{set_parameters, to_host};
 use crate::recipe::RecipeError;
 
 /// μP for Adam (Yang et al., <https://arxiv.org/abs/2203.03466>, table 3): against a model of the base width, m times narrower,
@@ -69,93 +68,46 @@ impl Mup {
     }
 
     /// Initial values, of a model whose weights all have the standard deviation of its blocks' (`init_std`, scaled to the width already).
-    pub fn initial(self, model: Decoder) -> Result<Decoder, OptimError> {
-        let infos = firebox_optim::parameters(&model)?;
-        let factors: HashMap<String, f64> = infos
-            .into_iter()
-            .filter_map(|info| match ParamKind::of(&info.name, &info.shape) {
-                ParamKind::Embedding => Some((info.name, self.times.sqrt())),
-                ParamKind::Head => Some((info.name, self.times.sqrt().recip())),
-                ParamKind::Matrix | ParamKind::Vector => None,
-            })
-            .collect();
-        let scaled = |(name, values)| {
-            let factor = *factors.get(&name)?;
-            Some((name, to_host(values).into_iter().map(|x| (f64::from(x) * factor) as f32).collect()))
+    pub fn initial(self, model: Decoder) -> Decoder {
+        let scaled = |(info, values): (ParamInfo, Tensor<1>)| {
+            let factor = match ParamKind::of(&info.name, &info.shape) {
+                ParamKind::Embedding => self.times.sqrt(),
+                ParamKind::Head => self.times.sqrt().recip(),
+                ParamKind::Matrix | ParamKind::Vector => return None,
+            };
+            let values = to_host(values).into_iter().map(|x| (f64::from(x) * factor) as f32);
+            Some((info.name, values.collect()))
         };
-        let values = parameters(&model).into_iter().filter_map(scaled).collect();
-        Ok(set_parameters(model, values))
+        let values = firebox_optim::values(&model).into_iter().filter_map(scaled).collect();
+        set_parameters(model, values)
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use burn::tensor::Tensor;
-    use firebox_models::{Staged, TokenBatch};
-    use firebox_optim::NamedGrads;
+    use std::collections::HashMap;
+
+    use burn::tensor::Device;
     use firebox_tensor::device::Backend;
 
     use super::*;
-
-    const BASE: usize = 64;
+    use crate::coordinates::{BASE_WIDTH, coordinate_check, coordinate_recipe, start};
+    use crate::model_io::parameters;
 
     fn recipe(width: usize, mup: bool, more: &[&str]) -> Recipe {
-        let heads = width / 16;
-        let mut set = vec![
-            format!(
-                "model={{ d_model = {width}, n_layers = 2, n_heads = {heads}, d_ff = {}, tied = false }}",
-                3 * width
-            ),
-            "model.context=16".to_owned(),
-            "model.init_std=0.125".to_owned(),
-            "optimizer={ lr = 5e-4, weight_decay = 0.0 }".to_owned(),
-        ];
-        if mup {
-            set.push(format!("model.mup_base_width={BASE}"));
-        } else {
-            // The standard way: 1/√width.
-            set.push(format!("model.init_std={}", 1.0 / (width as f64).sqrt()));
-        }
-        set.extend(more.iter().map(ToString::to_string));
-        Recipe::load("tiny", &set).unwrap()
+        let more: Vec<String> = more.iter().map(ToString::to_string).collect();
+        coordinate_recipe(width, mup).unwrap().with(&more).unwrap()
     }
 
-    fn start(recipe: &Recipe) -> (Decoder, firebox_optim::Optimizer) {
-        let config = recipe.model.resolve(96).unwrap();
-        let mup = recipe.mup(&config).unwrap();
-        let device = Backend::NdArray.device().unwrap().autodiff();
-        let model = Decoder::new(&config, 5, &device).unwrap();
-        let model = if let Some(mup) = mup { mup.initial(model).unwrap() } else { model };
-        (model, recipe.optimizer.build(recipe.train.batch_rows, mup).unwrap())
+    fn device() -> Device {
+        Backend::NdArray.device().unwrap()
     }
 
-    fn rms(x: Tensor<2>) -> f64 {
-        f64::from(to_host(x.powi_scalar(2).mean())[0]).sqrt()
-    }
-
-    /// Root mean squares of what four steps change: the hidden states, and the logits by the head's own update. (What the head's initial values make of
-    /// changed hidden states is left out: it vanishes with the width, as it should.)
+    /// What four steps change.
     fn changes(width: usize, mup: bool) -> [f64; 2] {
-        let recipe = recipe(width, mup, &[]);
-        let (mut model, mut optimizer) = start(&recipe);
-        let tokens: Vec<i32> = (0..8 * 17).map(|i: i32| (i * i * 7 + i / 17 * 13) % 96).collect();
-        let rows = |from: usize| tokens.chunks(17).flat_map(|row| row[from..from + 16].to_vec()).collect();
-        let batch = TokenBatch::plain(8, 16, rows(0), rows(1));
-        let head = |model: &Decoder| {
-            let found = parameters(model).into_iter().find(|(name, _)| name == "head.weight");
-            found.unwrap().1.reshape([96, width])
-        };
-        let hidden = |model: &Decoder| model.hidden(&batch).inner().reshape([8 * 16, width]);
-        let before = (hidden(&model), head(&model));
-        for _ in 0..4 {
-            let loss = model.loss(&batch, None);
-            let mut grads = NamedGrads::from_backward(&model, &mut loss.backward());
-            model = optimizer.step(recipe.peak_lr(), model, &mut grads).unwrap();
-        }
-        let after = hidden(&model);
-        let logits = after.clone().matmul((head(&model) - before.1).transpose());
-        [rms(after - before.0), rms(logits)]
+        let last = coordinate_check(&recipe(width, mup, &[]), 96, 4, &device()).unwrap()[3];
+        [last.hidden, last.logits]
     }
 
     /// The coordinate check of Yang et al., appendix D.1.
@@ -176,11 +128,11 @@ mod tests {
     #[test]
     fn at_the_base_width_nothing_changes_and_beyond_it_as_in_table_3() {
         let values = |width, mup| {
-            let (model, optimizer) = start(&recipe(width, mup, &[]));
+            let (model, optimizer) = start(&recipe(width, mup, &[]), 96, &device()).unwrap();
             let values = parameters(&model).into_iter().map(|(name, values)| (name, to_host(values)));
             (values.collect::<HashMap<_, _>>(), optimizer.groups(&model).unwrap())
         };
-        assert_eq!(values(BASE, true).0, values(BASE, false).0);
+        assert_eq!(values(BASE_WIDTH, true).0, values(BASE_WIDTH, false).0);
         let (wide, groups) = values(256, true);
         let std = |name: &str| {
             let x = &wide[name];

@@ -1,6 +1,6 @@
 //! The recipe's part on the optimizer.
 
-use firebox_optim::{Algorithm, BatchScaling, DecayRule, GroupConfig, OptimError, Optimizer};
+use firebox_optim::{Algorithm, BatchScaling, Clip, DecayRule, GroupConfig, OptimError, Optimizer};
 use firebox_tensor::ops::Precision;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -20,8 +20,8 @@ pub struct OptimizerRecipe {
     pub batch_scaling: Option<BatchScaling>,
     /// What decays: `matrices`, `all` or `none`.
     pub decay: DecayRule,
-    /// Largest global norm of the gradients; 0 switches clipping off.
-    pub clip: f64,
+    /// How gradients are clipped: by their largest norm, 0 for none, or adaptively.
+    pub clip: Clip,
     /// In how many bits the state is held: `f32`, `bf16` or `int8`.
     pub state: StateFormat,
     /// Kind and hyperparameters.
@@ -61,7 +61,7 @@ impl Default for OptimizerRecipe {
             lr: 1e-3,
             batch_scaling: None,
             decay: DecayRule::Matrices,
-            clip: 1.0,
+            clip: Clip::Norm(1.0),
             state: StateFormat::F32,
             algorithm: Algorithm::default(),
             groups: vec![],
@@ -79,7 +79,7 @@ impl OptimizerRecipe {
             scaling.validate()?;
         }
         let groups = mup.map_or_else(|| self.groups.clone(), Mup::groups);
-        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, groups)?;
+        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, groups)?.with_clip(self.clip)?;
         optimizer.validate_lr(self.lr * self.batch_factor(rows))?;
         Ok(optimizer.with_precision(self.state.into()))
     }
@@ -139,6 +139,9 @@ mod tests {
         let lion = read("kind = \"lion\"\nclip = 0.0\n[[groups]]\nkinds = [\"head\"]\nlr_scale = 0.5").unwrap();
         assert_eq!((lion.algorithm, lion.groups.len()), (LionConfig::default().into(), 1));
         assert_eq!(read(&toml::to_string(&lion).unwrap()).unwrap(), lion);
+        let clips = read("clip = { adaptive = 0.01 }\n[[groups]]\nkinds = [\"head\"]\nclip = 2").unwrap();
+        assert_eq!(clips.groups[0].clip, Some(Clip::Norm(2.0)));
+        assert_eq!(read(&toml::to_string(&clips).unwrap()).unwrap(), clips);
         let scaled = read("batch_scaling = { rule = \"sqrt\", reference_rows = 4 }").unwrap();
         assert_eq!([scaled.batch_factor(16), adamw.batch_factor(16)], [2.0, 1.0]);
         assert_eq!(read(&toml::to_string(&scaled).unwrap()).unwrap(), scaled);
@@ -149,6 +152,8 @@ mod tests {
             ("kind = \"x\"", "adamw"),
             ("lr = \"a\"", "lr"),
             ("[[groups]]\nparam = 1", "params"),
+            ("clip = \"hard\"", "clip: expected a norm such as 1.0"),
+            ("clip = { adaptive = 0.1, eps = 1 }", "clip: expected a norm such as 1.0"),
         ] {
             let error = read(bad).unwrap_err().message().to_owned();
             assert!(error.contains(word), "{bad}: {error}");

@@ -363,10 +363,8 @@ impl Recipe {
         if !(self.train.z_loss >= 0.0 && self.train.z_loss.is_finite()) {
             return fail("train.z_loss", "a factor, or 0 for none", self.train.z_loss.to_string());
         }
-        if !(self.optimizer.clip >= 0.0 && self.optimizer.clip.is_finite()) {
-            return fail("optimizer.clip", "a norm, or 0 for none", self.optimizer.clip.to_string());
-        }
-        self.watch.validate()?;
+        let micro_batches = self.train.batch_rows.div_ceil(self.train.micro_rows());
+        self.watch.validate(micro_batches)?;
         if self.average.is_some() && matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {
             return fail("average", "none with schedule_free, which is an average already", "one".into());
         }
@@ -376,7 +374,7 @@ impl Recipe {
             return fail("watch.on_spike", expected, format!("{:?}", self.watch.on_spike).to_lowercase());
         }
         self.precision.validate(self.memory.optimizer_in_backward)?;
-        self.memory.validate(self.optimizer.clip, self.train.batch_rows.div_ceil(self.train.micro_rows()))
+        self.memory.validate(&self.optimizer, micro_batches)
     }
 }
 

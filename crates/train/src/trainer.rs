@@ -1,5 +1,7 @@
 //! The training loop.
 
+#[cfg(test)]
+mod faults;
 mod persist;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use crate::engine::Engine;
 use crate::evaluate::{Evaluation, evaluate, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
+use crate::noise::{NoiseScale, Part};
 use crate::observe::{EvalRecord, Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
 use crate::recipe::Recipe;
@@ -58,6 +61,9 @@ pub struct State {
     /// What the watch over loss and gradients has seen.
     #[serde(default)]
     pub watch: Watch,
+    /// The gradient noise scale, where it is measured.
+    #[serde(default)]
+    pub noise_scale: NoiseScale,
 }
 
 /// What the last evaluation found.
@@ -86,6 +92,8 @@ pub struct Trainer<'a> {
     loader: Loader,
     token_bytes: Vec<u32>,
     state: State,
+    #[cfg(test)]
+    fault: Option<faults::Fault>,
 }
 
 impl<'a> Trainer<'a> {
@@ -122,7 +130,7 @@ impl<'a> Trainer<'a> {
             Some(model) => model,
             None => {
                 let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
-                if let Some(mup) = mup { mup.initial(model)? } else { model }
+                if let Some(mup) = mup { mup.initial(model) } else { model }
             }
         };
         Ok(Self {
@@ -136,6 +144,8 @@ impl<'a> Trainer<'a> {
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             dataset,
             recipe,
+            #[cfg(test)]
+            fault: None,
         })
     }
 
@@ -222,6 +232,8 @@ impl<'a> Trainer<'a> {
                         tokens_per_s,
                         mfu: info.mfu(tokens_per_s),
                         memory_bytes: memory::current_bytes(),
+                        noise_scale_rows: self.state.noise_scale.rows(),
+                        noise_scale_tokens: self.noise_scale_tokens(),
                     };
                     observer.on_event(&Event::Step(&record))?;
                 }
@@ -263,6 +275,8 @@ impl<'a> Trainer<'a> {
             best_step: self.state.best_step,
             peak_memory_bytes: memory::peak_bytes(),
             skipped_steps: self.state.skipped,
+            noise_scale_rows: self.state.noise_scale.rows(),
+            noise_scale_tokens: self.noise_scale_tokens(),
             stopped: stopped.into(),
         };
         observer.on_event(&Event::Finished(&summary))?;
@@ -302,6 +316,10 @@ impl<'a> Trainer<'a> {
         (rows * self.model().config().context) as u64
     }
 
+    fn noise_scale_tokens(&self) -> Option<f64> {
+        self.state.noise_scale.rows().map(|rows| rows * self.tokens_of(1) as f64)
+    }
+
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
     fn step(&mut self, lr: f64, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
         let rows = self.recipe.train.rows_at(self.state.step);
@@ -319,18 +337,8 @@ impl<'a> Trainer<'a> {
         self.state.tokens += self.tokens_of(rows);
         let (loss, grad_norm) = match updated {
             Ok(numbers) => numbers,
-            Err(Skip::NotFinite(reason)) => {
-                self.skip(reason, observer)?;
-                return Ok(None);
-            }
-            Err(Skip::Overflow(reason)) => {
-                // How the scale finds its level: nothing that has to stop a run.
-                self.state.skipped += 1;
-                observer.on_event(&Event::Skipped { step: self.state.step, reason: &reason })?;
-                return Ok(None);
-            }
-            Err(Skip::Spike(reason)) => {
-                self.answer_spike(&reason, observer)?;
+            Err(skip) => {
+                self.answer(&skip, observer)?;
                 return Ok(None);
             }
         };
@@ -360,16 +368,26 @@ impl<'a> Trainer<'a> {
     fn update(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
         let mut grads = NamedGrads::new();
         let mut loss = 0.0;
+        let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
+        let mut parts = vec![];
         for (i, batch) in batches.iter().enumerate() {
             // Dropout of micro-batches must differ: the upper bits of the step hold their number.
             let counter = self.state.step | (i as u64) << 40;
-            loss += self.engine.gradients(self.model(), batch, counter, &mut grads)?;
+            let mut squares = 0.0;
+            let mut see = |grads: &NamedGrads| {
+                if measured {
+                    squares += grads.sum_of_squares();
+                }
+            };
+            loss += self.engine.gradients_seen(self.model(), batch, counter, &mut grads, &mut see)?;
+            parts.push(Part { rows: batch.sequence.batch(), share: targets(batch) as f64 * batch.loss_scale, squares });
         }
+        #[cfg(test)]
+        self.inject(&mut grads);
         let scale = self.state.loss_scale.factor;
-        let clip = self.recipe.optimizer.clip * scale;
         // The one host sync of a step: the norm decides whether the update may happen.
-        let (grad_norm, factor) = if clip > 0.0 { grads.clip_factor(clip) } else { (grads.global_norm(), 1.0) };
-        let (loss, grad_norm, factor) = (loss / scale, grad_norm / scale, factor / scale);
+        let clipping = self.optimizer.clipping(self.model(), &grads, scale)?;
+        let (loss, grad_norm) = (loss / scale, clipping.norm);
         if !loss.is_finite() || !grad_norm.is_finite() {
             if loss.is_finite() && self.recipe.precision.back_off(&mut self.state.loss_scale) {
                 return Ok(Err(Skip::Overflow(format!("a gradient overflows at loss scale {scale}"))));
@@ -380,8 +398,11 @@ impl<'a> Trainer<'a> {
         if let Some(reason) = self.state.watch.look(&self.recipe.watch, loss, grad_norm) {
             return Ok(Err(Skip::Spike(reason)));
         }
+        if measured {
+            self.state.noise_scale.take(&parts, grad_norm * grad_norm);
+        }
         if let Some(model) = self.model.take() {
-            self.model = Some(self.optimizer.step_scaled(lr, factor, model, &mut grads)?);
+            self.model = Some(self.optimizer.step_clipped(lr, &clipping, model, &mut grads)?);
         }
         Ok(Ok((loss, grad_norm)))
     }
@@ -394,7 +415,7 @@ impl<'a> Trainer<'a> {
             let drawn = drawn(self.model(), batch, self.recipe.seed, counter);
             self.engine.gradients(self.model(), &drawn, counter, &mut grads)?;
         }
-        let targets = batches.iter().flat_map(|batch| batch.targets.iter()).filter(|&&target| target >= 0).count();
+        let targets: usize = batches.iter().map(targets).sum();
         let Self { model: Some(model), optimizer, .. } = self else { return Ok(()) };
         grads.scale(1.0 / self.state.loss_scale.factor);
         if grads.all_finite() {
@@ -426,11 +447,20 @@ impl<'a> Trainer<'a> {
         Ok(Ok((loss, grad_norm)))
     }
 
-    fn skip(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    /// Goes back, or leaves the batch out; ends the run where too many in a row were not finite.
+    fn answer(&mut self, skip: &Skip, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        let (reason, finite, goes_back) = match skip {
+            Skip::NotFinite(reason) => (*reason, false, true),
+            Skip::Spike(reason) => (reason.as_str(), true, true),
+            // How the loss scale finds its level: nothing that has to stop a run.
+            Skip::Overflow(reason) => (reason.as_str(), true, false),
+        };
         self.state.skipped += 1;
-        self.state.bad_in_a_row += 1;
-        observer.on_event(&Event::Skipped { step: self.state.step, reason })?;
-        if self.state.bad_in_a_row >= self.recipe.train.max_bad_steps {
+        self.state.bad_in_a_row += u64::from(!finite);
+        if !(goes_back && self.roll_back(reason, observer)?) {
+            observer.on_event(&Event::Skipped { step: self.state.step, reason })?;
+        }
+        if !finite && self.state.bad_in_a_row >= self.recipe.train.max_bad_steps {
             let State { step, bad_in_a_row: in_a_row, last_good, .. } = self.state;
             return Err(TrainError::Diverged { step, in_a_row, last_good });
         }
@@ -532,6 +562,11 @@ impl Pace {
         *self = Self::start(tokens);
         rate
     }
+}
+
+/// Tokens of a batch that are to be predicted.
+fn targets(batch: &TokenBatch) -> usize {
+    batch.targets.iter().filter(|&&target| target >= 0).count()
 }
 
 fn is_due(step: u64, every: u64) -> bool {

@@ -20,6 +20,8 @@ pub struct WatchRecipe {
     pub skip_batches: u64,
     /// Rollbacks of a run; further spikes are left out without.
     pub max_rollbacks: u64,
+    /// Measure the gradient noise scale every so many steps; 0: never.
+    pub noise_scale_every: u64,
 }
 
 /// What to do about a spike.
@@ -44,13 +46,14 @@ impl Default for WatchRecipe {
             patience: 3,
             skip_batches: 1,
             max_rollbacks: 10,
+            noise_scale_every: 0,
         }
     }
 }
 
 impl WatchRecipe {
-    /// Checks every range.
-    pub(crate) fn validate(&self) -> Result<(), RecipeError> {
+    /// Checks every range, for steps of so many micro-batches.
+    pub(crate) fn validate(&self, micro_batches: usize) -> Result<(), RecipeError> {
         let fail = |key, expected: &str, got: String| Err(RecipeError::Value { key, expected: expected.into(), got });
         if !(self.threshold >= 1.0 && self.threshold.is_finite()) {
             return fail("watch.threshold", "at least 1 deviation", self.threshold.to_string());
@@ -60,6 +63,11 @@ impl WatchRecipe {
         }
         if self.skip_batches == 0 {
             return fail("watch.skip_batches", "at least 1: the offending one", "0".into());
+        }
+        if self.noise_scale_every > 0 && micro_batches < 2 {
+            let expected =
+                "0, or train.micro_batch_rows below train.batch_rows: it compares the gradients of micro-batches";
+            return fail("watch.noise_scale_every", expected, self.noise_scale_every.to_string());
         }
         Ok(())
     }

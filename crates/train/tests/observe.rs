@@ -57,6 +57,9 @@ fn step(step: u64) -> StepRecord {
         tokens_per_s: 1_400.5,
         mfu: 0.14,
         memory_bytes: 1 << 29,
+        // Not measured from the first step on.
+        noise_scale_rows: (step > 2).then_some(40.0),
+        noise_scale_tokens: (step > 2).then_some(20_480.0),
     }
 }
 
@@ -81,6 +84,8 @@ fn summary(stopped: &str) -> Summary {
         val_bpb: Some(0.32),
         peak_memory_bytes: 1 << 30,
         skipped_steps: 1,
+        noise_scale_rows: Some(40.0),
+        noise_scale_tokens: Some(20_480.0),
         stopped: stopped.into(),
         ..Summary::default()
     }
@@ -123,6 +128,8 @@ fn metrics_come_back_as_they_were_written() {
     let mut of_step = keys(&lines[0]);
     of_step.sort();
     assert_eq!(of_step, ["grad_norm", "loss", "lr", "memory_bytes", "mfu", "step", "tokens", "tokens_per_s"]);
+    let of_later = keys(&lines[2]);
+    assert!(["noise_scale_rows", "noise_scale_tokens"].iter().all(|key| of_later.iter().any(|k| k == key)));
     let mut of_eval = keys(&lines[5]);
     of_eval.sort();
     assert_eq!(of_eval, ["step", "tokens", "val_bpb", "val_loss"]);
@@ -326,6 +333,7 @@ fn the_report_has_every_part_and_escapes_what_it_shows() {
         "Resident memory",
         "1.07 GB",
         "1 step was skipped",
+        "The gradient noise scale is about 40 rows, 20.5k tokens",
         "&lt;img src=x",
         "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; \u{fffd}[31m",
         "lr = 1e-3 # &lt;b&gt;",
@@ -343,8 +351,8 @@ fn the_report_has_every_part_and_escapes_what_it_shows() {
     // Nothing is loaded: the only address is the name of the SVG language.
     let addresses = html.matches("http://").count() + html.matches("https://").count();
     assert_eq!(addresses, html.matches("http://www.w3.org/2000/svg").count());
-    // Eight drawings, the large one for two widths.
-    assert_eq!(html.matches("<svg").count(), 8);
+    // Nine drawings, the large one for two widths.
+    assert_eq!(html.matches("<svg").count(), 9);
     assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
     assert_eq!(html.matches("<section").count(), html.matches("</section>").count());
 
@@ -449,7 +457,7 @@ fn plain_lines_show_first_and_last_step() {
     assert!(text.contains("  │ <script>") && !text.contains('\u{1b}'), "samples can't steer the terminal");
     assert!(
         text.ends_with(
-            "interrupted after 10 steps, 5,120 tokens in 4 min 12 s; validation 0.320 bits per byte; 1 step skipped\n"
+            "interrupted after 10 steps, 5,120 tokens in 4 min 12 s; validation 0.320 bits per byte; gradient noise scale 40 rows (20.5k tokens); 1 step skipped\n"
         ),
         "{text}"
     );

@@ -93,6 +93,40 @@ fn corrupted_batches_are_left_out_or_rolled_back() {
 }
 
 #[test]
+fn the_noise_scale_is_measured_without_a_trace_in_the_parameters() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Backend::NdArray.device().unwrap();
+    let dataset = dataset(dir.path(), false);
+    let with = |every: u64| {
+        let watch = format!("watch.noise_scale_every={every}");
+        let train = "train={ steps = 60, batch_rows = 16, micro_batch_rows = 6, batch_warmup = { start_rows = 2, steps = 20 } }";
+        recipe(&[train, &watch, "checkpoint={ every = 33, keep_last = 5 }", "model.dropout=0.1"])
+    };
+    let start = |name: &str, every| {
+        let folder = dir.path().join(name);
+        let (_, _, state) = run(&mut Trainer::new(with(every), &folder, &dataset, &device, None).unwrap());
+        (folder, state)
+    };
+    let (off, state) = start("off", 0);
+    assert_eq!((state.noise_scale.measured, state.noise_scale.rows()), (0, None));
+    let (on, state) = start("on", 3);
+    // Warmup: more than six rows, so that there are two micro-batches, from step 7 on.
+    assert_eq!(state.noise_scale.measured, 18);
+    let rows = state.noise_scale.rows().unwrap();
+    println!("noise scale {rows:.2} rows");
+    assert!(rows > 0.01 && rows < 1e3, "{rows}");
+    let half = Checkpoint::open(on.join("checkpoints/step-33")).unwrap();
+    let resumed = dir.path().join("resumed");
+    let (_, _, again) = run(&mut Trainer::resume(with(3), &resumed, &dataset, &device, &half).unwrap());
+    assert_eq!(again.noise_scale, state.noise_scale);
+    for file in ["model.safetensors", "optimizer/adamw.safetensors"] {
+        let read = |run: &Path| std::fs::read(run.join("checkpoints/step-60").join(file)).unwrap();
+        assert!(read(&on) == read(&off), "{file} differs");
+        assert!(read(&on) == read(&resumed), "{file} differs after a resume");
+    }
+}
+
+#[test]
 fn averages_are_evaluated_kept_and_restored() {
     let dir = tempfile::tempdir().unwrap();
     let device = Backend::NdArray.device().unwrap();

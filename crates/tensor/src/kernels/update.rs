@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::CHUNK;
 use super::compact::hash;
 use super::scratch::with_scratch;
-use super::simd::vectorized;
+use super::simd::{self, vectorized};
 use crate::ops::formula::with_formula;
 use crate::ops::state::{PART, Store};
 use crate::ops::{Formula, Update};
@@ -55,6 +55,24 @@ pub(crate) fn update_compact(rule: Update, param: &mut [f32], grad: &[f32], stat
             }
         });
     });
+}
+
+/// Scales every row of `grad` whose norm is more than `share` of its row's in `param`, or of `least` where that is more, down to just that.
+pub(crate) fn clip_rows(grad: &mut [f32], param: &[f32], rows: usize, share: f32, least: f32) {
+    let columns = grad.len() / rows;
+    let tasks = grad.par_chunks_mut(columns).zip(param.par_chunks(columns));
+    tasks.with_min_len(CHUNK.div_ceil(columns)).for_each(|(grad, param)| clip_row(grad, param, share, least));
+}
+
+vectorized! {
+    fn clip_row(grad: &mut [f32], param: &[f32], share: f32, least: f32) {
+        let most = simd::dot(param, param).sqrt().max(least) * share;
+        let norm = simd::dot(grad, grad).sqrt();
+        if norm > most {
+            let factor = most / norm;
+            grad.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
 }
 
 vectorized! {

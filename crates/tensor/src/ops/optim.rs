@@ -35,6 +35,13 @@ trait FusedOptim: Backend {
         seed: u32,
     ) -> FloatTensor<Self>;
     fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_clip_rows(
+        grad: FloatTensor<Self>,
+        param: FloatTensor<Self>,
+        rows: usize,
+        share: f32,
+        least: f32,
+    ) -> FloatTensor<Self>;
     fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self>;
@@ -71,6 +78,19 @@ macro_rules! host_backend {
             fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let x = Self::values(x);
                 Self::tensor(vec![squares(x.as_ref())], &[1])
+            }
+            fn fused_clip_rows(
+                grad: FloatTensor<Self>,
+                param: FloatTensor<Self>,
+                rows: usize,
+                share: f32,
+                least: f32,
+            ) -> FloatTensor<Self> {
+                let (mut grad, param) = (Self::into_vec(grad), Self::values(param));
+                assert_eq!(grad.len(), param.as_ref().len(), "clip_rows: lengths differ");
+                kernel::clip_rows(&mut grad, param.as_ref(), rows, share, least);
+                let n = [grad.len()];
+                Self::tensor(grad, &n)
             }
             fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 drop(Self::values(x));
@@ -185,6 +205,32 @@ pub fn sum_of_squares(x: Tensor<1>) -> Tensor<1> {
         return Tensor::from_dispatch(Dispatch::fused_sum_of_squares(x.into_dispatch()));
     }
     (x.clone() * x).sum()
+}
+
+/// Scales every row of a gradient whose norm is more than `share` of that of its row of the parameter down to just that (adaptive gradient clipping,
+/// Brock et al., <https://arxiv.org/abs/2102.06171>, equation 3). A row of the parameter counts as having at least the norm `least`. On the CPU backends in
+/// place of `grad`, on all threads, in one pass, provided that nothing else holds it.
+///
+/// # Shapes
+/// - `grad`, `param`: `[rows * columns]`, flat and row-major
+///
+/// # Panics
+/// If the lengths differ or are no multiple of `rows`, or a tensor is on an autodiff device.
+pub fn clip_rows(grad: Tensor<1>, param: Tensor<1>, rows: usize, share: f32, least: f32) -> Tensor<1> {
+    let n = grad.dims()[0];
+    assert!(rows > 0 && n.is_multiple_of(rows), "clip_rows: {n} elements in {rows} rows");
+    if n == 0 {
+        return grad;
+    }
+    if is_fused(&grad.device()) {
+        let (grad, param) = (grad.into_dispatch(), param.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::fused_clip_rows(grad, param, rows, share, least));
+    }
+    let norms = |x: Tensor<2>| (x.clone() * x).sum_dim(1).sqrt();
+    let grad = grad.reshape([rows, n / rows]);
+    let most = norms(param.reshape([rows, n / rows])).clamp_min(least) * share;
+    let factor = (most / norms(grad.clone()).clamp_min(f32::MIN_POSITIVE)).clamp_max(1.0);
+    (grad * factor).reshape([n])
 }
 
 /// `x + y` of flat tensors; on the CPU backends in place of `x`, on all threads, provided that nothing else holds it.

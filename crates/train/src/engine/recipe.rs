@@ -3,12 +3,14 @@
 use std::fmt;
 use std::path::Path;
 
+use firebox_optim::Clip;
 use serde::de::{self, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use firebox_tensor::ops::Compute;
 
 use super::Engine;
+use crate::optimizer_recipe::OptimizerRecipe;
 use crate::recipe::RecipeError;
 
 /// What a run does to need less memory. Nothing here changes a bit of the results.
@@ -57,7 +59,7 @@ impl MemoryRecipe {
     }
 
     /// Checks it against the rest of the recipe.
-    pub(crate) fn validate(&self, clip: f64, micro_batches: usize) -> Result<(), RecipeError> {
+    pub(crate) fn validate(&self, optimizer: &OptimizerRecipe, micro_batches: usize) -> Result<(), RecipeError> {
         let fail = |key, expected: &str, got: String| Err(RecipeError::Value { key, expected: expected.into(), got });
         if self.offload == Offload::Disk && self.recompute == Recompute::None {
             return fail(
@@ -66,9 +68,13 @@ impl MemoryRecipe {
                 "disk".into(),
             );
         }
-        if self.optimizer_in_backward && clip != 0.0 {
-            let expected = "0 with memory.optimizer_in_backward: the norm is known only after the update";
-            return fail("optimizer.clip", expected, clip.to_string());
+        let own = optimizer.groups.iter().filter_map(|group| group.clip).map(|clip| ("optimizer.groups.clip", clip));
+        for (key, clip) in std::iter::once(("optimizer.clip", optimizer.clip)).chain(own) {
+            if let (true, true, Clip::Norm(norm)) = (self.optimizer_in_backward, clip.needs_norm(), clip) {
+                let expected = "0 or { adaptive = ... } with memory.optimizer_in_backward: a norm is known only after \
+                                the update";
+                return fail(key, expected, norm.to_string());
+            }
         }
         if self.optimizer_in_backward && micro_batches > 1 {
             let expected = "0 with memory.optimizer_in_backward: gradients of micro-batches cannot be added up";
@@ -186,6 +192,10 @@ mod tests {
             (&["memory.offload=disk"], "memory.recompute"),
             (&["memroy.offload=disk"], "did you mean `memory`?"),
             (&[oib, "train.micro_batch_rows=0"], "optimizer.clip = 1: expected 0"),
+            (
+                &[oib, "optimizer={ clip = 0, groups = [{ kinds = [\"head\"], clip = 2 }] }"],
+                "optimizer.groups.clip = 2: expected 0",
+            ),
             (&[oib, "optimizer.clip=0", "train.batch_rows=8", "train.micro_batch_rows=3"], "3 micro-batches"),
         ] {
             let error = recipe(set).unwrap_err().to_string();

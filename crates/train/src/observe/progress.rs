@@ -174,6 +174,9 @@ impl Run {
             short(record.tokens_per_s),
             width = total.len(),
         );
+        if let Some(rows) = record.noise_scale_rows {
+            text.push_str(&format!("  noise scale {} rows", short(rows)));
+        }
         if record.mfu > 0.0 {
             text.push_str(&format!("  MFU {}", percent(record.mfu)));
         }
@@ -199,6 +202,9 @@ fn closing_line(summary: &Summary) -> String {
         text.push_str(&format!("; validation {bpb:.3} bits per byte"));
     } else if let Some(loss) = summary.val_loss {
         text.push_str(&format!("; validation loss {loss:.4}"));
+    }
+    if let (Some(rows), Some(tokens)) = (summary.noise_scale_rows, summary.noise_scale_tokens) {
+        text.push_str(&format!("; gradient noise scale {} rows ({} tokens)", short(rows), short(tokens)));
     }
     if summary.skipped_steps > 0 {
         text.push_str(&format!("; {} skipped", plural(summary.skipped_steps, "step")));

@@ -105,6 +105,12 @@ pub struct StepRecord {
     pub mfu: f64,
     /// Resident memory of the process, bytes.
     pub memory_bytes: u64,
+    /// The gradient noise scale ([`NoiseScale`](crate::NoiseScale)), rows, where it is measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise_scale_rows: Option<f64>,
+    /// The same in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise_scale_tokens: Option<f64>,
 }
 
 /// One evaluation on the held-out text: a line of `metrics.jsonl`.
@@ -155,6 +161,12 @@ pub struct Summary {
     pub peak_memory_bytes: u64,
     /// Steps that did not update the parameters, as the loss or gradient was not finite.
     pub skipped_steps: u64,
+    /// The gradient noise scale ([`NoiseScale`](crate::NoiseScale)) at the end, rows, where it was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_scale_rows: Option<f64>,
+    /// The same in tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub noise_scale_tokens: Option<f64>,
     /// Why the run ended: "done", "interrupted", "early stop" or a message.
     pub stopped: String,
 }

@@ -52,17 +52,19 @@ impl Observer for TensorBoard {
                 let first = if info.start_step == 0 { 0 } else { info.start_step + 1 };
                 self.write(first, &Content::Restart)
             }
-            Event::Step(record) => self.write(
-                record.step,
-                &Content::Scalars(&[
+            Event::Step(record) => {
+                let always = [
                     ("train/loss", record.loss),
                     ("train/learning_rate", record.lr),
                     ("train/gradient_norm", record.grad_norm),
                     ("speed/tokens_per_s", record.tokens_per_s),
                     ("speed/mfu", record.mfu),
                     ("memory/resident_bytes", record.memory_bytes as f64),
-                ]),
-            ),
+                ];
+                let noise = record.noise_scale_rows.map(|rows| ("train/noise_scale_rows", rows));
+                let scalars: Vec<_> = always.into_iter().chain(noise).collect();
+                self.write(record.step, &Content::Scalars(&scalars))
+            }
             Event::Evaluated(record) => {
                 let raw = [("validation/loss", record.val_loss), ("validation/bits_per_byte", record.val_bpb)];
                 let average = record.val_loss_average.map(|loss| ("validation/loss_of_average", loss));

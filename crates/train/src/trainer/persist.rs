@@ -71,16 +71,14 @@ impl<'a> Trainer<'a> {
         format!("optimizer/{}.safetensors", self.optimizer.algorithm().name())
     }
 
-    /// Leaves the batch out, or goes back to the last checkpoint, and on with the data after the batch. The batch has been counted as read.
-    pub(super) fn answer_spike(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    /// Goes back to the last checkpoint, and on with the data after the batch, if the recipe says so and there is one; returns whether it did. The batch has been
+    /// counted as read, and as left out.
+    pub(super) fn roll_back(&mut self, reason: &str, observer: &mut dyn Observer) -> Result<bool, TrainError> {
         let step = self.state.step;
         let back = self.recipe.watch.on_spike == OnSpike::Rollback
             && self.state.watch.rollbacks < self.recipe.watch.max_rollbacks;
         let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
-        let Some(found) = found else {
-            self.state.skipped += 1;
-            return Ok(observer.on_event(&Event::Skipped { step, reason })?);
-        };
+        let Some(found) = found else { return Ok(false) };
         let device = self.model().embed.weight.val().device();
         let model = load_trained(&found.checkpoint, &device)?.model;
         let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
@@ -89,11 +87,13 @@ impl<'a> Trainer<'a> {
         self.restore(&found.checkpoint)?;
         let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
         self.state.samples = here.samples + skipped;
-        (self.state.tokens, self.state.skipped) = (here.tokens, here.skipped + 1);
+        (self.state.tokens, self.state.skipped) = (here.tokens, here.skipped);
+        self.state.bad_in_a_row = here.bad_in_a_row;
         self.state.watch.spikes = here.watch.spikes;
         self.state.watch.rollbacks = here.watch.rollbacks + 1;
         let reason = format!("{reason}; back to step {}", self.state.step);
-        Ok(observer.on_event(&Event::Skipped { step, reason: &reason })?)
+        observer.on_event(&Event::Skipped { step, reason: &reason })?;
+        Ok(true)
     }
 
     /// Writes a checkpoint and removes those that the recipe does not keep.

@@ -108,6 +108,13 @@ impl Run {
         stored.or_else(|| super::charts::smooth(&losses).last().map(|(_, loss)| *loss)).filter(|loss| loss.is_finite())
     }
 
+    /// The gradient noise scale in rows and tokens: at the end, or the last logged.
+    pub fn noise_scale(&self) -> Option<(f64, f64)> {
+        let at_end = self.summary.as_ref().map(|summary| (summary.noise_scale_rows, summary.noise_scale_tokens));
+        let (rows, tokens) = at_end.or(self.last_step().map(|r| (r.noise_scale_rows, r.noise_scale_tokens)))?;
+        rows.zip(tokens)
+    }
+
     /// Steps that were skipped: all of them, also those of which `metrics.jsonl` has no line.
     pub fn skipped(&self) -> u64 {
         let listed = self.metrics.skipped.len() as u64;

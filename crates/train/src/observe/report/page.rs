@@ -4,6 +4,7 @@ use std::fmt::{self, Write};
 use std::path::Path;
 
 use super::data::Run;
+use crate::noise::advice;
 use crate::observe::format::{bytes, count, duration, figure, flops, operations, percent, plural, short, utc};
 use crate::observe::{ObserveError, StepRecord};
 
@@ -49,6 +50,7 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
         figures(&mut html, run)?;
         comparison(&mut html, run)?;
         html.push_str(&plots);
+        noise_scale(&mut html, run)?;
         skipped(&mut html, run)?;
         samples(&mut html, run)?;
         next_commands(&mut html, run)?;
@@ -197,6 +199,26 @@ fn comparison(html: &mut String, run: &Run) -> fmt::Result {
          The compressors start each file from nothing; the model has read its training text before, and its own size is not counted.</p>\n</section>\n",
         bytes(base.bytes)
     )
+}
+
+/// What the gradients say about the batch.
+fn noise_scale(html: &mut String, run: &Run) -> fmt::Result {
+    let Some((rows, tokens)) = run.noise_scale() else { return Ok(()) };
+    write!(
+        html,
+        "<section>\n<h2>Batch size</h2>\n<p>The gradient noise scale is about {} rows, {} tokens",
+        short(rows),
+        short(tokens)
+    )?;
+    if run.info.tokens_per_step > 0 {
+        let batch = run.info.tokens_per_step as f64;
+        write!(html, "; a step of this run has {} tokens: {}", short(batch), advice(tokens, batch))?;
+    }
+    html.push_str(
+        ".</p>\n<p class=\"small\">A batch of just that size takes twice the fewest possible steps and twice the fewest possible tokens. \
+         The noise scale grows as the loss falls.</p>\n</section>\n",
+    );
+    Ok(())
 }
 
 fn skipped(html: &mut String, run: &Run) -> fmt::Result {

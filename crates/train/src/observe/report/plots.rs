@@ -62,6 +62,8 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
     }
     bits.push(series(format!("model {}", end(&bpb)), Ink::Second, Look::Dots, bpb));
 
+    let noisy = run.metrics.steps.iter().filter_map(|r| Some((r.step as f64, r.noise_scale_rows?)));
+    let noise: Vec<(f64, f64)> = noisy.collect();
     let gradient = line(|r| r.grad_norm);
     let speed = line(|r| r.tokens_per_s);
     let small = [
@@ -92,6 +94,13 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
                 series(String::new(), Ink::First, Look::Line, smooth(&gradient)),
                 series(String::new(), Ink::First, Look::Faint, gradient),
             ],
+            marks: Vec::new(),
+            from_zero: true,
+            value: figure,
+        },
+        Plot {
+            title: "Gradient noise scale, rows",
+            series: vec![series(String::new(), Ink::First, Look::Line, noise)],
             marks: Vec::new(),
             from_zero: true,
             value: figure,
