@@ -3,6 +3,8 @@
 //! - [`Communicator`]: all-reduce, reduce-scatter, all-gather, all-to-all, broadcast, send, receive, barrier and split, for
 //!   `f32`, `bf16`, integers and bytes, blocking and in the background. Ranks are threads of one process ([`spawn`],
 //!   [`Threads`]). [`Collectives`] is the trait beneath, for other transports.
+//! - [`Mesh`]: the ranks as a grid `dp_replicate × dp_shard × cp × pp × tp`, with experts over the data axes, and a communicator
+//!   for each group in which a rank takes part.
 //!
 //! Reductions are made in the order of the ranks: the same bits every time. A rank that panics, ends, hangs, or makes another
 //! call than the others is an error on every rank that waits for it, and the error names it.
@@ -41,6 +43,7 @@ mod collectives;
 mod communicator;
 mod element;
 mod error;
+mod mesh;
 mod threads;
 mod world;
 
@@ -49,4 +52,5 @@ pub use communicator::{Communicator, Pending};
 pub use element::{Buffer, DType, Element, ReduceOp};
 pub use error::{CommError, Result};
 pub use half::bf16;
+pub use mesh::{Axis, Coordinates, Degrees, Mesh, MeshError};
 pub use world::{DEFAULT_TIMEOUT, Failure, Threads, WorldError, spawn};
