@@ -5,6 +5,8 @@
 //!   [`Threads`]). [`Collectives`] is the trait beneath, for other transports.
 //! - [`Mesh`]: the ranks as a grid `dp_replicate × dp_shard × cp × pp × tp`, with experts over the data axes, and a communicator
 //!   for each group in which a rank takes part.
+//! - [`pipeline`]: schedules (all-forward-all-backward, 1F1B, interleaved, ZB-H1, ZB-V) as lists of actions per rank, a checker
+//!   that proves them, a simulator that times them, and cutting a model into stages by cost.
 //!
 //! Reductions are made in the order of the ranks: the same bits every time. A rank that panics, ends, hangs, or makes another
 //! call than the others is an error on every rank that waits for it, and the error names it.
@@ -44,6 +46,7 @@ mod communicator;
 mod element;
 mod error;
 mod mesh;
+pub mod pipeline;
 mod threads;
 mod world;
 

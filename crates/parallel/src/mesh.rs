@@ -78,7 +78,7 @@ pub enum MeshError {
         /// The degrees.
         degrees: Degrees,
         /// Why.
-        source: CommError,
+        source: Box<CommError>,
     },
 }
 
@@ -245,7 +245,7 @@ impl Mesh {
                 Ok(Some(group)) => Ok(group),
                 // PANIC: a split gives a group to each rank that has a color.
                 Ok(None) => unreachable!("a rank with a color is in a group"),
-                Err(source) => Err(MeshError::Comm { degrees, source }),
+                Err(source) => Err(MeshError::Comm { degrees, source: Box::new(source) }),
             }
         };
         let groups = Axis::ALL.into_iter().map(split).collect::<Result<_, _>>()?;
