@@ -13,11 +13,12 @@ use crate::workspace::Workspace;
 
 /// Which members of the workspace each member may depend on. Dependencies point one way, from what composes to what
 /// computes; a member that is missing here may depend on none.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("firebox-tensor", &[]),
     ("firebox-data", &[]),
     ("firebox-models", &["firebox-tensor"]),
     ("firebox-optim", &["firebox-tensor"]),
+    ("firebox-parallel", &[]),
     ("firebox-train", &["firebox-data", "firebox-models", "firebox-optim", "firebox-tensor"]),
     ("firebox", &["firebox-data", "firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"]),
     (
@@ -28,9 +29,9 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ("xtask", &[]),
 ];
 
-/// Members that build without burn, directly and through others: data is useful without a tensor, and xtask must be
-/// there in seconds.
-const WITHOUT_BURN: [&str; 2] = ["firebox-data", "xtask"];
+/// Members that build without burn, directly and through others: data and ranks are useful without a tensor, and
+/// xtask must be there in seconds.
+const WITHOUT_BURN: [&str; 3] = ["firebox-data", "firebox-parallel", "xtask"];
 
 /// Checks every member's manifest and the graph of all dependencies.
 pub fn check(workspace: &Workspace) -> Result<Vec<Finding>> {
