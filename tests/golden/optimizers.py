@@ -9,6 +9,7 @@ import pytorch_optimizer
 import schedulefree
 import torch
 import torch.optim._muon as torch_muon
+from pytorch_optimizer.optimizer import soap as pytorch_soap
 
 # Names say what a parameter is: matrices are [in, out], as Firebox stores them.
 SHAPES = {"wide.weight": (6, 11), "tall.weight": (11, 6), "tall.bias": (13,), "embed.weight": (9, 4)}
@@ -21,9 +22,9 @@ ADAM = {"betas": (0.9, 0.99)}
 
 
 class Float64Torch(types.SimpleNamespace):
-    """torch, but for the type in which Muon iterates: float64 instead of bfloat16."""
+    """torch, but for the types in which Muon iterates and SOAP decomposes: float64 instead of bfloat16 and float32."""
 
-    bfloat16 = torch.float64
+    bfloat16 = float32 = torch.float64
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -107,6 +108,20 @@ def schedule_free(params):
     return optimizer
 
 
+class Soap(pytorch_optimizer.SOAP):
+    """SOAP, but for the type of its QR decomposition: float64 instead of float32."""
+
+    def get_orthogonal_matrix_qr(self, *args, **kwargs):
+        pytorch_soap.torch = Float64Torch()
+        found = super().get_orthogonal_matrix_qr(*args, **kwargs)
+        pytorch_soap.torch = torch
+        return found
+
+
+def soap(params, **more):
+    return Soap(params, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-8, **more)
+
+
 # What Firebox is given, and the optimizer to compare with.
 CASES = [
     ({"kind": "adamw", "weight_decay": 0.1, **BETAS}, lambda p: torch.optim.AdamW(p, weight_decay=0.1, eps=1e-8, **ADAM)),
@@ -141,11 +156,18 @@ CASES = [
         ),
     ),
     ({"kind": "adam_mini", **BETAS}, lambda p: Formula(p, adam_mini)),
+    # The sides that are turned have distinct eigenvalues from the first step on, so that their bases are unique but for signs.
+    (
+        {"kind": "soap", "max_precond_dim": 8, "precondition_frequency": 3, "weight_decay": 0.1, **BETAS},
+        lambda p: soap(p, max_precondition_dim=8, precondition_frequency=3),
+    ),
+    # Those of the wider sides are not: the first bases are kept.
+    ({"kind": "soap", "weight_decay": 0.1, **BETAS}, lambda p: soap(p)),
 ]
 
 
 def fixture(save, out_dir):
-    """`start.P`, `g.P.S` (the gradient), and `C.P.S`: parameter P of case C after step S; `average.P` of the schedule-free case at its end."""
+    """`start.P`, `g.P.S` (the gradient), and `C.P.S`: parameter P of case C after step S; `C.P.left_basis`, `C.P.right_basis`: eigenvectors as rows; `average.P` of the schedule-free case at its end."""
     generator = torch.Generator().manual_seed(11)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
     tensors = {f"start.{name}": p for name, p in zip(SHAPES, start)}
@@ -154,6 +176,7 @@ def fixture(save, out_dir):
             scale = 10.0 ** torch.randint(-3, 2, shape, generator=generator).float()
             # A mean that is not zero, so that momentum has something to remember.
             tensors[f"g.{name}.{step}"] = (torch.randn(shape, generator=generator) + 0.3) * scale
+    cases = [given for given, _ in CASES]
     for c, (_, make) in enumerate(CASES):
         params = [torch.nn.Parameter(p.double()) for p in start]
         optimizer = make(params)
@@ -163,6 +186,10 @@ def fixture(save, out_dir):
             for name, p in zip(SHAPES, params):
                 p.grad = tensors[f"g.{name}.{step}"].double()
             optimizer.step()
+            if step == 1 and cases[c] == {"kind": "soap", "weight_decay": 0.1, **BETAS}:
+                for name, p in zip(SHAPES, params):
+                    for side, basis in zip(("left", "right"), optimizer.state[p]["Q"] if p.dim() == 2 else ()):
+                        tensors[f"{c}.{name}.{side}_basis"] = basis.T.clone()
             if step in KEPT:
                 for name, p in zip(SHAPES, params):
                     tensors[f"{c}.{name}.{step}"] = p.detach().clone()
@@ -170,6 +197,5 @@ def fixture(save, out_dir):
             optimizer.eval()
             for name, p in zip(SHAPES, params):
                 tensors[f"average.{name}"] = p.detach().clone()
-    cases = [given for given, _ in CASES]
     about = {"sophia_batch": SOPHIA_BATCH, "kept": KEPT, "lr": LR, "cases": cases}
     save(out_dir / "optimizers.safetensors", tensors, seed=11, **about)

@@ -52,6 +52,7 @@
 //! | [Schedule-Free AdamW](ScheduleFreeConfig) | 8 | [2405.15682](https://arxiv.org/abs/2405.15682) |
 //! | [AdEMAMix](AdEmaMixConfig) | 12 | [2409.03137](https://arxiv.org/abs/2409.03137) |
 //! | [Adam-mini](AdamMiniConfig) | 4, and 4 per block | [2406.16793](https://arxiv.org/abs/2406.16793) |
+//! | [SOAP](SoapConfig) | 8, and 8 per element of a square of each side: 24 of square matrices | [2409.11321](https://arxiv.org/abs/2409.11321) |
 //!
 //! Values are tested against `torch.optim` and the authors' packages, `clip_grad_norm_` and the schedules of transformers, from goldens that come with
 //! their generator, and against the formulas in double precision.
@@ -69,7 +70,7 @@ mod schedule;
 
 pub use algorithm::{
     AdEmaMixConfig, AdafactorConfig, AdamConfig, AdamMiniConfig, AdamWConfig, Algorithm, LambConfig, LionConfig,
-    MuonConfig, MuonScale, ParamState, ScheduleFreeConfig, SgdConfig, SophiaConfig,
+    MuonConfig, MuonScale, ParamState, ScheduleFreeConfig, SgdConfig, SoapConfig, SophiaConfig,
 };
 pub use average::{Average, AverageConfig};
 pub use clip::{Adaptive, Clip, Clipping};

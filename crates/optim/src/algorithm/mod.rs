@@ -4,11 +4,13 @@ mod adafactor;
 mod adam_mini;
 mod adamw;
 mod ademamix;
+mod eigen;
 mod lamb;
 mod lion;
 mod muon;
 mod schedule_free;
 mod sgd;
+mod soap;
 mod sophia;
 mod state;
 
@@ -25,6 +27,7 @@ pub use lion::LionConfig;
 pub use muon::{MuonConfig, MuonScale};
 pub use schedule_free::ScheduleFreeConfig;
 pub use sgd::SgdConfig;
+pub use soap::SoapConfig;
 pub use sophia::SophiaConfig;
 pub use state::{MAX_STEPS, ParamState};
 
@@ -93,6 +96,8 @@ algorithms! {
     AdEmaMix(AdEmaMixConfig) = "ademamix",
     /// Adam-mini.
     AdamMini(AdamMiniConfig) = "adam_mini",
+    /// SOAP.
+    Soap(SoapConfig) = "soap",
 }
 
 impl Default for Algorithm {
@@ -179,7 +184,7 @@ impl Slot {
         Self { name, shape: shape.to_vec(), signed: false, exact: false }
     }
 
-    /// The same, always in 32 bits: parameters rather than statistics of gradients.
+    /// The same, always in 32 bits: what must not be rounded, as parameters and bases.
     pub fn exact(self) -> Self {
         Self { exact: true, ..self }
     }
