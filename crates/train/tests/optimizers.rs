@@ -40,6 +40,7 @@ fn optimizers_learn_and_resume() {
         ("{ kind = \"adamw\", lr = 1e-2, state = \"int8\" }", 3.0, 1),
         ("{ kind = \"adamw\", lr = 1e-2, state = \"bf16\" }", 3.0, 1),
         ("{ kind = \"muon\", lr = 2e-2 }", 3.0, 1),
+        ("{ kind = \"soap\", lr = 1e-2, precondition_frequency = 3 }", 3.0, 1),
         ("{ kind = \"sophia\", lr = 5e-3, every = 4 }", 3.2, 1),
         ("{ kind = \"schedule_free\", lr = 2e-2 }", 3.0, 2),
         (
