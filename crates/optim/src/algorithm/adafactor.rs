@@ -1,7 +1,7 @@
 //! Adafactor.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{State, sum_of_squares};
+use firebox_tensor::ops::{SgdHyper, State, Update, divide_by_root, mean_squares, sum_of_squares, update};
 use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, lerp};
@@ -73,30 +73,30 @@ impl Rule for AdafactorConfig {
         let elements = at.param.elements();
         let share = (at.t as f64).powf(self.beta2_decay);
         let grad = if at.grad_scale == 1.0 { grad } else { grad * at.grad_scale };
-        let squares = grad.clone() * grad.clone();
         let device = param.device();
         let mean = |old: &mut State, new: Tensor<1>| {
             let mean = lerp(old.take(&device), new, 1.0, share);
             old.set(mean.clone(), at.seed);
             mean
         };
-        let v = match (matrices(at.param.shape), &mut *state) {
+        let least = (self.eps1 * self.eps1) as f32;
+        let direction = match (matrices(at.param.shape), &mut *state) {
             (Some([n, rows, columns]), [row, column]) => {
-                let squares = squares.reshape([n, rows, columns]);
-                let row = mean(row, squares.clone().mean_dim(2).reshape([n * rows])).reshape([n, rows, 1]);
-                let column = mean(column, squares.mean_dim(1).reshape([n * columns]));
+                let (over_columns, over_rows) = mean_squares(grad.clone(), [n, rows, columns]);
+                let row = mean(row, over_columns).reshape([n, rows]);
+                let column = mean(column, over_rows);
                 let whole = row.clone().mean_dim(1).clamp_min(self.eps1);
                 // The quotient first: the product of two small means would leave f32's range.
-                ((row / whole) * column.reshape([n, 1, columns])).reshape([elements])
+                divide_by_root(grad, [n, rows, columns], (row / whole).reshape([n * rows]), column, least)
             }
-            (_, [v, ..]) => mean(v, squares),
+            (_, [v, ..]) => grad.clone() / mean(v, grad.clone() * grad).clamp_min(least).sqrt(),
             _ => return param,
         };
-        let update = grad / v.clamp_min(self.eps1 * self.eps1).sqrt();
-        let both = Tensor::cat(vec![sum_of_squares(param.clone()), sum_of_squares(update.clone())], 0);
+        let both = Tensor::cat(vec![sum_of_squares(param.clone()), sum_of_squares(direction.clone())], 0);
         let rms: Vec<f64> = both.into_data().iter::<f32>().map(|x| (f64::from(x) / elements as f64).sqrt()).collect();
         let alpha = rms[0].max(self.eps2) * at.lr.min(1.0 / (at.t as f64).sqrt());
         let scale = alpha / (rms[1] / self.clip_threshold).max(1.0);
-        param * (1.0 - at.lr * at.weight_decay) - update * scale
+        let sgd = SgdHyper { lr: 1.0, l2: (at.lr * at.weight_decay) as f32, grad_scale: scale as f32 };
+        update(Update::Sgd(sgd), param, direction, &mut [], 0)
     }
 }

@@ -1,7 +1,7 @@
 //! Adam-mini.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::State;
+use firebox_tensor::ops::{State, mean_squares, subtract_scaled};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, At, Geometry, Rule, Slot, correction, lerp};
@@ -64,13 +64,14 @@ impl Rule for AdamMiniConfig {
         let device = param.device();
         let mean = lerp(m.take(&device), grad.clone(), at.grad_scale, 1.0 - f64::from(self.beta1 as f32));
         m.set(mean.clone(), at.seed);
-        let squares = (grad.clone() * grad).reshape(matrix).mean_dim(over).reshape([matrix[1 - over]]);
+        let (over_columns, over_rows) = mean_squares(grad, [1, matrix[0], matrix[1]]);
+        let squares = if over == 1 { over_columns } else { over_rows };
         let block = lerp(v.take(&device), squares, at.grad_scale.powi(2), 1.0 - f64::from(self.beta2 as f32));
         v.set(block.clone(), !at.seed);
         let [c1, c2] = [self.beta1, self.beta2].map(|beta| correction(beta, at.t));
-        let denominator = (block / c2).sqrt() + self.eps;
-        let shape = if over == 1 { [matrix[0], 1] } else { [1, matrix[1]] };
-        let update = (mean.reshape(matrix) / denominator.reshape(shape)).reshape([at.param.elements()]);
-        param * (1.0 - at.lr * at.weight_decay) - update * (at.lr / f64::from(c1))
+        let scale = ((block / c2).sqrt() + self.eps).recip() * (at.lr / f64::from(c1));
+        let ones = Tensor::ones([matrix[over]], &device);
+        let [by_row, by_column] = if over == 1 { [scale, ones] } else { [ones, scale] };
+        subtract_scaled(param, (1.0 - at.lr * at.weight_decay) as f32, mean, by_row, by_column)
     }
 }

@@ -3,18 +3,22 @@
 
 use std::sync::OnceLock;
 
+use super::simd::vectorized;
+
 /// Values that share a scale.
 pub(crate) const BLOCK: usize = 256;
 
 /// The 256 values that a code can stand for, ascending, in [-1, 1] or [0, 1].
 struct Map {
     values: [f32; 256],
+    /// Between a code's value and the next: what is not below it has a larger code. Of the last infinity.
+    middles: [f32; 256],
     /// For the upper bits of a value's magnitude the smallest code that it can have.
-    first: Vec<u8>,
+    first: Box<[u8; 2 * ENTRIES]>,
 }
 
-/// Mantissa bits that the table of first codes looks at: no two neighbours of a map are nearer than half of such a step.
-const MANTISSA_BITS: u32 = 6;
+/// Mantissa bits that the table of first codes looks at: no entry holds more than one middle between two neighbours of a map.
+const MANTISSA_BITS: u32 = 7;
 
 /// Magnitudes below 2^-32 are met by the first entry of the table.
 const LOWEST_EXPONENT: u32 = 127 - 32;
@@ -73,39 +77,48 @@ impl Map {
                     (true, entry) => -magnitude(entry + 1),
                 }
             };
-            let first = (0..2 * ENTRIES).map(|entry| nearest(&values, 0, smallest(entry))).collect();
-            Self { values, first }
+            let middle = |i: usize| values.get(i + 1).map_or(f32::INFINITY, |next| 0.5 * (values[i] + next));
+            let middles = std::array::from_fn(middle);
+            let mut first = Box::new([0; 2 * ENTRIES]);
+            first.iter_mut().enumerate().for_each(|(entry, code)| *code = nearest(&middles, smallest(entry)));
+            Self { values, middles, first }
         })
     }
 }
 
-/// The code nearest to `x`, which is not below `from`; ties go up.
-fn nearest(values: &[f32; 256], from: u8, x: f32) -> u8 {
-    let mut code = from;
-    while code < 255 && x >= 0.5 * (values[usize::from(code)] + values[usize::from(code) + 1]) {
-        code += 1;
+/// The code nearest to `x`; ties go up.
+fn nearest(middles: &[f32; 256], x: f32) -> u8 {
+    middles.partition_point(|&middle| x >= middle) as u8
+}
+
+vectorized! {
+    /// Bits of the largest magnitude, and whether a positive value has it.
+    fn largest(values: &[f32]) -> (u32, bool) {
+        // As integers, magnitudes keep their order, and their maximum is a single instruction; what is not finite comes last.
+        let max = values.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
+        (max, values.iter().fold(false, |any, x| any | (x.to_bits() == max)))
     }
-    code
 }
 
 /// Codes for up to [`BLOCK`] values; returns their scale. Of values that are not negative (`signed` false) none but 0 becomes 0: what is divided by must
 /// not vanish.
 pub(crate) fn encode(values: &[f32], codes: &mut [u8], signed: bool) -> f32 {
     // The map has 1 but not -1: with the sign of the largest value in the scale that one is exact, and what was decoded is encoded to the same bits.
-    let scale = values.iter().fold(0f32, |max, &x| if x.abs() > max.abs() { x } else { max });
-    // Values that are not finite have no codes; the scale carries them on.
-    if scale == 0.0 || values.iter().any(|x| !x.is_finite()) {
-        let zero = nearest(&Map::of(signed).values, 0, 0.0);
-        codes.fill(zero);
-        return if scale == 0.0 && values.iter().all(|x| x.is_finite()) { 0.0 } else { f32::NAN };
-    }
+    let (largest, positive) = largest(values);
+    let scale = if positive { f32::from_bits(largest) } else { -f32::from_bits(largest) };
     let map = Map::of(signed);
+    // Values that are not finite have no codes; the scale carries them on.
+    if scale == 0.0 || !scale.is_finite() {
+        codes.fill(nearest(&map.middles, 0.0));
+        return if scale == 0.0 { 0.0 } else { f32::NAN };
+    }
+    let first: &[u8; 2 * ENTRIES] = &map.first;
+    // No branch: which code it is no processor could predict.
     for (code, &x) in codes.iter_mut().zip(values) {
         let y = x / scale;
-        *code = nearest(&map.values, map.first[key(y)], y);
-        if !signed && *code == 0 && x > 0.0 {
-            *code = 1;
-        }
+        let below = first[key(y).min(2 * ENTRIES - 1)];
+        let nearest = below + u8::from(y >= map.middles[usize::from(below)]);
+        *code = nearest.max(u8::from(!signed & (x > 0.0)));
     }
     scale
 }
@@ -127,6 +140,22 @@ pub(crate) fn to_bf16(x: f32, random: u32) -> u16 {
     // Rounding up from the largest number stays there.
     let rounded = if x.is_finite() && rounded & 0x7f80_0000 == 0x7f80_0000 { bits } else { rounded };
     (rounded >> 16) as u16
+}
+
+vectorized! {
+    /// Values as bfloat16, each rounded with a random number of its own.
+    pub(crate) fn encode_bf16(values: &[f32], bits: &mut [u16], seed: u32) {
+        for (i, (bits, &value)) in bits.iter_mut().zip(values).enumerate() {
+            *bits = to_bf16(value, hash(seed, i as u32));
+        }
+    }
+}
+
+vectorized! {
+    /// And back.
+    pub(crate) fn decode_bf16(bits: &[u16], values: &mut [f32]) {
+        values.iter_mut().zip(bits).for_each(|(value, &bits)| *value = from_bf16(bits));
+    }
 }
 
 /// The value of a bfloat16.

@@ -35,7 +35,7 @@ pub(crate) fn update(rule: Update, param: &mut [f32], grad: &[f32], states: [&mu
 pub(crate) fn update_compact(rule: Update, param: &mut [f32], grad: &[f32], states: &mut [Store], seed: u32) {
     let all_fit = states.iter().all(|state| state.len() == param.len());
     assert!(grad.len() == param.len() && states.len() == rule.states() && all_fit, "update: lengths differ");
-    let mut parts: Vec<_> = states.iter_mut().filter_map(Store::parts_mut).map(Vec::into_iter).collect();
+    let mut parts: Vec<_> = states.iter_mut().map(|state| state.parts_mut().into_iter()).collect();
     let tasks: Vec<_> = param
         .chunks_mut(PART)
         .zip(grad.chunks(PART))

@@ -10,6 +10,7 @@ mod compute;
 mod cross_entropy;
 mod embedding;
 mod extension;
+mod factored;
 pub(crate) mod formula;
 mod linear;
 mod norm;
@@ -25,6 +26,7 @@ pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
 pub use cross_entropy::{LossConfig, linear_cross_entropy};
 pub use embedding::embedding;
+pub use factored::{divide_by_root, mean_squares, subtract_scaled};
 pub use formula::{
     AdEmaMixHyper, AdamWHyper, Formula, LionHyper, MomentumHyper, Number, ScheduleFreeHyper, SgdHyper, SophiaHyper,
     Update,

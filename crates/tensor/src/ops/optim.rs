@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::formula::Update;
-use super::state::{State, Store};
+use super::state::{Held, State, Store};
 use super::vjp::dims;
 use crate::adapter::HostBackend;
 use crate::device::is_fused;
@@ -160,16 +160,17 @@ fn squares(x: &[f32]) -> f32 {
 pub fn update(rule: Update, param: Tensor<1>, grad: Tensor<1>, states: &mut [State], seed: u32) -> Tensor<1> {
     assert_eq!(states.len(), rule.states(), "update: {} states for {rule:?}", states.len());
     let device = param.device();
-    let compact = states.iter().filter(|state| !matches!(state.0, Store::Full(_))).count();
-    if is_fused(&device) && compact > 0 && compact == states.len() {
-        let taken = states.iter_mut().map(|state| std::mem::replace(&mut state.0, Store::Bf16(vec![]))).collect();
+    let compact = states.iter_mut().map(|state| match &mut state.0 {
+        Held::Compact(store) => Some(store),
+        Held::Full(_) => None,
+    });
+    if let Some(mut stores) = compact.collect::<Option<Vec<_>>>().filter(|s| is_fused(&device) && !s.is_empty()) {
+        let taken = stores.iter_mut().map(|store| std::mem::replace(*store, Store::Bf16(vec![]))).collect();
         let shared = Arc::new(Mutex::new(taken));
         let (param, grad) = (param.into_dispatch(), grad.into_dispatch());
         let param = Dispatch::fused_update_compact(param, grad, shared.clone(), rule, seed);
         let mut updated = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        for (state, new) in states.iter_mut().zip(updated.drain(..)) {
-            state.0 = new;
-        }
+        stores.into_iter().zip(updated.drain(..)).for_each(|(store, new)| *store = new);
         return Tensor::from_dispatch(param);
     }
     // Each is taken out of its place, so that its memory has one holder.

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::kernels::compact::{BLOCK, decode, encode, from_bf16, hash, to_bf16};
+use crate::kernels::compact::{BLOCK, decode, decode_bf16, encode, encode_bf16, hash};
 
 /// In how many bits an optimizer's state is held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,11 +19,17 @@ pub enum Precision {
 
 /// One state of a flat parameter. In fewer than 32 bits it lies on the host.
 #[derive(Clone, Debug)]
-pub struct State(pub(crate) Store);
+pub struct State(pub(crate) Held);
 
 #[derive(Clone, Debug)]
-pub(crate) enum Store {
+pub(crate) enum Held {
     Full(Tensor<1>),
+    Compact(Store),
+}
+
+/// A state in fewer than 32 bits.
+#[derive(Clone, Debug)]
+pub(crate) enum Store {
     Bf16(Vec<u16>),
     Int8 {
         codes: Vec<u8>,
@@ -38,12 +44,12 @@ impl State {
     /// `n` zeros; `signed` says whether values can be negative.
     pub fn zeros(n: usize, precision: Precision, signed: bool, device: &Device) -> Self {
         match precision {
-            Precision::Full => Self(Store::Full(Tensor::zeros([n], device))),
-            Precision::Bf16 => Self(Store::Bf16(vec![0; n])),
+            Precision::Full => Self(Held::Full(Tensor::zeros([n], device))),
+            Precision::Bf16 => Self(Held::Compact(Store::Bf16(vec![0; n]))),
             Precision::Int8 => {
-                let mut state = Store::Int8 { codes: vec![0; n], scales: vec![0.0; n.div_ceil(BLOCK)], signed };
-                state.set(&vec![0.0; n], 0);
-                Self(state)
+                let mut store = Store::Int8 { codes: vec![0; n], scales: vec![0.0; n.div_ceil(BLOCK)], signed };
+                store.set(&vec![0.0; n], 0);
+                Self(Held::Compact(store))
             }
         }
     }
@@ -51,16 +57,16 @@ impl State {
     /// The values, on `device`.
     pub fn get(&self, device: &Device) -> Tensor<1> {
         match &self.0 {
-            Store::Full(tensor) => tensor.clone(),
-            store => Tensor::from_data(TensorData::new(self.read(), [store.len()]), device),
+            Held::Full(tensor) => tensor.clone(),
+            Held::Compact(store) => Tensor::from_data(TensorData::new(self.read(), [store.len()]), device),
         }
     }
 
     /// The values, taken out where that saves a copy; what is left is for [`set`](Self::set) to replace.
     pub fn take(&mut self, device: &Device) -> Tensor<1> {
         match &mut self.0 {
-            Store::Full(tensor) => std::mem::replace(tensor, Tensor::zeros([0], device)),
-            _ => self.get(device),
+            Held::Full(tensor) => std::mem::replace(tensor, Tensor::zeros([0], device)),
+            Held::Compact(_) => self.get(device),
         }
     }
 
@@ -70,26 +76,26 @@ impl State {
     /// If their number changes in fewer than 32 bits.
     pub fn set(&mut self, values: Tensor<1>, seed: u32) {
         match &mut self.0 {
-            Store::Full(tensor) => *tensor = values,
-            store => store.set(&host(values), seed),
+            Held::Full(tensor) => *tensor = values,
+            Held::Compact(store) => store.set(&host(values), seed),
         }
     }
 
     /// Replaces the values by what [`get`](Self::get) gave: the state is the same again, bit for bit.
     pub fn restore(&mut self, values: &[f32], device: &Device) {
         match &mut self.0 {
-            Store::Full(tensor) => {
+            Held::Full(tensor) => {
                 *tensor = Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device);
             }
-            store => store.set(values, 0),
+            Held::Compact(store) => store.set(values, 0),
         }
     }
 
     /// The values, on the host.
     pub fn read(&self) -> Vec<f32> {
         match &self.0 {
-            Store::Full(tensor) => host(tensor.clone()),
-            store => {
+            Held::Full(tensor) => host(tensor.clone()),
+            Held::Compact(store) => {
                 let mut values = vec![0.0; store.len()];
                 store.read(&mut values);
                 values
@@ -100,9 +106,9 @@ impl State {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Store::Full(tensor) => 4 * tensor.dims()[0],
-            Store::Bf16(values) => 2 * values.len(),
-            Store::Int8 { codes, scales, .. } => codes.len() + 4 * scales.len(),
+            Held::Full(tensor) => 4 * tensor.dims()[0],
+            Held::Compact(Store::Bf16(values)) => 2 * values.len(),
+            Held::Compact(Store::Int8 { codes, scales, .. }) => codes.len() + 4 * scales.len(),
         }
     }
 }
@@ -114,45 +120,38 @@ pub(crate) fn host(values: Tensor<1>) -> Vec<f32> {
 impl Store {
     pub fn len(&self) -> usize {
         match self {
-            Self::Full(tensor) => tensor.dims()[0],
             Self::Bf16(values) => values.len(),
             Self::Int8 { codes, .. } => codes.len(),
         }
     }
 
     fn read(&self, out: &mut [f32]) {
-        if let Some(parts) = self.parts() {
-            out.par_chunks_mut(PART).zip(parts).for_each(|(out, part)| part.read(out));
-        }
+        out.par_chunks_mut(PART).zip(self.parts()).for_each(|(out, part)| part.read(out));
     }
 
     fn set(&mut self, values: &[f32], seed: u32) {
         assert_eq!(values.len(), self.len(), "an optimizer's state changes its length");
-        if let Some(parts) = self.parts_mut() {
-            let chunks = values.par_chunks(PART).zip(parts).enumerate();
-            chunks.for_each(|(i, (values, mut part))| part.write(values, hash(seed, i as u32)));
-        }
+        let chunks = values.par_chunks(PART).zip(self.parts_mut()).enumerate();
+        chunks.for_each(|(i, (values, mut part))| part.write(values, hash(seed, i as u32)));
     }
 
-    fn parts(&self) -> Option<Vec<PartRef<'_>>> {
+    fn parts(&self) -> Vec<PartRef<'_>> {
         match self {
-            Self::Full(_) => None,
-            Self::Bf16(values) => Some(values.chunks(PART).map(Part::Bf16).collect()),
+            Self::Bf16(values) => values.chunks(PART).map(Part::Bf16).collect(),
             Self::Int8 { codes, scales, signed } => {
                 let parts = codes.chunks(PART).zip(scales.chunks(PART / BLOCK));
-                Some(parts.map(|(codes, scales)| Part::Int8 { codes, scales, signed: *signed }).collect())
+                parts.map(|(codes, scales)| Part::Int8 { codes, scales, signed: *signed }).collect()
             }
         }
     }
 
-    /// Parts of [`PART`] values, for a thread each; none where a tensor holds them.
-    pub fn parts_mut(&mut self) -> Option<Vec<PartMut<'_>>> {
+    /// Parts of [`PART`] values, for a thread each.
+    pub fn parts_mut(&mut self) -> Vec<PartMut<'_>> {
         match self {
-            Self::Full(_) => None,
-            Self::Bf16(values) => Some(values.chunks_mut(PART).map(Part::Bf16).collect()),
+            Self::Bf16(values) => values.chunks_mut(PART).map(Part::Bf16).collect(),
             Self::Int8 { codes, scales, signed } => {
                 let parts = codes.chunks_mut(PART).zip(scales.chunks_mut(PART / BLOCK));
-                Some(parts.map(|(codes, scales)| Part::Int8 { codes, scales, signed: *signed }).collect())
+                parts.map(|(codes, scales)| Part::Int8 { codes, scales, signed: *signed }).collect()
             }
         }
     }
@@ -176,7 +175,7 @@ pub(crate) type PartMut<'a> = Part<&'a mut [u16], &'a mut [u8], &'a mut [f32]>;
 impl<H: AsRef<[u16]>, C: AsRef<[u8]>, S: AsRef<[f32]>> Part<H, C, S> {
     pub fn read(&self, out: &mut [f32]) {
         match self {
-            Self::Bf16(bits) => out.iter_mut().zip(bits.as_ref()).for_each(|(out, &bits)| *out = from_bf16(bits)),
+            Self::Bf16(bits) => decode_bf16(bits.as_ref(), out),
             Self::Int8 { codes, scales, signed } => {
                 let blocks = out.chunks_mut(BLOCK).zip(codes.as_ref().chunks(BLOCK)).zip(scales.as_ref());
                 blocks.for_each(|((out, codes), &scale)| decode(codes, scale, *signed, out));
@@ -188,10 +187,7 @@ impl<H: AsRef<[u16]>, C: AsRef<[u8]>, S: AsRef<[f32]>> Part<H, C, S> {
 impl PartMut<'_> {
     pub fn write(&mut self, values: &[f32], seed: u32) {
         match self {
-            Self::Bf16(bits) => {
-                let indexed = bits.iter_mut().zip(values).enumerate();
-                indexed.for_each(|(i, (bits, &value))| *bits = to_bf16(value, hash(seed, i as u32)));
-            }
+            Self::Bf16(bits) => encode_bf16(values, bits, seed),
             Self::Int8 { codes, scales, signed } => {
                 let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)).zip(scales.iter_mut());
                 blocks.for_each(|((values, codes), scale)| *scale = encode(values, codes, *signed));
