@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 /// Values below which threads cost more than they save.
-const MIN_PARALLEL: usize = 64 * 64;
+const MIN_PARALLEL: usize = 128 * 128;
 
 fn dot(x: &[f64], y: &[f64]) -> f64 {
     // Sums of their own, which the compiler can keep in vectors.

@@ -20,8 +20,8 @@ struct Map {
 /// Mantissa bits that the table of first codes looks at: no entry holds more than one middle between two neighbours of a map.
 const MANTISSA_BITS: u32 = 7;
 
-/// Magnitudes below 2^-32 are met by the first entry of the table.
-const LOWEST_EXPONENT: u32 = 127 - 32;
+/// Magnitudes below 2^-32 are met by the first entry of the table, which begins at these upper bits.
+const LOWEST: u32 = (127 - 32) << MANTISSA_BITS;
 
 /// Entries of the table for one sign: exponents up to that of 1.
 const ENTRIES: usize = (33 + 1) << MANTISSA_BITS;
@@ -54,11 +54,17 @@ fn dynamic_map(signed: bool) -> [f32; 256] {
     map
 }
 
-fn key(x: f32) -> usize {
-    let bits = x.to_bits();
-    let magnitude = (bits & 0x7fff_ffff) >> (23 - MANTISSA_BITS);
-    let entry = (magnitude.saturating_sub(LOWEST_EXPONENT << MANTISSA_BITS) as usize).min(ENTRIES - 1);
-    if bits >> 31 == 1 { entry + ENTRIES } else { entry }
+vectorized! {
+    /// Values divided by `scale`, and the entries of the table that they have.
+    fn look_up(values: &[f32], scale: f32, scaled: &mut [f32; BLOCK], keys: &mut [u32; BLOCK]) {
+        for ((x, scaled), key) in values.iter().zip(scaled).zip(keys) {
+            *scaled = x / scale;
+            let bits = scaled.to_bits();
+            let magnitude = (bits & 0x7fff_ffff) >> (23 - MANTISSA_BITS);
+            let entry = magnitude.max(LOWEST) - LOWEST;
+            *key = entry.min(ENTRIES as u32 - 1) + (bits >> 31) * ENTRIES as u32;
+        }
+    }
 }
 
 impl Map {
@@ -69,8 +75,7 @@ impl Map {
             // The smallest value of each entry: for negative ones the largest magnitude.
             let smallest = |entry: usize| {
                 let (negative, entry) = (entry >= ENTRIES, (entry % ENTRIES) as u32);
-                let magnitude =
-                    |entry: u32| f32::from_bits((entry + (LOWEST_EXPONENT << MANTISSA_BITS)) << (23 - MANTISSA_BITS));
+                let magnitude = |entry: u32| f32::from_bits((entry + LOWEST) << (23 - MANTISSA_BITS));
                 match (negative, entry) {
                     (false, 0) => 0.0,
                     (false, entry) => magnitude(entry),
@@ -112,13 +117,14 @@ pub(crate) fn encode(values: &[f32], codes: &mut [u8], signed: bool) -> f32 {
         codes.fill(nearest(&map.middles, 0.0));
         return if scale == 0.0 { 0.0 } else { f32::NAN };
     }
-    let first: &[u8; 2 * ENTRIES] = &map.first;
+    let (mut scaled, mut keys) = ([0.0; BLOCK], [0; BLOCK]);
+    look_up(values, scale, &mut scaled, &mut keys);
     // No branch: which code it is no processor could predict.
-    for (code, &x) in codes.iter_mut().zip(values) {
-        let y = x / scale;
-        let below = first[key(y).min(2 * ENTRIES - 1)];
+    let least = u8::from(!signed);
+    for (((code, &x), &y), &key) in codes.iter_mut().zip(values).zip(&scaled).zip(&keys) {
+        let below = map.first[key as usize];
         let nearest = below + u8::from(y >= map.middles[usize::from(below)]);
-        *code = nearest.max(u8::from(!signed & (x > 0.0)));
+        *code = nearest.max(least & u8::from(x > 0.0));
     }
     scale
 }
