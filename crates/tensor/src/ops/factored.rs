@@ -1,78 +1,11 @@
 //! Parts of optimizers that keep a number per row and column of a matrix, outside any graph. On the CPU backends each is one pass over memory on all threads;
 //! elsewhere it is composed of burn's operations.
 
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-use crate::adapter::HostBackend;
+use super::optim::FusedOptim;
 use crate::device::is_fused;
-use crate::kernels::factored as kernel;
-
-#[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
-#[allow(missing_docs)]
-trait Factored: Backend {
-    fn factored_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>);
-    fn factored_divide(
-        x: FloatTensor<Self>,
-        by_row: FloatTensor<Self>,
-        by_column: FloatTensor<Self>,
-        shape: [usize; 3],
-        least: f32,
-    ) -> FloatTensor<Self>;
-    fn factored_subtract(
-        y: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        by_row: FloatTensor<Self>,
-        by_column: FloatTensor<Self>,
-        keep: f32,
-    ) -> FloatTensor<Self>;
-}
-
-macro_rules! host_backend {
-    ($feature:literal, $backend:ident) => {
-        #[cfg(feature = $feature)]
-        impl Factored for burn::backend::$backend {
-            fn factored_mean_squares(
-                x: FloatTensor<Self>,
-                shape: [usize; 3],
-            ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-                let (by_row, by_column) = kernel::mean_squares(Self::values(x).as_ref(), shape);
-                (flat::<Self>(by_row), flat::<Self>(by_column))
-            }
-            fn factored_divide(
-                x: FloatTensor<Self>,
-                by_row: FloatTensor<Self>,
-                by_column: FloatTensor<Self>,
-                shape: [usize; 3],
-                least: f32,
-            ) -> FloatTensor<Self> {
-                let (mut x, by_row, by_column) = (Self::into_vec(x), Self::values(by_row), Self::values(by_column));
-                kernel::divide_by_root(&mut x, shape, by_row.as_ref(), by_column.as_ref(), least);
-                flat::<Self>(x)
-            }
-            fn factored_subtract(
-                y: FloatTensor<Self>,
-                x: FloatTensor<Self>,
-                by_row: FloatTensor<Self>,
-                by_column: FloatTensor<Self>,
-                keep: f32,
-            ) -> FloatTensor<Self> {
-                let mut y = Self::into_vec(y);
-                let [x, by_row, by_column] = [x, by_row, by_column].map(Self::values);
-                kernel::subtract_scaled(&mut y, keep, x.as_ref(), by_row.as_ref(), by_column.as_ref());
-                flat::<Self>(y)
-            }
-        }
-    };
-}
-host_backend!("ndarray", NdArray);
-host_backend!("flex", Flex);
-
-fn flat<B: HostBackend>(values: Vec<f32>) -> FloatTensor<B> {
-    let n = [values.len()];
-    B::tensor(values, &n)
-}
 
 /// Means of the squares of matrices: over columns, and over rows.
 ///
@@ -84,7 +17,7 @@ fn flat<B: HostBackend>(values: Vec<f32>) -> FloatTensor<B> {
 pub fn mean_squares(x: Tensor<1>, shape: [usize; 3]) -> (Tensor<1>, Tensor<1>) {
     let [n, rows, columns] = shape;
     if is_fused(&x.device()) {
-        let (by_row, by_column) = Dispatch::factored_mean_squares(x.into_dispatch(), shape);
+        let (by_row, by_column) = Dispatch::fused_mean_squares(x.into_dispatch(), shape);
         return (Tensor::from_dispatch(by_row), Tensor::from_dispatch(by_column));
     }
     let squares = (x.clone() * x).reshape(shape);
@@ -108,7 +41,13 @@ pub fn divide_by_root(
     let [n, rows, columns] = shape;
     if is_fused(&x.device()) {
         let (by_row, by_column) = (by_row.into_dispatch(), by_column.into_dispatch());
-        return Tensor::from_dispatch(Dispatch::factored_divide(x.into_dispatch(), by_row, by_column, shape, least));
+        return Tensor::from_dispatch(Dispatch::fused_divide_by_root(
+            x.into_dispatch(),
+            by_row,
+            by_column,
+            shape,
+            least,
+        ));
     }
     let product = by_row.reshape([n, rows, 1]) * by_column.reshape([n, 1, columns]);
     x / product.clamp_min(least).sqrt().reshape([n * rows * columns])
@@ -125,7 +64,7 @@ pub fn divide_by_root(
 pub fn subtract_scaled(y: Tensor<1>, keep: f32, x: Tensor<1>, by_row: Tensor<1>, by_column: Tensor<1>) -> Tensor<1> {
     if is_fused(&y.device()) {
         let [x, by_row, by_column] = [x, by_row, by_column].map(Tensor::into_dispatch);
-        return Tensor::from_dispatch(Dispatch::factored_subtract(y.into_dispatch(), x, by_row, by_column, keep));
+        return Tensor::from_dispatch(Dispatch::fused_subtract_scaled(y.into_dispatch(), x, by_row, by_column, keep));
     }
     let ([rows], [columns]) = (by_row.dims(), by_column.dims());
     let factors = by_row.reshape([rows, 1]) * by_column.reshape([1, columns]);

@@ -14,11 +14,11 @@ use crate::adapter::HostBackend;
 use crate::device::is_fused;
 use crate::kernels::compact::hash;
 use crate::kernels::half::{Half, bf16_of, unpacked};
-use crate::kernels::{self, CHUNK, simd, update as kernel};
+use crate::kernels::{self, CHUNK, factored, simd, update as kernel};
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
 #[allow(missing_docs)]
-trait FusedOptim: Backend {
+pub(super) trait FusedOptim: Backend {
     fn fused_update(
         param: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -46,6 +46,21 @@ trait FusedOptim: Backend {
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self>;
     fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_divide_by_root(
+        x: FloatTensor<Self>,
+        by_row: FloatTensor<Self>,
+        by_column: FloatTensor<Self>,
+        shape: [usize; 3],
+        least: f32,
+    ) -> FloatTensor<Self>;
+    fn fused_subtract_scaled(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        by_row: FloatTensor<Self>,
+        by_column: FloatTensor<Self>,
+        keep: f32,
+    ) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -72,8 +87,7 @@ macro_rules! host_backend {
                 let (mut param, grad) = (Self::into_vec(param), Self::values(grad));
                 let mut states = states.lock().unwrap_or_else(PoisonError::into_inner);
                 kernel::update_compact(rule, &mut param, grad.as_ref(), &mut states, seed);
-                let n = [param.len()];
-                Self::tensor(param, &n)
+                flat::<Self>(param)
             }
             fn fused_sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let x = Self::values(x);
@@ -114,8 +128,34 @@ macro_rules! host_backend {
                 let (mut x, y) = (Self::into_vec(x), Self::values(y));
                 assert_eq!(x.len(), y.as_ref().len(), "add: lengths differ");
                 kernels::add(&mut x, y.as_ref());
-                let n = [x.len()];
-                Self::tensor(x, &n)
+                flat::<Self>(x)
+            }
+            fn fused_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>) {
+                let (by_row, by_column) = factored::mean_squares(Self::values(x).as_ref(), shape);
+                (flat::<Self>(by_row), flat::<Self>(by_column))
+            }
+            fn fused_divide_by_root(
+                x: FloatTensor<Self>,
+                by_row: FloatTensor<Self>,
+                by_column: FloatTensor<Self>,
+                shape: [usize; 3],
+                least: f32,
+            ) -> FloatTensor<Self> {
+                let (mut x, by_row, by_column) = (Self::into_vec(x), Self::values(by_row), Self::values(by_column));
+                factored::divide_by_root(&mut x, shape, by_row.as_ref(), by_column.as_ref(), least);
+                flat::<Self>(x)
+            }
+            fn fused_subtract_scaled(
+                y: FloatTensor<Self>,
+                x: FloatTensor<Self>,
+                by_row: FloatTensor<Self>,
+                by_column: FloatTensor<Self>,
+                keep: f32,
+            ) -> FloatTensor<Self> {
+                let mut y = Self::into_vec(y);
+                let [x, by_row, by_column] = [x, by_row, by_column].map(Self::values);
+                factored::subtract_scaled(&mut y, keep, x.as_ref(), by_row.as_ref(), by_column.as_ref());
+                flat::<Self>(y)
             }
         }
     };
@@ -132,12 +172,13 @@ fn update_host<B: HostBackend>(
     let (mut param, grad) = (B::into_vec(param), B::values(grad));
     let mut states = states.map(B::into_vec);
     kernel::update(rule, &mut param, grad.as_ref(), states.each_mut().map(Vec::as_mut_slice));
-    let tensor = |values: Vec<f32>| {
-        let n = [values.len()];
-        B::tensor(values, &n)
-    };
-    let [a, b, c] = states.map(tensor);
-    (tensor(param), a, b, c)
+    let [a, b, c] = states.map(flat::<B>);
+    (flat::<B>(param), a, b, c)
+}
+
+fn flat<B: HostBackend>(values: Vec<f32>) -> FloatTensor<B> {
+    let n = [values.len()];
+    B::tensor(values, &n)
 }
 
 fn squares(x: &[f32]) -> f32 {
