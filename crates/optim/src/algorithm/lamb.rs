@@ -1,7 +1,7 @@
 //! LAMB.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{AdamWHyper, SgdHyper, State, Update, sum_of_squares, update};
+use firebox_tensor::ops::{AdamWHyper, SgdHyper, State, Update, sum_of_squares, update, zeros_like};
 use serde::{Deserialize, Serialize};
 
 use super::{AdamWConfig, At, Geometry, Rule, Slot};
@@ -57,7 +57,7 @@ impl Rule for LambConfig {
     fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
         // Adam's step from zero with a learning rate of -1 is r.
         let hyper = AdamWHyper { lr: -1.0, ..self.adamw().hyper(at) };
-        let r = update(Update::AdamW(hyper), param.zeros_like(), grad, state, at.seed);
+        let r = update(Update::AdamW(hyper), zeros_like(&param), grad, state, at.seed);
         // And one of gradient descent along the parameter adds the decay.
         let sgd = |lr: f64| Update::Sgd(SgdHyper { lr: lr as f32, l2: 0.0, grad_scale: 1.0 });
         let u = match at.weight_decay {

@@ -1,7 +1,7 @@
 //! SOAP.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebox_tensor::ops::{self, AdamWHyper, SgdHyper, State, Update, update};
+use firebox_tensor::ops::{self, AdamWHyper, SgdHyper, State, Update, update, zeros_like};
 use serde::{Deserialize, Serialize};
 
 use super::eigen::{eigenvectors, orthonormal};
@@ -189,7 +189,7 @@ impl Rule for SoapConfig {
             // ε belongs to the root before its correction. Adam's step from zero with a learning rate of -1 is its direction.
             let eps = (self.eps / f64::from(correction(self.beta2, t)).sqrt()) as f32;
             let adam = Update::AdamW(AdamWHyper { lr: -1.0, eps, ..adam });
-            let direction = update(adam, turned.zeros_like(), turned, moments, at.seed);
+            let direction = update(adam, zeros_like(&turned), turned, moments, at.seed);
             let direction = basis.leave(direction.reshape(matrix)).reshape([elements]);
             // (1 − η λ) (θ − η u) = θ − η ((1 − η λ) u + λ θ)
             let (lr, l2) = (at.lr as f32, at.weight_decay as f32);

@@ -33,7 +33,7 @@ pub use formula::{
 };
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, qk_norm, rms_norm};
-pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_f32, update};
+pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_f32, update, zeros_like};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
 pub use softcap::soft_cap;

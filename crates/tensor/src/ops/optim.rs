@@ -11,6 +11,7 @@ use super::formula::Update;
 use super::state::{Held, State, Store};
 use super::vjp::dims;
 use crate::adapter::HostBackend;
+use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::compact::hash;
 use crate::kernels::half::{Half, bf16_of, unpacked};
@@ -46,6 +47,7 @@ pub(super) trait FusedOptim: Backend {
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self>;
     fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_zeros_like(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>);
     fn fused_divide_by_root(
         x: FloatTensor<Self>,
@@ -123,6 +125,11 @@ macro_rules! host_backend {
                     Ok(bits) => Self::tensor(unpacked(Half::Bf16, bits.as_ref()), &shape),
                     Err(x) => x,
                 }
+            }
+            fn fused_zeros_like(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                let mut zeros = buffer(Self::values(x).as_ref().len());
+                zeros.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
+                flat::<Self>(zeros)
             }
             fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
                 let (mut x, y) = (Self::into_vec(x), Self::values(y));
@@ -284,6 +291,17 @@ pub fn add(x: Tensor<1>, y: Tensor<1>) -> Tensor<1> {
         return Tensor::from_dispatch(Dispatch::fused_add(x.into_dispatch(), y.into_dispatch()));
     }
     x + y
+}
+
+/// As many zeros as a flat tensor has values; on the CPU backends in memory that earlier operations have left.
+///
+/// # Panics
+/// If the tensor is on an autodiff device.
+pub fn zeros_like(x: &Tensor<1>) -> Tensor<1> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_zeros_like(x.clone().into_dispatch()));
+    }
+    x.zeros_like()
 }
 
 /// Has the next operations use the memory of a tensor, if nothing else holds it. A tensor that is simply dropped gives its memory back to the system, and
