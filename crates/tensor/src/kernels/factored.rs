@@ -40,30 +40,36 @@ pub(crate) fn mean_squares(x: &[f32], [n, rows, columns]: [usize; 3]) -> (Vec<f3
     (over_columns, over_rows)
 }
 
-/// `x / √max(r c, least)` in place, for the factors r of its row, `[n, rows]`, and c of its column, `[n, columns]`.
+/// `y = x / √max(r c, least)`, for the factors r of its row, `[n, rows]`, and c of its column, `[n, columns]`.
 ///
 /// # Panics
 /// If the lengths do not fit the shape.
-pub(crate) fn divide_by_root(x: &mut [f32], shape: [usize; 3], by_row: &[f32], by_column: &[f32], least: f32) {
+pub(crate) fn divide_by_root(
+    y: &mut [f32],
+    x: &[f32],
+    shape: [usize; 3],
+    by_row: &[f32],
+    by_column: &[f32],
+    least: f32,
+) {
     simd::vectorized! {
-        fn row(x: &mut [f32], r: f32, c: &[f32], least: f32) {
-            x.iter_mut().zip(c).for_each(|(x, c)| *x /= (r * c).max(least).sqrt());
+        fn row(y: &mut [f32], x: &[f32], r: f32, c: &[f32], least: f32) {
+            y.iter_mut().zip(x).zip(c).for_each(|((y, x), c)| *y = x / (r * c).max(least).sqrt());
         }
     }
     let [n, rows, columns] = shape;
-    assert_eq!(
-        [x.len(), by_row.len(), by_column.len()],
-        [n * rows * columns, n * rows, n * columns],
-        "divide: lengths"
-    );
+    let elements = n * rows * columns;
+    let expected = [elements, elements, n * rows, n * columns];
+    assert_eq!([y.len(), x.len(), by_row.len(), by_column.len()], expected, "divide_by_root: lengths");
     if x.is_empty() {
         return;
     }
     let many = rows_per_task(columns);
-    x.par_chunks_mut(many * columns).zip(by_row.par_chunks(many)).enumerate().for_each(|(task, (x, by_row))| {
-        for (i, (x, &r)) in x.chunks_mut(columns).zip(by_row).enumerate() {
+    let tasks = y.par_chunks_mut(many * columns).zip(x.par_chunks(many * columns)).zip(by_row.par_chunks(many));
+    tasks.enumerate().for_each(|(task, ((y, x), by_row))| {
+        for (i, ((y, x), &r)) in y.chunks_mut(columns).zip(x.chunks(columns)).zip(by_row).enumerate() {
             let matrix = (task * many + i) / rows;
-            row(x, r, &by_column[matrix * columns..][..columns], least);
+            row(y, x, r, &by_column[matrix * columns..][..columns], least);
         }
     });
 }

@@ -24,7 +24,7 @@ pub fn mean_squares(x: Tensor<1>, shape: [usize; 3]) -> (Tensor<1>, Tensor<1>) {
     (squares.clone().mean_dim(2).reshape([n * rows]), squares.mean_dim(1).reshape([n * columns]))
 }
 
-/// `x / √max(r c, least)` with a factor r for every row and c for every column; in place on the CPU backends, provided that nothing else holds `x`.
+/// `x / √max(r c, least)` with a factor r for every row and c for every column.
 ///
 /// # Shapes
 /// - `x`: flat, of n matrices `[rows, columns]`; `by_row`: `[n rows]`, `by_column`: `[n columns]`

@@ -148,9 +148,10 @@ macro_rules! host_backend {
                 shape: [usize; 3],
                 least: f32,
             ) -> FloatTensor<Self> {
-                let (mut x, by_row, by_column) = (Self::into_vec(x), Self::values(by_row), Self::values(by_column));
-                factored::divide_by_root(&mut x, shape, by_row.as_ref(), by_column.as_ref(), least);
-                flat::<Self>(x)
+                let [x, by_row, by_column] = [x, by_row, by_column].map(Self::values);
+                let mut y = buffer(x.as_ref().len());
+                factored::divide_by_root(&mut y, x.as_ref(), shape, by_row.as_ref(), by_column.as_ref(), least);
+                flat::<Self>(y)
             }
             fn fused_subtract_scaled(
                 y: FloatTensor<Self>,
