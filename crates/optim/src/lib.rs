@@ -65,6 +65,7 @@ mod grads;
 mod groups;
 mod optimizer;
 mod params;
+mod parts;
 mod scaling;
 mod schedule;
 
@@ -79,5 +80,6 @@ pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};
 pub use optimizer::{Optimizer, StateTensor};
 pub use params::{DecayRule, ParamInfo, ParamKind, parameters, values};
+pub use parts::Parts;
 pub use scaling::{BatchScaling, ScalingRule};
 pub use schedule::{Anneal, DecayShape, Schedule};

@@ -1,6 +1,7 @@
 //! An algorithm over a module: goes through the parameters by name, keeps their state, saves and restores it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -10,6 +11,7 @@ use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
 use crate::clip::{Clip, Clipping};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
 use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
+use crate::parts::Parts;
 use crate::{NamedGrads, OptimError};
 
 /// An optimizer for the parameters of a module.
@@ -17,9 +19,11 @@ use crate::{NamedGrads, OptimError};
 /// State is kept by parameter name, so that it survives a restart and does not depend on burn's random parameter ids.
 #[derive(Debug, Clone)]
 pub struct Optimizer {
-    rules: Rules,
+    pub(crate) rules: Rules,
     precision: Precision,
-    state: BTreeMap<String, ParamState>,
+    /// Which part of each parameter is this rank's, where it does not have all; see [`shard`](Self::shard).
+    pub(crate) parts: Option<Parts>,
+    pub(crate) state: BTreeMap<String, ParamState>,
 }
 
 /// One tensor of a saved optimizer state.
@@ -54,7 +58,7 @@ impl Optimizer {
         groups: Vec<GroupConfig>,
     ) -> Result<Self, OptimError> {
         let rules = Rules::new(algorithm.into(), decay, groups)?;
-        Ok(Self { rules, precision: Precision::Full, state: BTreeMap::new() })
+        Ok(Self { rules, precision: Precision::Full, parts: None, state: BTreeMap::new() })
     }
 
     /// The same with states held in fewer bits. A checkpoint has them in 32, so that any precision can go on from any other.
@@ -146,16 +150,28 @@ impl Optimizer {
     /// # Errors
     /// [`OptimError::DuplicateName`], [`OptimError::UnknownGradients`], [`OptimError::GradientSize`].
     pub fn clipping<M: Module>(&self, module: &M, grads: &NamedGrads, scale: f64) -> Result<Clipping, OptimError> {
+        Ok(self.clipping_of(&self.squares(module, grads)?, scale))
+    }
+
+    /// The squared norms on which clipping rests, of all gradients first. Ranks that have gradients of different parameters or of different
+    /// [parts](Self::shard) of them add theirs up, and give the sum to [`clipping_of`](Self::clipping_of).
+    ///
+    /// # Errors
+    /// As [`clipping`](Self::clipping).
+    pub fn squares<M: Module>(&self, module: &M, grads: &NamedGrads) -> Result<Vec<f64>, OptimError> {
         let trainable = trainable(module)?;
-        check_gradients(&trainable, grads)?;
-        let clips = self.rules.clips();
-        let mut of_each = vec![0.0; clips.len()];
-        let (mut all, squares) = (0.0, grads.squares());
-        for ((name, _), squares) in grads.iter().zip(squares) {
-            all += squares;
-            of_each[self.rules.assign(&trainable[name].0).clip] += squares;
+        self.check_gradients(&trainable, grads)?;
+        let mut sums = vec![0.0; 1 + self.rules.clips().len()];
+        for ((name, _), squares) in grads.iter().zip(grads.squares()) {
+            sums[0] += squares;
+            sums[1 + self.rules.assign(&trainable[name].0).clip] += squares;
         }
-        Ok(Clipping::new(&clips, &of_each, all, scale))
+        Ok(sums)
+    }
+
+    /// What [`clipping`](Self::clipping) says, from [`squares`](Self::squares).
+    pub fn clipping_of(&self, squares: &[f64], scale: f64) -> Clipping {
+        Clipping::new(&self.rules.clips(), &squares[1..], squares[0], scale)
     }
 
     fn update<M: Module>(
@@ -168,7 +184,7 @@ impl Optimizer {
     ) -> Result<M, OptimError> {
         self.validate_lr(lr)?;
         let trainable = trainable(&module)?;
-        check_gradients(&trainable, grads)?;
+        self.check_gradients(&trainable, grads)?;
         self.prepare(&trainable);
         let with_gradient = trainable.into_iter().filter(|(name, _)| grads.get(name).is_some());
         let assigned: BTreeMap<String, (Assigned, usize)> = with_gradient
@@ -178,7 +194,7 @@ impl Optimizer {
             })
             .collect();
 
-        let state = &mut self.state;
+        let (state, parts) = (&mut self.state, &self.parts);
         Ok(map_trainable(module, &|name| assigned.contains_key(name), &mut |name, _, param| {
             let found = grads.remove(name).zip(state.get_mut(name)).zip(assigned.get(name));
             let Some(((grad, state), &(to, rows))) = found else { return param.into() };
@@ -189,7 +205,14 @@ impl Optimizer {
             let scale = grad_scale * clipping.factor(to.clip);
             // Another one than that of the state.
             let seed = Some(state.seed().rotate_left(16));
-            let values = to.algorithm.step(lr * to.lr_scale, to.weight_decay, scale, param, grad, state);
+            let step = |param| to.algorithm.step(lr * to.lr_scale, to.weight_decay, scale, param, grad, state);
+            let values = match parts.as_ref().and_then(|parts| parts.get(name)) {
+                Some(part) if part.len() < param.dims()[0] => {
+                    let updated = step(param.clone().slice([part.clone()]));
+                    param.slice_assign([part.clone()], updated)
+                }
+                _ => step(param),
+            };
             New { values, seed }
         }))
     }
@@ -206,7 +229,7 @@ impl Optimizer {
     /// [`OptimError::UnknownGradients`], [`OptimError::GradientSize`].
     pub fn curvature<M: Module>(&mut self, module: &M, grads: NamedGrads, batch: u64) -> Result<(), OptimError> {
         let trainable = trainable(module)?;
-        check_gradients(&trainable, &grads)?;
+        self.check_gradients(&trainable, &grads)?;
         self.prepare(&trainable);
         for (name, grad) in grads {
             let algorithm = self.rules.assign(&trainable[&name].0).algorithm;
@@ -243,6 +266,30 @@ impl Optimizer {
         }))
     }
 
+    fn check_gradients(
+        &self,
+        trainable: &BTreeMap<String, (ParamInfo, Device)>,
+        grads: &NamedGrads,
+    ) -> Result<(), OptimError> {
+        let known: BTreeSet<&str> = trainable.keys().map(String::as_str).collect();
+        let names: Vec<String> =
+            grads.iter().filter(|(name, _)| !known.contains(name)).map(|(name, _)| name.to_owned()).collect();
+        if !names.is_empty() {
+            return Err(OptimError::UnknownGradients { names });
+        }
+        for (name, grad) in grads.iter() {
+            let expected = match &self.parts {
+                None => trainable[name].0.elements(),
+                Some(parts) => parts.get(name).map_or(0, Range::len),
+            };
+            let got = grad.shape().num_elements();
+            if expected != got {
+                return Err(OptimError::GradientSize { name: name.to_owned(), expected, got });
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the state of parameters that have none.
     fn prepare(&mut self, trainable: &BTreeMap<String, (ParamInfo, Device)>) {
         for (name, (info, device)) in trainable {
@@ -252,7 +299,11 @@ impl Optimizer {
             }
             let Assigned { algorithm, kind, .. } = self.rules.assign(info);
             let zeros = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, name, device);
-            self.state.insert(name.clone(), zeros);
+            match self.parts.as_ref().map(|parts| parts.get(name)) {
+                None => self.state.insert(name.clone(), zeros),
+                Some(None) => None,
+                Some(Some(part)) => self.state.insert(name.clone(), zeros.part(part, device)),
+            };
         }
     }
 
@@ -347,6 +398,7 @@ impl Optimizer {
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
             self.state = state;
+            self.keep_parts(module)?;
             Ok(())
         } else {
             Err(OptimError::State { missing, unused, wrong }.into())
@@ -355,32 +407,16 @@ impl Optimizer {
 }
 
 /// The name of the count of steps in a saved state.
-const STEPS: &str = "steps";
+pub(crate) const STEPS: &str = "steps";
 
-fn state_name(param: &str, kind: &str) -> String {
+pub(crate) fn state_name(param: &str, kind: &str) -> String {
     format!("{param}.{kind}")
 }
 
 /// The trainable parameters by name, each with its device without autodiff.
-fn trainable<M: Module>(module: &M) -> Result<BTreeMap<String, (ParamInfo, Device)>, OptimError> {
+pub(crate) fn trainable<M: Module>(module: &M) -> Result<BTreeMap<String, (ParamInfo, Device)>, OptimError> {
     let all = located(module)?.into_iter();
     Ok(all.filter(|(info, _)| info.trainable).map(|(info, device)| (info.name.clone(), (info, device))).collect())
-}
-
-fn check_gradients(trainable: &BTreeMap<String, (ParamInfo, Device)>, grads: &NamedGrads) -> Result<(), OptimError> {
-    let known: BTreeSet<&str> = trainable.keys().map(String::as_str).collect();
-    let names: Vec<String> =
-        grads.iter().filter(|(name, _)| !known.contains(name)).map(|(name, _)| name.to_owned()).collect();
-    if !names.is_empty() {
-        return Err(OptimError::UnknownGradients { names });
-    }
-    for (name, grad) in grads.iter() {
-        let (expected, got) = (trainable[name].0.elements(), grad.shape().num_elements());
-        if expected != got {
-            return Err(OptimError::GradientSize { name: name.to_owned(), expected, got });
-        }
-    }
-    Ok(())
 }
 
 /// What is wrong with a saved tensor.

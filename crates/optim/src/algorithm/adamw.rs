@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, check_beta, check_eps, correction};
 use crate::OptimError;
+use crate::params::ParamKind;
 
 /// AdamW: Adam with decoupled weight decay (Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>, algorithm 2).
 ///
@@ -63,6 +64,10 @@ impl AdamWConfig {
 }
 
 impl Rule for AdamWConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)?;
@@ -114,6 +119,10 @@ impl AdamConfig {
 }
 
 impl Rule for AdamConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         self.adamw().validate()
     }

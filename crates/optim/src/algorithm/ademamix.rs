@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{AdamWConfig, At, Geometry, Rule, Slot, check_beta};
 use crate::OptimError;
 use crate::error::check;
+use crate::params::ParamKind;
 
 /// AdEMAMix (Pagliardini et al., <https://arxiv.org/abs/2409.03137>, algorithm 1): AdamW with a second, slow mean of gradients beside the fast one.
 ///
@@ -62,6 +63,10 @@ impl AdEmaMixConfig {
 }
 
 impl Rule for AdEmaMixConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         self.adamw().validate()?;
         check_beta("beta3", self.beta3)?;

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{At, Geometry, Rule, Slot, check_beta};
 use crate::OptimError;
+use crate::params::ParamKind;
 
 /// Lion (Chen et al., <https://arxiv.org/abs/2302.06675>, algorithm 2): the sign of a mean of gradients.
 ///
@@ -34,6 +35,10 @@ impl Default for LionConfig {
 }
 
 impl Rule for LionConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)

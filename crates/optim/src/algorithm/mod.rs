@@ -209,6 +209,11 @@ pub(crate) trait Rule {
     /// What is remembered of a parameter, besides the count of its steps.
     fn slots(&self, param: Geometry<'_>) -> Vec<Slot>;
 
+    /// Whether each element of the parameter is updated without regard to the others, so that parts of it can be updated in different places.
+    fn is_element_wise(&self, _kind: ParamKind) -> bool {
+        false
+    }
+
     /// The new value of a flat parameter; `state`, as [`slots`](Self::slots) says, is replaced.
     fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1>;
 }

@@ -83,6 +83,10 @@ fn matrix(param: Geometry<'_>) -> Option<[usize; 2]> {
 }
 
 impl Rule for MuonConfig {
+    fn is_element_wise(&self, kind: ParamKind) -> bool {
+        kind != ParamKind::Matrix
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         self.adamw().validate()?;
         check_beta("momentum", self.momentum)?;

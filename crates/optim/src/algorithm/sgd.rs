@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{At, Geometry, Rule, Slot, check_beta};
 use crate::OptimError;
 use crate::error::check;
+use crate::params::ParamKind;
 
 /// Stochastic gradient descent as `torch.optim.SGD` has it, with momentum (Sutskever et al., ICML 2013) and L2 regularization.
 ///
@@ -35,6 +36,10 @@ impl Default for SgdConfig {
 }
 
 impl Rule for SgdConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         let Self { momentum, dampening, nesterov, .. } = *self;
         check_beta("momentum", momentum)?;

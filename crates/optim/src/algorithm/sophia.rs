@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{At, Geometry, Rule, Slot, check_beta, lerp};
 use crate::OptimError;
 use crate::error::check;
+use crate::params::ParamKind;
 
 /// Sophia-G (Liu et al., <https://arxiv.org/abs/2305.14342>, algorithm 3): a mean of gradients over an estimate of the Hessian's diagonal, element by
 /// element at most 1.
@@ -50,6 +51,10 @@ impl SophiaConfig {
 }
 
 impl Rule for SophiaConfig {
+    fn is_element_wise(&self, _: ParamKind) -> bool {
+        true
+    }
+
     fn validate(&self) -> Result<(), OptimError> {
         check_beta("beta1", self.beta1)?;
         check_beta("beta2", self.beta2)?;

@@ -1,5 +1,7 @@
 //! What is remembered of one parameter, and its step.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor};
 use firebox_tensor::ops::{Precision, State};
 
@@ -65,6 +67,16 @@ impl ParamState {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.states.iter().map(State::bytes).sum()
+    }
+
+    /// The state of a part of the parameter, which is all of it unless the algorithm works by elements.
+    pub(crate) fn part(self, part: &Range<usize>, device: &Device) -> Self {
+        if part.len() == self.shape.iter().product::<usize>() {
+            return self;
+        }
+        let slots: Vec<Slot> = self.slots.iter().map(|slot| Slot { shape: vec![part.len()], ..slot.clone() }).collect();
+        let states = self.states.iter().map(|state| state.part(part, device)).collect();
+        Self { shape: vec![part.len()], slots, states, ..self }
     }
 
     /// The number of the next step for stochastic rounding.

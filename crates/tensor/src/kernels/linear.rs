@@ -99,12 +99,12 @@ pub(crate) fn weight_gradient(
     compute: Compute,
     x: &[f32],
     before: Before<'_>,
-    inputs: usize,
     dy: Mat<'_>,
     transposed: bool,
     dw: &mut [f32],
     into: Into,
 ) {
+    let inputs = dw.len() / dy.cols().max(1);
     before.with(x, inputs, |a| {
         let a = Mat::new(a, dy.rows(), inputs, inputs);
         let (l, r, width) = if transposed { (dy.t(), a, inputs) } else { (a.t(), dy, dy.cols()) };

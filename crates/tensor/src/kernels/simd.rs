@@ -138,7 +138,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let p = p * x2 + 6.372_619e-4;
     let p = p * x2 + 4.893_524_6e-3;
     let q = 1.198_258_4e-6;
-    let q = q * x2 + 1.185_347_06e-4;
+    let q = q * x2 + 1.185_347_1e-4;
     let q = q * x2 + 2.268_434_6e-3;
     let q = q * x2 + 4.893_525e-3;
     x * p / q

@@ -270,13 +270,13 @@ impl Vjp<6> for Linear {
             matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
             let a = kernel::gelu_gradient(x.as_ref(), form, &mut da);
             let dw = dw.fill(&w_shape, |dw, into| {
-                kernel::weight_gradient(self.compute, &a, Before::Nothing, inputs, dy_mat, self.transposed, dw, into);
+                kernel::weight_gradient(self.compute, &a, Before::Nothing, dy_mat, self.transposed, dw, into);
             });
             recycle(a);
             return [dx.put(&x_shape, da), dw, db, dresidual, None, None];
         }
         let dw = dw.fill(&w_shape, |dw, into| {
-            kernel::weight_gradient(self.compute, x.as_ref(), before, inputs, dy_mat, self.transposed, dw, into);
+            kernel::weight_gradient(self.compute, x.as_ref(), before, dy_mat, self.transposed, dw, into);
         });
         let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
             .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);

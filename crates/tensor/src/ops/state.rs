@@ -1,5 +1,7 @@
 //! States of optimizers, in 32, 16 or 8 bits.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
@@ -89,6 +91,18 @@ impl State {
             }
             Held::Compact(store) => store.set(values, 0),
         }
+    }
+
+    /// The state of a part of the values, in the same precision.
+    pub fn part(&self, part: &Range<usize>, device: &Device) -> Self {
+        let n = part.len();
+        let mut state = match &self.0 {
+            Held::Full(_) => Self::zeros(n, Precision::Full, true, device),
+            Held::Compact(Store::Bf16(_)) => Self::zeros(n, Precision::Bf16, true, device),
+            Held::Compact(Store::Int8 { signed, .. }) => Self::zeros(n, Precision::Int8, *signed, device),
+        };
+        state.restore(&self.read()[part.clone()], device);
+        state
     }
 
     /// The values, on the host.

@@ -1,0 +1,209 @@
+//! An optimizer that has parts of the parameters: its share where several ranks divide the state among themselves (ZeRO, Rajbhandari et al.,
+//! arXiv:1910.02054).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use burn::module::Module;
+
+use crate::algorithm::Slot;
+use crate::optimizer::{Optimizer, STEPS, state_name, trainable};
+use crate::{OptimError, ParamInfo};
+
+/// Which elements of each parameter an optimizer has; those that it has nothing of are not in it.
+pub type Parts = BTreeMap<String, Range<usize>>;
+
+impl Optimizer {
+    /// Divides the trainable parameters of `module` among `ranks`: one that is updated by elements is cut into even parts, any other goes as a whole to
+    /// the rank that has the least of those so far.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn divide<M: Module>(&self, module: &M, ranks: usize) -> Result<Vec<Parts>, OptimError> {
+        let mut parts = vec![Parts::new(); ranks.max(1)];
+        let mut whole = vec![0; parts.len()];
+        for (name, (info, _)) in trainable(module)? {
+            let n = info.elements();
+            if self.is_element_wise(&info) {
+                let n_parts = parts.len();
+                for (i, parts) in parts.iter_mut().enumerate() {
+                    let part = n * i / n_parts..n * (i + 1) / n_parts;
+                    if !part.is_empty() {
+                        parts.insert(name.clone(), part);
+                    }
+                }
+            } else {
+                let least = (0..whole.len()).min_by_key(|&i| whole[i]).unwrap_or(0);
+                whole[least] += n;
+                parts[least].insert(name, 0..n);
+            }
+        }
+        Ok(parts)
+    }
+
+    fn is_element_wise(&self, info: &ParamInfo) -> bool {
+        let to = self.rules.assign(info);
+        to.adaptive.is_none() && to.algorithm.rule().is_element_wise(to.kind)
+    }
+
+    /// Keeps the state of `parts` alone, one of those that [`divide`](Self::divide) returns. From now on gradients are those of the parts, `module` in
+    /// [`step`](Self::step) still has its whole parameters of which only the parts are updated, and [`state`](Self::state) has what is left.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn shard<M: Module>(&mut self, module: &M, parts: Parts) -> Result<(), OptimError> {
+        self.parts = Some(parts);
+        self.keep_parts(module)
+    }
+
+    /// The parts, if it does not have all.
+    pub fn parts(&self) -> Option<&Parts> {
+        self.parts.as_ref()
+    }
+
+    /// Cuts whole states down to the parts.
+    pub(crate) fn keep_parts<M: Module>(&mut self, module: &M) -> Result<(), OptimError> {
+        let Some(parts) = &self.parts else { return Ok(()) };
+        let trainable = trainable(module)?;
+        let whole = std::mem::take(&mut self.state);
+        self.state = whole
+            .into_iter()
+            .filter_map(|(name, state)| {
+                let (part, (_, device)) = parts.get(&name).zip(trainable.get(&name))?;
+                Some((name, state.part(part, device)))
+            })
+            .collect();
+        Ok(())
+    }
+
+    /// Names and shapes of the state of whole parameters, in the order of [`state`](Self::state), whatever this optimizer has of it.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn whole_state_shapes<M: Module>(&self, module: &M) -> Result<Vec<(String, Vec<usize>)>, OptimError> {
+        let shapes = trainable(module)?.into_iter().flat_map(|(name, (info, _))| {
+            let to = self.rules.assign(&info);
+            let geometry = crate::algorithm::Geometry { kind: to.kind, shape: &info.shape };
+            let mut slots = to.algorithm.rule().slots(geometry);
+            slots.push(Slot::unsigned(STEPS, &[1]));
+            slots.into_iter().map(move |slot| (state_name(&name, slot.name), slot.shape)).collect::<Vec<_>>()
+        });
+        Ok(shapes.collect())
+    }
+
+    /// What this optimizer has of the state tensor of this name, flat: the parts of all ranks, one after the other, are the whole of it.
+    pub fn state_part(&self, tensor: &str) -> Vec<f32> {
+        let found = tensor.rsplit_once('.').and_then(|(param, kind)| Some((self.state.get(param)?, param, kind)));
+        let Some((state, param, kind)) = found else { return vec![] };
+        if kind == STEPS {
+            // Every part knows it: the first says so.
+            let first = self.parts.as_ref().is_none_or(|parts| parts.get(param).is_some_and(|part| part.start == 0));
+            return if first { vec![state.steps as f32] } else { vec![] };
+        }
+        let slot = state.slots.iter().position(|slot| slot.name == kind);
+        slot.map(|i| state.states[i].read()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::module::Param;
+    use burn::tensor::{Device, Tensor, TensorData};
+    use firebox_tensor::ops::Precision;
+
+    use super::*;
+    use crate::{AdamWConfig, Algorithm, DecayRule, MuonConfig, NamedGrads, StateTensor, values};
+
+    #[derive(Module, Debug)]
+    struct Net {
+        weight: Param<Tensor<2>>,
+        head: Param<Tensor<2>>,
+        gain: Param<Tensor<1>>,
+    }
+
+    fn numbers(n: usize, salt: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.7 + salt).sin()).collect()
+    }
+
+    fn net() -> Net {
+        let device = Device::default().autodiff();
+        let matrix = |a: usize, b: usize, salt| {
+            Param::from_tensor(Tensor::from_data(TensorData::new(numbers(a * b, salt), [a, b]), &device))
+        };
+        Net { weight: matrix(5, 3, 0.1), head: matrix(4, 3, 0.4), gain: Param::from_tensor(Tensor::ones([3], &device)) }
+    }
+
+    fn grads(parts: Option<&Parts>, salt: f32) -> NamedGrads {
+        let all = [("weight", 15), ("head", 12), ("gain", 3)];
+        let part = |(name, n): (&str, usize)| {
+            let part = parts.map_or(Some(0..n), |parts| parts.get(name).cloned())?;
+            let values = numbers(n, salt + n as f32)[part.clone()].to_vec();
+            Some((name.to_owned(), Tensor::from_data(TensorData::new(values, [part.len()]), &Device::default())))
+        };
+        all.into_iter().filter_map(part).collect()
+    }
+
+    fn flat(net: &Net) -> Vec<(String, Vec<f32>)> {
+        values(net).into_iter().map(|(info, x)| (info.name, x.to_data().iter::<f32>().collect())).collect()
+    }
+
+    /// Ranks with parts of the state take the steps of one that has all, and together they have its state.
+    #[test]
+    fn parts_together_are_the_whole() {
+        let muon = Algorithm::Muon(MuonConfig::default());
+        for (algorithm, precision) in [
+            (AdamWConfig::default().into(), Precision::Full),
+            (muon, Precision::Full),
+            (AdamWConfig::default().into(), Precision::Bf16),
+        ] {
+            for ranks in [1, 2, 4] {
+                let make = || Optimizer::new(algorithm, DecayRule::Matrices).unwrap().with_precision(precision);
+                let (mut whole, mut model) = (make(), net());
+                let mut sharded: Vec<(Optimizer, Net, Parts)> = make()
+                    .divide(&net(), ranks)
+                    .unwrap()
+                    .into_iter()
+                    .map(|parts| {
+                        let mut optimizer = make();
+                        optimizer.shard(&net(), parts.clone()).unwrap();
+                        (optimizer, net(), parts)
+                    })
+                    .collect();
+                for step in 0..3 {
+                    model = whole.step(1e-2, model, &mut grads(None, step as f32)).unwrap();
+                    let want = flat(&model);
+                    let updated: Vec<_> = sharded
+                        .iter_mut()
+                        .map(|(optimizer, model, parts)| {
+                            let stepped = optimizer.step(1e-2, model.clone(), &mut grads(Some(parts), step as f32));
+                            (flat(&stepped.unwrap()), parts.clone())
+                        })
+                        .collect();
+                    for (i, (name, want)) in want.iter().enumerate() {
+                        let pieces = updated.iter().filter_map(|(values, parts)| {
+                            parts.get(name).map(|part| values[i].1[part.clone()].to_vec())
+                        });
+                        assert_eq!(pieces.collect::<Vec<_>>().concat(), *want, "{algorithm:?} on {ranks}: {name}");
+                    }
+                    // As an all-gather would leave it.
+                    sharded.iter_mut().for_each(|(_, sharded, _)| *sharded = model.clone());
+                }
+                let state: Vec<StateTensor> = whole.state().collect();
+                let shapes = sharded[0].0.whole_state_shapes(&net()).unwrap();
+                assert_eq!(shapes, state.iter().map(|t| (t.name.clone(), t.shape.clone())).collect::<Vec<_>>());
+                for tensor in &state {
+                    let parts: Vec<_> = sharded.iter().map(|(o, ..)| o.state_part(&tensor.name)).collect();
+                    assert_eq!(parts.concat(), tensor.values, "{}", tensor.name);
+                }
+                // A saved state comes back in parts.
+                for (optimizer, _, parts) in &sharded {
+                    let mut again = make();
+                    again.shard(&net(), parts.clone()).unwrap();
+                    again.load_state::<_, OptimError>(&net(), state.iter().cloned().map(Ok)).unwrap();
+                    assert_eq!(again.state().collect::<Vec<_>>(), optimizer.state().collect::<Vec<_>>());
+                }
+            }
+        }
+    }
+}
