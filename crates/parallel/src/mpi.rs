@@ -29,8 +29,14 @@ const EAGER_POLLS: u32 = 500;
 /// The longest sleep between two polls of a waiting rank.
 const POLL: Duration = Duration::from_micros(100);
 
+/// Bytes that an all-reduce sends to a rank at a time: they stay in the caches between the copies that MPI needs.
+const PART: usize = 1 << 20;
+
 /// How long a rank that ends tries to get its last messages out.
 const FLUSH: Duration = Duration::from_secs(5);
+
+/// How much later a rank ends that fails because another did: `mpirun` ends all with the first, which should be the one that knows why.
+const AFTER_YOU: Duration = Duration::from_millis(500);
 
 /// A world of ranks that are the processes that `mpirun`, Slurm or Kubernetes started.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +108,9 @@ impl Mpi {
                 Ok(value)
             }
             Err(failure) => {
+                if link.lost_another() {
+                    thread::sleep(AFTER_YOU);
+                }
                 // MPI goes on until the process ends, and may read what it was given.
                 std::mem::forget((universe, link));
                 failed(rank, failure)
@@ -156,8 +165,9 @@ impl MpiEngine {
         let order = open.clone();
         let mut got: HashMap<usize, Received> = HashMap::new();
         let mut polls = 0;
+        let _polling = self.link.polling();
         loop {
-            self.link.poll(|inbox| {
+            let busy = self.link.poll(|inbox| {
                 open.retain(|from| match inbox.take(self.ranks[*from], self.context, channel, place) {
                     Some(message) => got.insert(*from, message).is_some(),
                     None => true,
@@ -179,7 +189,7 @@ impl MpiEngine {
                 return Err(CommError::Timeout { missing, waited: start.elapsed(), at: self.world_rank(), call });
             }
             polls += 1;
-            if polls < EAGER_POLLS {
+            if busy || polls < EAGER_POLLS {
                 thread::yield_now();
             } else {
                 thread::sleep(POLL);
@@ -228,14 +238,18 @@ impl MpiEngine {
         match call {
             Call::Barrier => self.exchange(lane, round, signature, |_| empty.clone()).map(|_| ()),
             Call::AllReduce { data, dtype, op } => {
-                let bounds: Vec<usize> =
-                    even_parts(data.len() / dtype.size(), self.ranks.len()).iter().map(|n| n * dtype.size()).collect();
-                let part = |rank: usize| bounds[rank]..bounds[rank + 1];
-                let parts = self.exchange(lane, round, signature, |rank| owned(dtype, &data[part(rank)]))?;
-                let reduced = Arc::new(reduce(dtype, op, &parts)?);
-                let all = self.exchange(lane, round, signature, |_| reduced.clone())?;
-                for (rank, buffer) in all.iter().enumerate() {
-                    fill(&mut data[part(rank)], buffer)?;
+                // An empty call has one piece, too: all must be told what was called.
+                let pieces = data.len().div_ceil(PART * self.ranks.len()).max(1);
+                for bounds in even_parts(data.len() / dtype.size(), pieces).windows(2) {
+                    let piece = &mut data[bounds[0] * dtype.size()..bounds[1] * dtype.size()];
+                    let bounds = even_parts(bounds[1] - bounds[0], self.ranks.len());
+                    let part = |rank: usize| bounds[rank] * dtype.size()..bounds[rank + 1] * dtype.size();
+                    let parts = self.exchange(lane, round, signature, |rank| owned(dtype, &piece[part(rank)]))?;
+                    let reduced = Arc::new(reduce(dtype, op, &parts)?);
+                    let all = self.exchange(lane, round, signature, |_| reduced.clone())?;
+                    for (rank, buffer) in all.iter().enumerate() {
+                        fill(&mut piece[part(rank)], buffer)?;
+                    }
                 }
                 Ok(())
             }

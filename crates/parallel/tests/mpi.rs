@@ -22,14 +22,17 @@ const SHORT: Duration = Duration::from_secs(2);
 const IN_TIME: Duration = Duration::from_secs(60);
 
 /// The name of a test, its ranks, and what a rank must have said, if ranks are to fail.
-const TESTS: [(&str, usize, &[&str]); 8] = [
+const TESTS: [(&str, usize, &[&str]); 10] = [
     ("conformance", 2, &[]),
     ("conformance", 3, &[]),
     ("conformance", 4, &[]),
     ("panic", 3, &["rank 1 failed: it panicked: boom"]),
     ("error", 3, &["rank 2 failed: barrier: no such file"]),
-    ("hang", 3, &["waited 2.0 s for rank 1"]),
-    ("mismatch", 3, &["rank 0 called all_reduce (sum) of 8 f32, but rank 2 called barrier"]),
+    ("hang", 3, &["s for rank 1; hung"]),
+    ("hang in a message", 2, &["rank 0 in recv from 1 (tag 7): waited", "s for rank 1; hung"]),
+    ("leave", 3, &["rank 1 is gone (it has ended)"]),
+    // Told by rank 0 or 1, whichever is first.
+    ("mismatch", 3, &[" called all_reduce (sum) of 8 f32, but rank 2 called barrier"]),
     ("kill", 3, &["rank 1"]),
 ];
 
@@ -104,11 +107,13 @@ fn act(scenario: &str, comm: &Communicator) -> Result<(), CommError> {
     match (scenario, rank) {
         ("panic", 1) => panic!("boom"),
         ("error", 2) => return Err(CommError::Engine { operation: "barrier", why: "no such file".to_owned() }),
-        ("hang", 1) => thread::sleep(Duration::from_secs(3600)),
+        ("hang" | "hang in a message", 1) => thread::sleep(Duration::from_secs(3600)),
         ("kill", 1) => {
             let id = std::process::id().to_string();
             Command::new("kill").args(["-9", &id]).status().unwrap();
         }
+        ("hang in a message", _) => return comm.recv::<u8>(1, 7).map(|_| ()),
+        ("leave", 1) => return Ok(()),
         ("mismatch", 2) => return comm.barrier(),
         _ => {}
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,6 +55,17 @@ pub(super) struct Link {
     pub size: usize,
     port: Mutex<Port>,
     stopped: AtomicBool,
+    /// Threads that poll: while there are any, the progress thread need not.
+    polling: AtomicUsize,
+}
+
+/// Counts a thread that polls for as long as it lives.
+pub(super) struct Polling<'a>(&'a AtomicUsize);
+
+impl Drop for Polling<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 struct Port {
@@ -128,16 +139,28 @@ impl Link {
             check("MPI_Comm_size", ffi::MPI_Comm_size(world(), &mut size))?;
         }
         let port = Port { inbox: Inbox::default(), outgoing: vec![], incoming: vec![] };
-        let link =
-            Self { rank: rank as usize, size: size as usize, port: Mutex::new(port), stopped: AtomicBool::new(false) };
+        let link = Self {
+            rank: rank as usize,
+            size: size as usize,
+            port: Mutex::new(port),
+            stopped: AtomicBool::new(false),
+            polling: AtomicUsize::new(0),
+        };
         Ok((universe, link))
     }
 
-    /// Makes progress and looks at what has arrived.
-    pub fn poll(&self, look: impl FnOnce(&mut Inbox) -> Result<()>) -> Result<()> {
+    /// To be held by a thread for as long as it calls [`poll`](Self::poll) again and again.
+    pub fn polling(&self) -> Polling<'_> {
+        self.polling.fetch_add(1, Ordering::AcqRel);
+        Polling(&self.polling)
+    }
+
+    /// Makes progress and looks at what has arrived. Returns whether messages are on their way, which need further polls.
+    pub fn poll(&self, look: impl FnOnce(&mut Inbox) -> Result<()>) -> Result<bool> {
         let mut port = self.lock();
         port.progress()?;
-        look(&mut port.inbox)
+        look(&mut port.inbox)?;
+        Ok(port.busy())
     }
 
     /// Begins to send; MPI keeps a share of the payload until it is done.
@@ -157,6 +180,11 @@ impl Link {
     /// Tells all ranks that this one has failed.
     pub fn say_lost(&self, why: &str) {
         self.say(LOST, why);
+    }
+
+    /// Whether another rank has told that it failed.
+    pub fn lost_another(&self) -> bool {
+        self.lock().inbox.lost.is_some()
     }
 
     fn say(&self, kind: i64, why: &str) {
@@ -190,11 +218,17 @@ impl Link {
     /// The progress thread.
     pub fn progress_until_stopped(&self) {
         while !self.stopped.load(Ordering::Acquire) {
-            if self.lock().progress().is_err() {
-                // Whoever waits will see the same error.
-                return;
+            let mut busy = false;
+            if self.polling.load(Ordering::Acquire) == 0 {
+                let mut port = self.lock();
+                if port.progress().is_err() {
+                    // Whoever waits will see the same error.
+                    return;
+                }
+                busy = port.busy();
             }
-            thread::sleep(PROGRESS);
+            // MPI moves large messages a piece a poll.
+            if busy { thread::yield_now() } else { thread::sleep(PROGRESS) }
         }
     }
 
@@ -218,6 +252,11 @@ impl Port {
         };
         self.outgoing.push(Outgoing { requests, _header: header, _payload: payload });
         sent
+    }
+
+    /// Whether messages are on their way, in or out.
+    fn busy(&self) -> bool {
+        !self.outgoing.is_empty() || !self.incoming.is_empty()
     }
 
     /// Lets MPI work, takes in new headers, and files what is complete.
