@@ -186,7 +186,7 @@ fn vulkan_driver() -> std::result::Result<String, Missing> {
 
 fn packages() -> std::result::Result<String, Missing> {
     let absent: Vec<&str> =
-        install::PACKAGES.iter().filter(|package| !(package.present)()).map(|package| package.name).collect();
+        install::packages().filter(|package| !(package.present)()).map(|package| package.name).collect();
     if absent.is_empty() {
         Ok("all there".to_owned())
     } else {

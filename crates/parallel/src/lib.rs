@@ -2,7 +2,7 @@
 //!
 //! - [`Communicator`]: all-reduce, reduce-scatter, all-gather, all-to-all, broadcast, send, receive, barrier and split, for
 //!   `f32`, `bf16`, integers and bytes, blocking and in the background. Ranks are threads of one process ([`spawn`],
-//!   [`Threads`]). [`Collectives`] is the trait beneath, for other transports.
+//!   [`Threads`]) or, with the feature `mpi`, processes of MPI (`Mpi`). [`Collectives`] is the trait beneath, for other transports.
 //! - [`Mesh`]: the ranks as a grid `dp_replicate × dp_shard × cp × pp × tp`, with experts over the data axes, and a communicator
 //!   for each group in which a rank takes part.
 //! - [`pipeline`]: schedules (all-forward-all-backward, 1F1B, interleaved, ZB-H1, ZB-V) as lists of actions per rank, a checker
@@ -46,10 +46,14 @@ mod communicator;
 mod element;
 mod error;
 mod mesh;
+#[cfg(feature = "mpi")]
+mod mpi;
 pub mod pipeline;
 mod threads;
 mod world;
 
+#[cfg(feature = "mpi")]
+pub use self::mpi::Mpi;
 pub use collectives::{Call, Collectives, Lane, Operation, Signature};
 pub use communicator::{Communicator, Pending};
 pub use element::{Buffer, DType, Element, ReduceOp};

@@ -21,8 +21,8 @@ pub struct Package {
     pub present: fn() -> bool,
 }
 
-/// All that the tests need beyond Rust and a C compiler.
-pub const PACKAGES: [Package; 3] = [
+/// What the tests need beyond Rust and a C compiler, but for MPI.
+const BASE: [Package; 3] = [
     Package { name: "libvulkan1", purpose: "Vulkan's loader, for the wgpu tests", present: vulkan::has_loader },
     Package {
         name: "mesa-vulkan-drivers",
@@ -36,12 +36,47 @@ pub const PACKAGES: [Package; 3] = [
     },
 ];
 
+/// What ranks as processes of MPI need.
+pub const MPI: [Package; 3] = [
+    Package {
+        name: "openmpi-bin",
+        purpose: "mpirun, for the MPI tests",
+        present: || output("mpirun", &["--version"]).is_some(),
+    },
+    Package {
+        name: "libopenmpi-dev",
+        purpose: "MPI's headers, for the MPI tests",
+        present: || output("mpicc", &["-show"]).is_some(),
+    },
+    Package { name: "libclang-dev", purpose: "libclang, to build against MPI's headers", present: has_libclang },
+];
+
+/// All that the tests need beyond Rust and a C compiler.
+pub fn packages() -> impl Iterator<Item = &'static Package> {
+    BASE.iter().chain(&MPI)
+}
+
+/// Whether the generator of bindings to C finds libclang, as it looks: where it is told, where the system links from, and where LLVM's
+/// packages put it.
+fn has_libclang() -> bool {
+    let holds = |folder: &Path| {
+        fs::read_dir(folder).is_ok_and(|entries| {
+            entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("libclang.so"))
+        })
+    };
+    let told = std::env::var_os("LIBCLANG_PATH").map(PathBuf::from).into_iter();
+    let llvm = fs::read_dir("/usr/lib").into_iter().flatten().flatten();
+    let llvm = llvm.filter(|entry| entry.file_name().to_string_lossy().starts_with("llvm"));
+    told.chain(llvm.map(|entry| entry.path().join("lib"))).any(|folder| holds(&folder))
+        || output("ldconfig", &["-p"]).is_some_and(|list| list.contains("libclang.so"))
+}
+
 /// The rustup components that tidy needs, with the cargo subcommand that each brings.
 const COMPONENTS: [(&str, &str); 2] = [("rustfmt", "fmt"), ("clippy", "clippy")];
 
 /// Installs the missing Debian packages with apt-get, through sudo when not root.
 pub fn debian() -> Result<()> {
-    let missing: Vec<&Package> = PACKAGES.iter().filter(|package| !(package.present)()).collect();
+    let missing: Vec<&Package> = packages().filter(|package| !(package.present)()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -149,7 +184,7 @@ fn apt_get() -> Result<Command> {
         sudo.arg("env");
         sudo
     } else {
-        let names: Vec<&str> = PACKAGES.iter().map(|package| package.name).collect();
+        let names: Vec<&str> = packages().map(|package| package.name).collect();
         return Err(Error::Install {
             what: "Debian packages".to_owned(),
             why: format!("not root, and there is no sudo; as root: apt-get install {}", names.join(" ")),

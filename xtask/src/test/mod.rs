@@ -22,7 +22,7 @@ use crate::workspace::Workspace;
 /// Runs every test of the project.
 ///
 /// The parts, in order: the workspace's unit, documentation and end-to-end tests on the default backend; clients
-/// (TensorBoard reads what Firebox wrote); tidy; the other backends, wgpu on a Vulkan driver and flex. What
+/// (TensorBoard reads what Firebox wrote); tidy; ranks as processes of MPI; the other backends, wgpu on a Vulkan driver and flex. What
 /// lacks its tools is skipped and listed at the end; where the variable CI is `true` that is a failure.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -36,7 +36,7 @@ pub struct Test {
     /// The parts to run [default: all].
     #[arg(value_enum, value_name = "PART")]
     parts: Vec<Part>,
-    /// Install what the tests need: Debian packages (a software Vulkan driver, python3-venv) by apt-get, TensorBoard by
+    /// Install what the tests need: Debian packages (a software Vulkan driver, python3-venv, Open MPI) by apt-get, TensorBoard by
     /// pip into the target folder, rustfmt and clippy by rustup. Each is named; what is there is left alone.
     #[arg(long)]
     install: bool,
@@ -54,12 +54,14 @@ enum Part {
     Clients,
     /// The checks of `cargo xtask tidy`.
     Tidy,
+    /// Ranks as processes of MPI, started by mpirun.
+    Mpi,
     /// The same training on wgpu, on a software Vulkan driver if there is one, and on flex.
     Backends,
 }
 
 /// In this order: the other backends last, because they build for long and everything before shares one build.
-const ALL: [Part; 4] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Backends];
+const ALL: [Part; 5] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Mpi, Part::Backends];
 
 /// The package that holds the end-to-end tests.
 const END_TO_END: &str = "firebox-tests";
@@ -93,6 +95,7 @@ impl Part {
             Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
             Self::Clients => "clients: TensorBoard reads what Firebox wrote",
             Self::Tidy => "tidy: format, lints, documentation, layering",
+            Self::Mpi => "mpi: collectives and faults between processes",
             Self::Backends => "backends: the same training on wgpu and flex (about 16 minutes to build on 2 cores)",
         }
     }
@@ -126,6 +129,7 @@ impl Test {
                 Part::Workspace => workspace_tests(workspace)?,
                 Part::Clients => client_tests(workspace, &clients)?,
                 Part::Tidy => tidy_checks(workspace)?,
+                Part::Mpi => mpi_tests(workspace)?,
                 Part::Backends => backend_tests(workspace)?,
             };
             let mut words = String::new();
@@ -160,6 +164,16 @@ fn client_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
     };
     let mut command = end_to_end(workspace, "clients");
     counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::from)
+}
+
+/// A selection of its own: the crate needs little, and the bindings' generator must not change the features that the others build with.
+fn mpi_tests(workspace: &Workspace) -> Result<Outcome> {
+    if let Some(missing) = install::MPI.iter().find(|package| !(package.present)()) {
+        return Ok(Outcome::missing(missing.name));
+    }
+    let mut command = cargo(workspace);
+    command.args(["test", "--release", "--locked", "-p", "firebox-parallel", "--features", "mpi", "--test", "mpi"]);
+    counted(&mut command).map(Outcome::from)
 }
 
 fn backend_tests(workspace: &Workspace) -> Result<Outcome> {

@@ -80,6 +80,7 @@ pub fn all(world: &Communicator) -> Result<(), CommError> {
     messages(world)?;
     groups(world)?;
     background(world)?;
+    large(world)?;
     arguments(world);
     world.barrier()
 }
@@ -252,6 +253,17 @@ fn background(comm: &Communicator) -> Result<(), CommError> {
         assert_eq!(pending.wait()?, vec![i * n; 100 + i as usize]);
     }
     barrier.wait()
+}
+
+/// More than engines handle in one piece.
+fn large(comm: &Communicator) -> Result<(), CommError> {
+    let (rank, n) = (comm.rank(), comm.size());
+    let len = 700_001 * n;
+    let mut data: Vec<f32> = (0..len).map(|i| f32::sample(rank, i)).collect();
+    comm.all_reduce(&mut data, ReduceOp::Sum)?;
+    let right = |i: usize| data[i] == f32::reduced(ReduceOp::Sum, (0..n).map(|r| f32::sample(r, i)));
+    assert_eq!((0..len).step_by(97).chain([len - 1]).find(|i| !right(*i)), None);
+    Ok(())
 }
 
 /// What cannot be right is refused before anybody waits.
