@@ -29,5 +29,6 @@ pub mod corpus;
 pub use firebox_data as data;
 pub use firebox_models as models;
 pub use firebox_optim as optim;
+pub use firebox_parallel as parallel;
 pub use firebox_tensor as tensor;
 pub use firebox_train as train;

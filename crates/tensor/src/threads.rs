@@ -25,3 +25,18 @@ pub fn init(threads: usize) -> Result<usize, ThreadsError> {
         .map_err(|source| ThreadsError { threads, source })?;
     Ok(rayon::current_num_threads())
 }
+
+/// The compute threads of a rank that is a thread of this process; dropping it ends them.
+#[derive(Debug)]
+pub struct RankThreads {
+    _pool: rayon::ThreadPool,
+}
+
+/// Gives the calling thread a pool of its own of `threads`, of which it is one: what it computes runs there and nowhere else, beside other ranks.
+///
+/// # Errors
+/// [`ThreadsError`] if the thread is part of a pool already, or the system gives no threads.
+pub fn for_rank(threads: usize) -> Result<RankThreads, ThreadsError> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).use_current_thread().build();
+    Ok(RankThreads { _pool: pool.map_err(|source| ThreadsError { threads, source })? })
+}

@@ -25,6 +25,9 @@ pub enum TrainError {
     /// The optimizer.
     #[error(transparent)]
     Optim(#[from] firebox_optim::OptimError),
+    /// Other ranks.
+    #[error(transparent)]
+    Comm(#[from] firebox_parallel::CommError),
     /// A checkpoint.
     #[error("{}", .0.one_line())]
     Checkpoint(#[from] CheckpointError),

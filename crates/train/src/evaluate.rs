@@ -32,21 +32,55 @@ pub fn token_batch(batch: Batch, targets: usize) -> TokenBatch {
 
 /// Evaluates a model (on a device without gradients) over batches; `token_bytes` is the tokenizer's.
 pub fn evaluate(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Evaluation {
-    let (mut nats, mut tokens, mut bytes) = (0.0, 0u64, 0u64);
-    for batch in batches {
+    Tally::evaluation(&tallies(model, batches, token_bytes))
+}
+
+/// What one batch adds to an evaluation.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tally {
+    nats: f64,
+    tokens: u64,
+    bytes: u64,
+}
+
+/// One for each batch.
+pub(crate) fn tallies(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Vec<Tally> {
+    let tally = |batch: Batch| {
         let n = batch.target_count();
         if n == 0 {
-            continue;
+            return Tally { nats: 0.0, tokens: 0, bytes: 0 };
         }
-        bytes += batch.target_bytes(token_bytes);
-        tokens += n as u64;
+        let bytes = batch.target_bytes(token_bytes);
         let loss = to_host(model.loss(&token_batch(batch, n), None))[0];
-        nats += f64::from(loss) * n as f64;
+        Tally { nats: f64::from(loss) * n as f64, tokens: n as u64, bytes }
+    };
+    batches.map(tally).collect()
+}
+
+impl Tally {
+    /// All together, added up in their order.
+    pub(crate) fn evaluation(tallies: &[Self]) -> Evaluation {
+        let nats = tallies.iter().fold(0.0, |sum, tally| sum + tally.nats);
+        let tokens: u64 = tallies.iter().map(|tally| tally.tokens).sum();
+        let bytes: u64 = tallies.iter().map(|tally| tally.bytes).sum();
+        Evaluation {
+            loss: nats / tokens.max(1) as f64,
+            bpb: nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
+            tokens,
+            bytes,
+        }
     }
-    Evaluation {
-        loss: nats / tokens.max(1) as f64,
-        bpb: nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
-        tokens,
-        bytes,
+}
+
+/// As three numbers, exact up to 2^53.
+impl From<Tally> for [f64; 3] {
+    fn from(Tally { nats, tokens, bytes }: Tally) -> Self {
+        [nats, tokens as f64, bytes as f64]
+    }
+}
+
+impl From<[f64; 3]> for Tally {
+    fn from([nats, tokens, bytes]: [f64; 3]) -> Self {
+        Self { nats, tokens: tokens as u64, bytes: bytes as u64 }
     }
 }

@@ -2,31 +2,34 @@
 
 #[cfg(test)]
 mod faults;
+mod held_out;
 mod persist;
+mod update;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use burn::module::Module;
 use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
-use firebox_optim::{Average, NamedGrads, Optimizer};
+use firebox_optim::{Average, Optimizer};
+use firebox_parallel::Communicator;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use crate::curvature::drawn;
 use crate::engine::Engine;
-use crate::evaluate::{Evaluation, evaluate, token_batch};
-use crate::generate::{Sampling, generate};
+use crate::evaluate::token_batch;
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
-use crate::noise::{NoiseScale, Part};
-use crate::observe::{EvalRecord, Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
+use crate::noise::NoiseScale;
+use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
+use crate::ranks::{Ranks, Zero};
 use crate::recipe::Recipe;
 use crate::watch::Watch;
+
+pub use held_out::prompt_ids;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -92,6 +95,8 @@ pub struct Trainer<'a> {
     loader: Loader,
     token_bytes: Vec<u32>,
     state: State,
+    /// Those that train together, if it is more than one.
+    ranks: Option<Ranks>,
     #[cfg(test)]
     fault: Option<faults::Fault>,
 }
@@ -142,11 +147,52 @@ impl<'a> Trainer<'a> {
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
+            ranks: None,
             dataset,
             recipe,
             #[cfg(test)]
             fault: None,
         })
+    }
+
+    /// The same run as one of the ranks of `comm`, each of which has made the same trainer: they share the micro-batches of every step, and `zero` says what else.
+    /// The parameters are those of one rank, bit for bit; where the optimizer's state is divided, but for the last digit of the gradients' norm.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] for what ranks cannot do together.
+    pub fn with_ranks(mut self, comm: Communicator, zero: Zero) -> Result<Self, TrainError> {
+        let fail = |what, expected: &str, got: String| Err(TrainError::Input { what, expected: expected.into(), got });
+        let Recipe { memory, watch, train, .. } = &self.recipe;
+        if memory.optimizer_in_backward {
+            return fail("memory.optimizer_in_backward", "false with several ranks", "true".into());
+        }
+        if watch.noise_scale_every > 0 {
+            return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
+        }
+        if zero == Zero::States && self.optimizer.averages() {
+            return fail(
+                "zero",
+                "0 with schedule_free, whose averages are needed as a whole",
+                u8::from(zero).to_string(),
+            );
+        }
+        let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
+        if comm.size() > micro_batches {
+            let expected = "at least as many micro-batches in a step as ranks: set train.batch_rows higher or train.micro_batch_rows lower";
+            let got = format!("{} ranks, {micro_batches} micro-batches of {} rows", comm.size(), train.micro_rows());
+            return fail("ranks", expected, got);
+        }
+        let ranks = Ranks::new(comm, zero, self.model(), &self.optimizer)?;
+        if let (Some(parts), Some(model)) = (ranks.state_parts(), &self.model) {
+            self.optimizer.shard(model, parts)?;
+        }
+        self.ranks = Some(ranks);
+        Ok(self)
+    }
+
+    /// Whether this is the rank that writes and speaks.
+    fn is_first_rank(&self) -> bool {
+        self.ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0)
     }
 
     /// The model, as it is.
@@ -209,7 +255,9 @@ impl<'a> Trainer<'a> {
         let mut training_s = 0.0;
         let mut stopped = "done";
         while self.state.step < self.recipe.train.steps {
-            if interrupt.load(Ordering::Relaxed) {
+            let interrupted = interrupt.load(Ordering::Relaxed);
+            // All ranks stop at the same step.
+            if self.ranks.as_ref().map_or(Ok(interrupted), |ranks| ranks.any(interrupted))? {
                 stopped = "interrupted";
                 break;
             }
@@ -364,89 +412,6 @@ impl<'a> Trainer<'a> {
         parts.into_iter().map(|part| scaled(token_batch(part, targets))).collect()
     }
 
-    /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
-    fn update(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
-        let mut grads = NamedGrads::new();
-        let mut loss = 0.0;
-        let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
-        let mut parts = vec![];
-        for (i, batch) in batches.iter().enumerate() {
-            // Dropout of micro-batches must differ: the upper bits of the step hold their number.
-            let counter = self.state.step | (i as u64) << 40;
-            let mut squares = 0.0;
-            let mut see = |grads: &NamedGrads| {
-                if measured {
-                    squares += grads.sum_of_squares();
-                }
-            };
-            loss += self.engine.gradients_seen(self.model(), batch, counter, &mut grads, &mut see)?;
-            parts.push(Part { rows: batch.sequence.batch(), share: targets(batch) as f64 * batch.loss_scale, squares });
-        }
-        #[cfg(test)]
-        self.inject(&mut grads);
-        let scale = self.state.loss_scale.factor;
-        // The one host sync of a step: the norm decides whether the update may happen.
-        let clipping = self.optimizer.clipping(self.model(), &grads, scale)?;
-        let (loss, grad_norm) = (loss / scale, clipping.norm);
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            if loss.is_finite() && self.recipe.precision.back_off(&mut self.state.loss_scale) {
-                return Ok(Err(Skip::Overflow(format!("a gradient overflows at loss scale {scale}"))));
-            }
-            return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
-        }
-        self.recipe.precision.grow(&mut self.state.loss_scale);
-        if let Some(reason) = self.state.watch.look(&self.recipe.watch, loss, grad_norm) {
-            return Ok(Err(Skip::Spike(reason)));
-        }
-        if measured {
-            self.state.noise_scale.take(&parts, grad_norm * grad_norm);
-        }
-        if let Some(model) = self.model.take() {
-            self.model = Some(self.optimizer.step_clipped(lr, &clipping, model, &mut grads)?);
-        }
-        Ok(Ok((loss, grad_norm)))
-    }
-
-    /// Sophia's estimate, from the same inputs with targets that the model draws. One that is not finite is left out.
-    fn estimate_curvature(&mut self, batches: &[TokenBatch]) -> Result<(), TrainError> {
-        let mut grads = NamedGrads::new();
-        for (i, batch) in batches.iter().enumerate() {
-            let counter = self.state.step | (i as u64) << 40;
-            let drawn = drawn(self.model(), batch, self.recipe.seed, counter);
-            self.engine.gradients(self.model(), &drawn, counter, &mut grads)?;
-        }
-        let targets: usize = batches.iter().map(targets).sum();
-        let Self { model: Some(model), optimizer, .. } = self else { return Ok(()) };
-        grads.scale(1.0 / self.state.loss_scale.factor);
-        if grads.all_finite() {
-            optimizer.curvature(model, grads, targets as u64)?;
-        }
-        Ok(())
-    }
-
-    /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
-    fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
-        // The recipe was checked: there is one.
-        let mut pass = self.engine.forward(self.model(), &batches[0], self.state.step)?;
-        let loss = pass.loss();
-        if !loss.is_finite() {
-            return Ok(Err(LOSS_NOT_FINITE));
-        }
-        let (mut grad_norm, mut updated) = (0f64, false);
-        while let Some(mut grads) = pass.backward(self.model())? {
-            grad_norm = grad_norm.hypot(grads.global_norm());
-            match grad_norm.is_finite() {
-                true => updated |= !grads.is_empty(),
-                false if updated => return Err(TrainError::HalfUpdated { step: self.state.step + 1 }),
-                false => return Ok(Err(GRADIENT_NOT_FINITE)),
-            }
-            if let Some(model) = self.model.take() {
-                self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
-            }
-        }
-        Ok(Ok((loss, grad_norm)))
-    }
-
     /// Goes back, or leaves the batch out; ends the run where too many in a row were not finite.
     fn answer(&mut self, skip: &Skip, observer: &mut dyn Observer) -> Result<(), TrainError> {
         let (reason, finite, goes_back) = match skip {
@@ -466,65 +431,6 @@ impl<'a> Trainer<'a> {
         }
         Ok(())
     }
-
-    /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
-    fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        if self.dataset.val.is_empty() {
-            return Ok(());
-        }
-        let model = self.averaged()?.valid();
-        let evaluated = |model: &Decoder| {
-            let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
-            evaluate(model, batches.take(limit.map_or(usize::MAX, |n| n as usize)), &self.token_bytes)
-        };
-        let Evaluation { loss, bpb, .. } = evaluated(&model);
-        let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
-        let record = EvalRecord {
-            step: self.state.step,
-            tokens: self.state.tokens,
-            val_loss: loss,
-            val_bpb: bpb,
-            val_loss_average: average.map(|model| evaluated(&model).loss),
-        };
-        observer.on_event(&Event::Evaluated(&record))?;
-        self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
-        if loss.is_finite() && self.state.best_loss.is_none_or(|best| loss < best) {
-            self.state.best_loss = Some(loss);
-            self.state.best_step = Some(self.state.step);
-            self.state.evals_without_gain = 0;
-        } else {
-            self.state.evals_without_gain += 1;
-        }
-        if self.recipe.eval.sample_tokens > 0 && loss.is_finite() {
-            let text = self.sample(&model)?;
-            observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
-        }
-        Ok(())
-    }
-
-    fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
-        let tokenizer = &self.dataset.tokenizer;
-        let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
-        let sampling = Sampling { seed: self.recipe.seed, ..Sampling::default() };
-        let eot = tokenizer.eot().map(|id| id as i32);
-        let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
-        let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
-        Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
-    }
-}
-
-/// Tokens of a prompt, after the end-of-text token that every document follows. Where there is neither (an empty prompt, a character tokenizer) it is
-/// the first token, for characters the smallest: mostly the line break.
-///
-/// # Errors
-/// [`TrainError::Data`] for a character that a character tokenizer does not have.
-pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<Vec<i32>, TrainError> {
-    let mut ids: Vec<i32> = tokenizer.eot().map(|id| id as i32).into_iter().collect();
-    ids.extend(tokenizer.encode(prompt)?.into_iter().map(|id| id as i32));
-    if ids.is_empty() {
-        ids.push(0);
-    }
-    Ok(ids)
 }
 
 /// The mean loss and the gradients' norm of an update, or why there was none.

@@ -19,8 +19,11 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("firebox-models", &["firebox-tensor"]),
     ("firebox-optim", &["firebox-tensor"]),
     ("firebox-parallel", &[]),
-    ("firebox-train", &["firebox-data", "firebox-models", "firebox-optim", "firebox-tensor"]),
-    ("firebox", &["firebox-data", "firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"]),
+    ("firebox-train", &["firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor"]),
+    (
+        "firebox",
+        &["firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor", "firebox-train"],
+    ),
     (
         "firebox-tests",
         &["firebox", "firebox-data", "firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"],

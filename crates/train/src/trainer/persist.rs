@@ -12,6 +12,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
+use crate::ranks::{Ranks, Zero};
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -98,13 +99,16 @@ impl<'a> Trainer<'a> {
 
     /// Writes a checkpoint and removes those that the recipe does not keep.
     pub(super) fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if !self.is_first_rank() {
+            return self.help_to_save();
+        }
         let dir = self.dir.join("checkpoints");
         let mut writer = Writer::create(&dir, self.state.step)?;
         model_io::save(&mut writer, &self.averaged()?, &self.dataset.tokenizer)?;
         if self.optimizer.averages() {
             model_io::save_parameters(&mut writer, TRAINED, self.model())?;
         }
-        write_state(&mut writer, &self.state_file(), self.optimizer.state_shapes(), self.optimizer.state())?;
+        self.save_state(&mut writer)?;
         if let Some(average) = &self.average {
             write_state(&mut writer, AVERAGE_STATE, average.state_shapes(), average.state())?;
             model_io::save_parameters(&mut writer, AVERAGE, &average.apply(self.model().clone()))?;
@@ -114,7 +118,52 @@ impl<'a> Trainer<'a> {
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
         prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
         observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
+        if let Some(ranks) = &self.ranks {
+            ranks.barrier()?;
+        }
         Ok(())
+    }
+
+    /// The optimizer's state, from all ranks where they have divided it.
+    fn save_state(&self, writer: &mut Writer) -> Result<(), TrainError> {
+        let (name, optimizer) = (self.state_file(), &self.optimizer);
+        let Some((ranks, shapes)) = self.divided_state()? else {
+            return Ok(write_state(writer, &name, optimizer.state_shapes(), optimizer.state())?);
+        };
+        let mut failed = None;
+        let tensors = shapes.iter().map(|(name, shape)| {
+            let elements = shape.iter().product();
+            let values = match &failed {
+                None => ranks.state_tensor(optimizer, name, elements),
+                Some(_) => Ok(vec![0.0; elements]),
+            };
+            let values = values.unwrap_or_else(|error| {
+                failed = Some(error);
+                vec![0.0; elements]
+            });
+            StateTensor { name: name.clone(), shape: shape.clone(), values }
+        });
+        write_state(writer, &name, shapes.iter().cloned(), tensors)?;
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// What the other ranks do while the first one writes.
+    fn help_to_save(&self) -> Result<(), TrainError> {
+        if let Some((ranks, shapes)) = self.divided_state()? {
+            for (name, shape) in &shapes {
+                ranks.state_tensor(&self.optimizer, name, shape.iter().product())?;
+            }
+        }
+        self.ranks.as_ref().map_or(Ok(()), Ranks::barrier)?;
+        Ok(())
+    }
+
+    /// The ranks, and the names and shapes of the optimizer's state, where it is divided; there is none before the first step.
+    fn divided_state(&self) -> Result<Option<(&Ranks, Vec<(String, Vec<usize>)>)>, TrainError> {
+        match self.ranks.as_ref().filter(|ranks| ranks.zero() == Zero::States && self.state.last_good > 0) {
+            Some(ranks) => Ok(Some((ranks, self.optimizer.whole_state_shapes(self.model())?))),
+            None => Ok(None),
+        }
     }
 }
 

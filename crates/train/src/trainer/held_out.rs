@@ -1,0 +1,84 @@
+//! The run's view of the held-out text: evaluations and samples.
+
+use burn::module::Module;
+use firebox_models::decoder::Decoder;
+
+use super::{LastEval, Trainer};
+use crate::TrainError;
+use crate::evaluate::{Evaluation, Tally, tallies};
+use crate::generate::{Sampling, generate};
+use crate::observe::{EvalRecord, Event, Observer};
+
+impl Trainer<'_> {
+    /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
+    pub(super) fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if self.dataset.val.is_empty() {
+            return Ok(());
+        }
+        let model = self.averaged()?.valid();
+        let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
+        let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
+        let record = EvalRecord {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            val_loss: loss,
+            val_bpb: bpb,
+            val_loss_average: average.map(|model| self.evaluated(&model, limit)).transpose()?.map(|found| found.loss),
+        };
+        observer.on_event(&Event::Evaluated(&record))?;
+        self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
+        if loss.is_finite() && self.state.best_loss.is_none_or(|best| loss < best) {
+            self.state.best_loss = Some(loss);
+            self.state.best_step = Some(self.state.step);
+            self.state.evals_without_gain = 0;
+        } else {
+            self.state.evals_without_gain += 1;
+        }
+        if self.recipe.eval.sample_tokens > 0 && loss.is_finite() && self.is_first_rank() {
+            let text = self.sample(&model)?;
+            observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
+        }
+        Ok(())
+    }
+
+    /// Ranks evaluate batches in turns.
+    fn evaluated(&self, model: &Decoder, limit: Option<u64>) -> Result<Evaluation, TrainError> {
+        let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
+        let batches = batches.take(limit.map_or(usize::MAX, |n| n as usize));
+        let Some(ranks) = &self.ranks else {
+            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes)));
+        };
+        let mut total = 0;
+        let mine = batches.filter(|_| {
+            total += 1;
+            (total - 1) % ranks.size() == ranks.rank()
+        });
+        let mine: Vec<[f64; 3]> = tallies(model, mine, &self.token_bytes).into_iter().map(Tally::into).collect();
+        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        Ok(Tally::evaluation(&all))
+    }
+
+    fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
+        let tokenizer = &self.dataset.tokenizer;
+        let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
+        let sampling = Sampling { seed: self.recipe.seed, ..Sampling::default() };
+        let eot = tokenizer.eot().map(|id| id as i32);
+        let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
+        let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
+        Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
+    }
+}
+
+/// Tokens of a prompt, after the end-of-text token that every document follows. Where there is neither (an empty prompt, a character tokenizer) it is
+/// the first token, for characters the smallest: mostly the line break.
+///
+/// # Errors
+/// [`TrainError::Data`] for a character that a character tokenizer does not have.
+pub fn prompt_ids(tokenizer: &firebox_data::Tokenizer, prompt: &[u8]) -> Result<Vec<i32>, TrainError> {
+    let mut ids: Vec<i32> = tokenizer.eot().map(|id| id as i32).into_iter().collect();
+    ids.extend(tokenizer.encode(prompt)?.into_iter().map(|id| id as i32));
+    if ids.is_empty() {
+        ids.push(0);
+    }
+    Ok(ids)
+}

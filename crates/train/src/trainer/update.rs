@@ -1,0 +1,171 @@
+//! One update of the parameters from the micro-batches of a step.
+
+use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
+use firebox_optim::NamedGrads;
+
+use super::{GRADIENT_NOT_FINITE, LOSS_NOT_FINITE, Skip, Trainer, Updated, is_due, targets};
+use crate::TrainError;
+use crate::curvature::drawn;
+use crate::noise::Part;
+use crate::ranks::{Ranks, Zero};
+
+impl Trainer<'_> {
+    /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
+    pub(super) fn update(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
+        let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
+        let mut parts = vec![];
+        let (loss, mut grads) = match &self.ranks {
+            None => self.gradients(batches, measured.then_some(&mut parts))?,
+            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| batch.clone())?,
+        };
+        #[cfg(test)]
+        self.inject(&mut grads);
+        let scale = self.state.loss_scale.factor;
+        // The one host sync of a step: the norm decides whether the update may happen.
+        let mut squares = self.optimizer.squares(self.model(), &grads)?;
+        if let Some(ranks) = self.ranks.as_ref().filter(|ranks| ranks.zero() == Zero::States) {
+            squares = ranks.sums(&squares)?;
+        }
+        let clipping = self.optimizer.clipping_of(&squares, scale);
+        let (loss, grad_norm) = (loss / scale, clipping.norm);
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            if loss.is_finite() && self.recipe.precision.back_off(&mut self.state.loss_scale) {
+                return Ok(Err(Skip::Overflow(format!("a gradient overflows at loss scale {scale}"))));
+            }
+            return Ok(Err(if loss.is_finite() { GRADIENT_NOT_FINITE } else { LOSS_NOT_FINITE }));
+        }
+        self.recipe.precision.grow(&mut self.state.loss_scale);
+        if let Some(reason) = self.state.watch.look(&self.recipe.watch, loss, grad_norm) {
+            return Ok(Err(Skip::Spike(reason)));
+        }
+        if measured {
+            self.state.noise_scale.take(&parts, grad_norm * grad_norm);
+        }
+        if let Some(model) = self.model.take() {
+            let model = self.optimizer.step_clipped(lr, &clipping, model, &mut grads)?;
+            self.model = Some(self.gather(model)?);
+        }
+        Ok(Ok((loss, grad_norm)))
+    }
+
+    /// The loss and the gradients of all micro-batches; `parts` hear of each.
+    fn gradients(
+        &self,
+        batches: &[TokenBatch],
+        mut parts: Option<&mut Vec<Part>>,
+    ) -> Result<(f64, NamedGrads), TrainError> {
+        let (mut loss, mut grads) = (0.0, NamedGrads::new());
+        for (i, batch) in batches.iter().enumerate() {
+            let mut squares = 0.0;
+            let mut see = |grads: &NamedGrads| {
+                if parts.is_some() {
+                    squares += grads.sum_of_squares();
+                }
+            };
+            let counter = counter(self.state.step, i);
+            loss += self.engine.gradients_seen(self.model(), batch, counter, &mut grads, &mut see)?;
+            if let Some(parts) = &mut parts {
+                let share = targets(batch) as f64 * batch.loss_scale;
+                parts.push(Part { rows: batch.sequence.batch(), share, squares });
+            }
+        }
+        Ok((loss, grads))
+    }
+
+    /// The same of this rank's micro-batches, each as `prepare` makes it, added up over the ranks.
+    fn gradients_of_ranks(
+        &self,
+        ranks: &Ranks,
+        batches: &[TokenBatch],
+        prepare: impl Fn(u64, &TokenBatch) -> TokenBatch,
+    ) -> Result<(f64, NamedGrads), TrainError> {
+        let model = self.model();
+        let mut exchange = ranks.exchange();
+        let mut losses = vec![];
+        for round in (0..batches.len()).step_by(ranks.size()) {
+            let i = round + ranks.rank();
+            let Some(batch) = batches.get(i) else {
+                for stage in (0..model.n_stages()).rev() {
+                    exchange.stage(stage, None)?;
+                }
+                continue;
+            };
+            let counter = counter(self.state.step, i);
+            let batch = prepare(counter, batch);
+            let mut pass = self.engine.forward(model, &batch, counter)?;
+            losses.push([pass.loss()]);
+            let mut stage = model.n_stages();
+            while let Some(grads) = pass.backward(model)? {
+                stage -= 1;
+                exchange.stage(stage, Some(grads))?;
+            }
+            for stage in (0..stage).rev() {
+                exchange.stage(stage, Some(NamedGrads::new()))?;
+            }
+        }
+        let device = model.embed.weight.val().device().inner();
+        let grads = ranks.finish(exchange, &device)?;
+        let losses = ranks.in_turns(&losses, batches.len())?;
+        Ok((losses.iter().fold(0.0, |sum, [loss]| sum + loss), grads))
+    }
+
+    /// The whole model, where each rank has updated a part of it.
+    fn gather(&self, model: Decoder) -> Result<Decoder, TrainError> {
+        match &self.ranks {
+            Some(ranks) => Ok(self.recipe.precision.hold(ranks.gather_parameters(model)?)),
+            None => Ok(model),
+        }
+    }
+
+    /// Sophia's estimate, from the same inputs with targets that the model draws. One that is not finite is left out.
+    pub(super) fn estimate_curvature(&mut self, batches: &[TokenBatch]) -> Result<(), TrainError> {
+        let drawn = |counter, batch: &TokenBatch| drawn(self.model(), batch, self.recipe.seed, counter);
+        let mut grads = match &self.ranks {
+            Some(ranks) => self.gradients_of_ranks(ranks, batches, drawn)?.1,
+            None => {
+                let counters = (0..batches.len()).map(|i| counter(self.state.step, i));
+                let drawn: Vec<TokenBatch> =
+                    counters.zip(batches).map(|(counter, batch)| drawn(counter, batch)).collect();
+                self.gradients(&drawn, None)?.1
+            }
+        };
+        let targets: usize = batches.iter().map(targets).sum();
+        grads.scale(1.0 / self.state.loss_scale.factor);
+        let finite = grads.all_finite();
+        let finite = self.ranks.as_ref().map_or(Ok(finite), |ranks| ranks.any(!finite).map(|any| !any))?;
+        let Self { model: Some(model), optimizer, .. } = self else { return Ok(()) };
+        if finite {
+            optimizer.curvature(model, grads, targets as u64)?;
+        }
+        Ok(())
+    }
+
+    /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
+    pub(super) fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
+        // The recipe was checked: there is one.
+        let mut pass = self.engine.forward(self.model(), &batches[0], self.state.step)?;
+        let loss = pass.loss();
+        if !loss.is_finite() {
+            return Ok(Err(LOSS_NOT_FINITE));
+        }
+        let (mut grad_norm, mut updated) = (0f64, false);
+        while let Some(mut grads) = pass.backward(self.model())? {
+            grad_norm = grad_norm.hypot(grads.global_norm());
+            match grad_norm.is_finite() {
+                true => updated |= !grads.is_empty(),
+                false if updated => return Err(TrainError::HalfUpdated { step: self.state.step + 1 }),
+                false => return Ok(Err(GRADIENT_NOT_FINITE)),
+            }
+            if let Some(model) = self.model.take() {
+                self.model = Some(self.optimizer.step(lr, model, &mut grads)?);
+            }
+        }
+        Ok(Ok((loss, grad_norm)))
+    }
+}
+
+/// What dropout counts by. Of micro-batches it must differ: the upper bits of the step hold their number.
+fn counter(step: u64, micro_batch: usize) -> u64 {
+    step | (micro_batch as u64) << 40
+}

@@ -1,0 +1,156 @@
+//! The same run on several ranks: the same numbers, and checkpoints that go on with any number of them.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use firebox_data::{Dataset, Source, prepare};
+use firebox_parallel::{Communicator, spawn};
+use firebox_tensor::device::Backend;
+use firebox_tensor::threads;
+use firebox_train::checkpoint::{Checkpoint, TensorFile};
+use firebox_train::observe::{Observers, RunInfo};
+use firebox_train::{Recipe, Trainer, Zero};
+
+fn recipe(extra: &[&str]) -> Recipe {
+    let base = [
+        "data={ tokenizer = \"char\", val_split = \"tail\", val_fraction = 0.1, isolate_documents = true }",
+        "schedule={ kind = \"constant\" }",
+        "train={ steps = 10, batch_rows = 8, micro_batch_rows = 1, log_every = 1 }",
+        "model={ d_model = 32, n_layers = 2, n_heads = 4, n_kv_heads = 2, context = 16, dropout = 0.1 }",
+        "eval={ every = 5, sample_tokens = 0 }",
+        "checkpoint={ every = 5, keep_last = 5 }",
+        "optimizer.lr=5e-3",
+    ];
+    let set: Vec<String> = base.iter().chain(extra).map(ToString::to_string).collect();
+    Recipe::load("tiny", &set).unwrap()
+}
+
+fn dataset(dir: &Path) -> Arc<Dataset> {
+    let text: String = (0..400u64).map(|i| format!("{i} boxes of fire, {} of water\n", i * i % 991)).collect();
+    let path = dir.join("text.txt");
+    std::fs::write(&path, text).unwrap();
+    let source = Source::new([path.display().to_string()]);
+    Arc::new(prepare(&recipe(&[]).data, &[source], &dir.join("cache"), &mut |_| {}).unwrap())
+}
+
+/// Trains on `ranks` (0: without any) in `dir`, from a checkpoint where there is one; the validation loss.
+fn train(ranks: usize, zero: u8, dir: &Path, dataset: &Arc<Dataset>, extra: &[&str], from: Option<&Path>) -> f64 {
+    let (recipe, dir, dataset) = (recipe(extra), dir.to_path_buf(), dataset.clone());
+    let from = from.map(Path::to_path_buf);
+    let run = move |comm: Option<Communicator>| {
+        let device = Backend::NdArray.device().unwrap();
+        let checkpoint = from.as_ref().map(|from| Checkpoint::open(from).unwrap());
+        let mut trainer = match &checkpoint {
+            Some(at) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, at).unwrap(),
+            None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None).unwrap(),
+        };
+        if let Some(comm) = comm {
+            trainer = trainer.with_ranks(comm, Zero::try_from(zero).unwrap())?;
+        }
+        trainer.run(&RunInfo::default(), &mut Observers::new(), &AtomicBool::new(false))
+    };
+    if ranks == 0 {
+        return run(None).unwrap().val_loss.unwrap();
+    }
+    let losses = spawn(ranks, move |comm| {
+        let _threads = threads::for_rank(1).unwrap();
+        run(Some(comm)).map(|summary| summary.val_loss.unwrap())
+    })
+    .unwrap();
+    assert!(losses.iter().all(|loss| loss.to_bits() == losses[0].to_bits()), "ranks disagree: {losses:?}");
+    losses[0]
+}
+
+fn bytes(dir: &Path, step: u64, file: &str) -> Vec<u8> {
+    std::fs::read(dir.join(format!("checkpoints/step-{step}")).join(file)).unwrap()
+}
+
+/// The largest difference of a tensor of two files, to the largest value of the tensor.
+fn apart(a: &Path, b: &Path) -> f32 {
+    let [a, b] = [a, b].map(|dir| TensorFile::open(dir.join("checkpoints/step-10")).unwrap());
+    let of = |name: &str| {
+        let [x, y] = [&a, &b].map(|file| file.f32(name).unwrap());
+        let largest = x.iter().fold(1e-3f32, |most, v| most.max(v.abs()));
+        x.iter().zip(&y).fold(0f32, |worst, (x, y)| worst.max((x - y).abs())) / largest
+    };
+    a.names().map(of).fold(0.0, f32::max)
+}
+
+#[test]
+fn any_number_of_ranks_gives_the_bits_of_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let one = dir.path().join("one");
+    let loss = train(0, 0, &one, &dataset, &[], None);
+    for ranks in [1, 2, 3, 8] {
+        let many = dir.path().join(format!("dp-{ranks}"));
+        assert_eq!(train(ranks, 0, &many, &dataset, &[], None).to_bits(), loss.to_bits(), "{ranks} ranks");
+        for file in ["model.safetensors", "optimizer/adamw.safetensors"] {
+            assert!(bytes(&one, 10, file) == bytes(&many, 10, file), "{ranks} ranks: {file} differs");
+        }
+    }
+}
+
+#[test]
+fn divided_states_take_the_same_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for (name, extra) in [
+        ("adamw", &[][..]),
+        ("muon", &["optimizer.kind=muon", "memory.recompute=blocks"]),
+        ("sophia", &["optimizer.kind=sophia", "optimizer.lr=1e-3"]),
+        ("lamb", &["optimizer.kind=lamb", "precision={ compute = \"bf16\", params = \"bf16\" }"]),
+    ] {
+        let one = dir.path().join(name);
+        let loss = train(0, 0, &one, &dataset, extra, None);
+        for ranks in [2, 3, 8] {
+            let many = dir.path().join(format!("{name}-{ranks}"));
+            let divided = train(ranks, 2, &many, &dataset, extra, None);
+            println!("{name} on {ranks}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
+            let bound = if name == "lamb" { 2e-2 } else { 1e-5 };
+            assert!((divided / loss - 1.0).abs() < bound, "{name}, {ranks} ranks: {divided}, one {loss}");
+            assert!(name == "lamb" || apart(&one, &many) < 1e-4, "{name}, {ranks} ranks: {}", apart(&one, &many));
+        }
+    }
+}
+
+#[test]
+fn checkpoints_go_on_with_other_numbers_of_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let whole = dir.path().join("whole");
+    // Without clipping there is no sum over the ranks that could differ in its last bit.
+    let extra = ["optimizer.clip=0"];
+    let loss = train(4, 2, &whole, &dataset, &extra, None);
+    let half = whole.join("checkpoints/step-5");
+    for (ranks, zero) in [(0, 0), (1, 2), (3, 2), (2, 0), (8, 1)] {
+        let other = dir.path().join(format!("on-{ranks}-{zero}"));
+        let again = train(ranks, zero, &other, &dataset, &extra, Some(&half));
+        assert_eq!(again.to_bits(), loss.to_bits(), "on {ranks} ranks, zero {zero}");
+        for file in ["model.safetensors", "optimizer/adamw.safetensors"] {
+            assert!(bytes(&whole, 10, file) == bytes(&other, 10, file), "{ranks} ranks, zero {zero}: {file} differs");
+        }
+    }
+}
+
+#[test]
+fn what_ranks_cannot_do_is_said_before_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for (ranks, zero, extra, says) in [
+        (9, 0, &[][..], "9 ranks, 8 micro-batches"),
+        (2, 0, &["watch.noise_scale_every=2"], "watch.noise_scale_every"),
+        (2, 2, &["optimizer.kind=schedule_free"], "schedule_free"),
+    ] {
+        let (recipe, run, dataset) = (recipe(extra), dir.path().join("none"), dataset.clone());
+        let error = spawn(ranks, move |comm| {
+            let device = Backend::NdArray.device().unwrap();
+            let trainer = Trainer::new(recipe.clone(), &run, &dataset, &device, None).unwrap();
+            trainer.with_ranks(comm, Zero::try_from(zero).unwrap()).map(drop)
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
