@@ -5,7 +5,7 @@
 //! part of them that is that rank's; it adds what it gets to its part of the sum in the order of the micro-batches. So the sum has the same bits as on one rank,
 //! which goes through the micro-batches in this order, whatever the number of ranks; and nobody holds a sum of all gradients.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -247,16 +247,19 @@ impl Ranks {
 
     /// Begins to add up the gradients of a step.
     pub fn exchange(&self) -> Exchange<'_> {
-        Exchange { ranks: self, sum: BTreeMap::new(), under_way: Default::default() }
+        Exchange { ranks: self, sum: BTreeMap::new(), under_way: VecDeque::new() }
     }
 }
+
+/// What comes from the other ranks, and how much of each.
+type Sent = Pending<(Vec<f32>, Vec<usize>)>;
 
 /// The gradients of one step on their way between the ranks.
 #[derive(Debug)]
 pub struct Exchange<'a> {
     ranks: &'a Ranks,
     sum: BTreeMap<String, Vec<f32>>,
-    under_way: std::collections::VecDeque<(usize, Pending<(Vec<f32>, Vec<usize>)>)>,
+    under_way: VecDeque<(usize, Sent)>,
 }
 
 impl Exchange<'_> {

@@ -2,6 +2,7 @@
 
 mod lr_find;
 mod prepare;
+mod ranks;
 mod text;
 mod train;
 
@@ -82,6 +83,11 @@ enum CliError {
     Corpus(#[from] CorpusError),
     #[error("{0}")]
     Output(#[source] std::io::Error),
+    #[error(transparent)]
+    Threads(#[from] firebox::tensor::threads::ThreadsError),
+    /// A rank that failed, and how.
+    #[error("{0}; go on with --resume")]
+    Ranks(String),
 }
 
 impl From<CheckpointError> for CliError {
@@ -113,7 +119,7 @@ impl CliError {
     fn exit_code(&self) -> u8 {
         match self {
             CliError::Train(error) if !error.is_input() => 1,
-            CliError::Output(_) => 1,
+            CliError::Output(_) | CliError::Threads(_) | CliError::Ranks(_) => 1,
             _ => 2,
         }
     }
@@ -135,7 +141,7 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let result = match cli.command {
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(args, rayon::current_num_threads()),
         Command::LrFind(args) => lr_find::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),

@@ -6,14 +6,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use firebox::data::Dataset;
+use firebox::parallel::Communicator;
+use firebox::tensor::device::Backend;
 use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::observe::compare::gzip_xz;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::{Cooldown, Recipe, TrainError, Trainer};
+use firebox::train::{Cooldown, Recipe, TrainError, Trainer, Zero};
 
 use super::prepare::DataArgs;
+use super::ranks::RankArgs;
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -54,6 +57,8 @@ pub struct TrainArgs {
     #[arg(long)]
     seed: Option<u64>,
     #[command(flatten)]
+    ranks: RankArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -70,8 +75,9 @@ pub fn show(name: &str) -> Result<(), CliError> {
     Ok(())
 }
 
-pub fn run(args: TrainArgs) -> Result<(), CliError> {
-    let device = args.device.backend.device()?;
+pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
+    // An absent backend is said before text is read.
+    args.device.backend.device()?;
     let (recipe, dir, found) = match &args.cooldown_from {
         Some(from) => args.cooldown(from)?,
         None => {
@@ -82,24 +88,62 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     };
     let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
     println!("{}", dataset.stats);
-    let mut trainer = match found {
-        Some(checkpoint) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, &checkpoint)?,
-        None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None)?,
-    };
-    println!("\n{}\n{}\n", recipe.to_toml().trim_end(), trainer.groups()?);
-    let mut info = trainer.info(args.device.backend.name(), rayon::current_num_threads(), described);
-    info.program = program();
-    if firebox::tensor::device::is_fused(&device) {
-        info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into());
-    }
-    let mut observers = Observers::standard();
-    observers.on_event(&Event::RunStarted(&info))?;
-    if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
-        compare(&dataset, &dir)?;
-    }
-    let summary = trainer.run(&info, &mut observers, &interrupt())?;
+    let job =
+        Job { recipe, dir, found, dataset, described, backend: args.device.backend, threads, interrupt: interrupt() };
+    let dir = job.dir.clone();
+    let summary = args.ranks.run(threads, move |ranks| job.train(ranks))?;
     conclude(&summary, &dir);
     Ok(())
+}
+
+/// A run that is about to start, on one rank or several.
+struct Job {
+    recipe: Recipe,
+    dir: PathBuf,
+    found: Option<Checkpoint>,
+    dataset: Dataset,
+    described: String,
+    backend: Backend,
+    /// Of all ranks together.
+    threads: usize,
+    interrupt: Arc<AtomicBool>,
+}
+
+impl Job {
+    fn train(&self, ranks: Option<(Communicator, Zero)>) -> Result<Summary, CliError> {
+        let Self { recipe, dir, found, dataset, .. } = self;
+        let device = self.backend.device()?;
+        let mut trainer = match found {
+            Some(checkpoint) => Trainer::resume(recipe.clone(), dir, dataset, &device, checkpoint)?,
+            None => Trainer::new(recipe.clone(), dir, dataset, &device, None)?,
+        };
+        let (rank, size) = ranks.as_ref().map_or((0, 1), |(comm, _)| (comm.rank(), comm.size()));
+        if rank == 0 {
+            println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
+        }
+        if let Some((comm, zero)) = ranks {
+            trainer = trainer.with_ranks(comm, zero)?;
+        }
+        let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
+        info.program = program();
+        if rank > 0 {
+            return Ok(trainer.run(&info, &mut Observers::new(), &self.interrupt)?);
+        }
+        if size > 1 {
+            let per_rank = (self.threads / size).max(1);
+            println!("{size} ranks of {per_rank} compute thread{}", if per_rank == 1 { "" } else { "s" });
+        }
+        println!();
+        if firebox::tensor::device::is_fused(&device) {
+            info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into()) * size as f64;
+        }
+        let mut observers = Observers::standard();
+        observers.on_event(&Event::RunStarted(&info))?;
+        if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
+            compare(dataset, dir)?;
+        }
+        Ok(trainer.run(&info, &mut observers, &self.interrupt)?)
+    }
 }
 
 /// The checkpoint to go on from; none for a new run, and for one that was killed before its first.

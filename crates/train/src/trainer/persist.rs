@@ -159,13 +159,16 @@ impl<'a> Trainer<'a> {
     }
 
     /// The ranks, and the names and shapes of the optimizer's state, where it is divided; there is none before the first step.
-    fn divided_state(&self) -> Result<Option<(&Ranks, Vec<(String, Vec<usize>)>)>, TrainError> {
+    fn divided_state(&self) -> Result<Option<(&Ranks, Shapes)>, TrainError> {
         match self.ranks.as_ref().filter(|ranks| ranks.zero() == Zero::States && self.state.last_good > 0) {
             Some(ranks) => Ok(Some((ranks, self.optimizer.whole_state_shapes(self.model())?))),
             None => Ok(None),
         }
     }
 }
+
+/// Names and shapes of tensors.
+type Shapes = Vec<(String, Vec<usize>)>;
 
 /// The parameters that are trained, where they are others than those of `model.safetensors`.
 const TRAINED: &str = "trained.safetensors";

@@ -1,0 +1,70 @@
+//! On how many ranks `firebox train` runs, and how they start.
+
+use std::time::Duration;
+
+use clap::Args;
+#[cfg(feature = "mpi")]
+use firebox::parallel::Mpi;
+use firebox::parallel::{Communicator, Failure, Threads, WorldError};
+use firebox::tensor::threads::for_rank;
+use firebox::train::Zero;
+
+use super::CliError;
+
+/// Options of runs on several ranks. The parameters are those of one rank, bit for bit; a run goes on with any number of ranks.
+#[derive(Args, Clone, Copy)]
+pub struct RankArgs {
+    /// Train on N ranks, threads of this process that share the micro-batches of every step; each has its share of the compute threads. Under mpirun the ranks
+    /// are its processes instead.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    ranks: Option<u16>,
+    /// What ranks divide among themselves (ZeRO): 0 nothing, 1 or 2 the optimizer's state and the sums of gradients.
+    #[arg(long, value_name = "LEVEL", default_value = "0", value_parser = zero)]
+    zero: Zero,
+    /// Seconds that a rank waits for another before the run fails and names it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    rank_timeout: u64,
+}
+
+fn zero(text: &str) -> Result<Zero, String> {
+    Zero::try_from(text.parse::<u8>().map_err(|_| format!("expected 0, 1 or 2, got {text}"))?)
+}
+
+impl RankArgs {
+    /// Runs `train` on every rank, on its share of `threads`; what the first one returns.
+    pub fn run<T: Send + 'static>(
+        self,
+        threads: usize,
+        train: impl Fn(Option<(Communicator, Zero)>) -> Result<T, CliError> + Send + Sync + 'static,
+    ) -> Result<T, CliError> {
+        let (zero, timeout) = (self.zero, Duration::from_secs(self.rank_timeout));
+        #[cfg(feature = "mpi")]
+        if under_mpirun() {
+            return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, zero)))).map_err(failed);
+        }
+        let ranks = usize::from(self.ranks.unwrap_or(1));
+        if ranks == 1 {
+            return train(None);
+        }
+        let run = move |comm: Communicator| {
+            let _threads = for_rank(threads / ranks)?;
+            train(Some((comm, zero)))
+        };
+        let mut results = Threads::new(ranks).timeout(timeout).run(run).map_err(failed)?;
+        Ok(results.swap_remove(0))
+    }
+}
+
+/// Whether this process was started by an MPI launcher or Slurm.
+#[cfg(feature = "mpi")]
+fn under_mpirun() -> bool {
+    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"].iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// What the user can mend is said as on one rank.
+fn failed(error: WorldError<CliError>) -> CliError {
+    match error {
+        WorldError { failure: Failure::Error(error), .. } if error.exit_code() == 2 => error,
+        other => CliError::Ranks(other.to_string()),
+    }
+}
