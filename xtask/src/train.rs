@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -23,6 +23,7 @@ use crate::workspace::Workspace;
   cargo xtask train shakespeare-char -- --data FILE      a built-in recipe on a text of yours
   cargo xtask train my-recipe.toml --backend wgpu        a recipe of yours on the GPU
   cargo xtask train -- --depth 6 --set optimizer.lr=1e-3 the default run, larger
+  cargo xtask train --ranks 2 -- --zero 2                on two ranks that divide the optimizer's state
   cargo xtask train -- --help                            all options of `firebox train`
 
 The first build takes about 7 minutes on 2 cores (a GPU backend: another 16); later ones take seconds.
@@ -33,6 +34,13 @@ pub struct Train {
     /// What to compute on. Backends other than ndarray are added by a cargo feature and built when first asked for.
     #[arg(long, value_enum, default_value_t = Backend::Ndarray)]
     backend: Backend,
+    /// Train on N ranks, threads of one process that share the work of every step.
+    #[arg(long, value_name = "N", conflicts_with = "mpi")]
+    ranks: Option<u16>,
+    /// Train on N processes of MPI: builds with it, and starts `mpirun`. Needs an MPI with its headers and libclang (Debian: openmpi-bin libopenmpi-dev
+    /// libclang-dev).
+    #[arg(long, value_name = "N")]
+    mpi: Option<u16>,
     /// Options for `firebox train`.
     #[arg(last = true, value_name = "FIREBOX OPTIONS")]
     options: Vec<String>,
@@ -118,7 +126,7 @@ impl Train {
             None => say::heading("building Firebox"),
         }
         let start = Instant::now();
-        let binary = build_binary(workspace, &["firebox"], "firebox", "release", &self.backend.features())?;
+        let binary = build_binary(workspace, &["firebox"], "firebox", "release", &self.features())?;
         eprintln!("    built in {}", say::duration(start.elapsed()));
         let arguments = self.arguments();
         say::heading(&format!("firebox {}", arguments.join(" ")));
@@ -127,9 +135,28 @@ impl Train {
             .ok()
             .and_then(|here| binary.strip_prefix(here).map(Path::to_path_buf).ok())
             .unwrap_or(binary);
-        let mut command = Command::new(&binary);
-        command.args(&arguments);
-        replace_self(command, &binary)
+        let (program, before) = self.launcher(&binary);
+        let mut command = Command::new(&program);
+        command.args(before).args(&arguments);
+        replace_self(command, &program)
+    }
+
+    fn features(&self) -> Vec<&'static str> {
+        let mut features = self.backend.features();
+        features.extend(self.mpi.map(|_| "mpi"));
+        features
+    }
+
+    /// What is started, and its arguments before those of Firebox.
+    fn launcher(&self, binary: &Path) -> (PathBuf, Vec<String>) {
+        match self.mpi {
+            None => (binary.to_path_buf(), vec![]),
+            // More ranks than cores are allowed: a test of a layout need not be fast.
+            Some(ranks) => {
+                let before = ["--oversubscribe", "-n", &ranks.to_string(), &binary.display().to_string()];
+                (PathBuf::from("mpirun"), before.map(str::to_owned).to_vec())
+            }
+        }
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -138,6 +165,9 @@ impl Train {
         // The default is left to `firebox`, so that a recipe may choose.
         if self.backend != Backend::Ndarray {
             arguments.extend(["--backend".to_owned(), self.backend.name().to_owned()]);
+        }
+        if let Some(ranks) = self.ranks {
+            arguments.extend(["--ranks".to_owned(), ranks.to_string()]);
         }
         arguments.extend(self.options.iter().cloned());
         arguments
@@ -158,6 +188,8 @@ mod tests {
         Train {
             recipe: recipe.map(str::to_owned),
             backend,
+            ranks: None,
+            mpi: None,
             options: options.iter().map(|&option| option.to_owned()).collect(),
         }
     }
@@ -174,6 +206,16 @@ mod tests {
         let expected = ["train", "char", "--backend", "wgpu", "--set", "optimizer.lr=1e-3"];
         assert_eq!(arguments, expected);
         assert_eq!(Backend::Wgpu.features(), ["wgpu"]);
+    }
+
+    #[test]
+    fn ranks_are_threads_or_processes_of_mpi() {
+        let threads = Train { ranks: Some(3), ..train(None, Backend::Ndarray, &["--zero", "2"]) };
+        assert_eq!(threads.arguments(), ["train", "--ranks", "3", "--zero", "2"]);
+        assert_eq!(threads.launcher(Path::new("fb")), (PathBuf::from("fb"), vec![]));
+        let mpi = Train { mpi: Some(4), ..train(None, Backend::Ndarray, &[]) };
+        let before = ["--oversubscribe", "-n", "4", "fb"].map(str::to_owned).to_vec();
+        assert_eq!((mpi.launcher(Path::new("fb")), mpi.features()), ((PathBuf::from("mpirun"), before), vec!["mpi"]));
     }
 
     #[test]

@@ -154,6 +154,44 @@ fn a_run_killed_at_many_random_moments_ends_as_if_it_never_was() {
     assert_eq!(run.saved(), lab.run("undisturbed").saved(), "the same checkpoints are kept");
 }
 
+/// Kills of a run on several ranks.
+const KILLS_OF_RANKS: u64 = 12;
+
+#[test]
+fn a_run_on_ever_other_numbers_of_ranks_is_killed_and_ends_as_on_one() {
+    let lab = Lab::new(150);
+    // Six micro-batches: five ranks are not always busy.
+    let args = [&LONG[..], &["--set", "train.micro_batch_rows=1"]].concat();
+    let want = undisturbed(&lab, &args).fingerprint();
+    let run = lab.run("ranks");
+    let mut random = Random(3);
+    for kill in 0..=KILLS_OF_RANKS {
+        let ranks = (1 + (kill * 3) % 5).to_string();
+        let started = run.dir.join("run.json").is_file();
+        let resume: &[&str] = if started { &["--resume"] } else { &[] };
+        let mut command = lab.train("ranks", &[&args, resume, &["--ranks", &ranks]].concat());
+        if kill == KILLS_OF_RANKS {
+            Ended::new(command.output().unwrap(), format!("the last {ranks} ranks")).succeeded();
+            break;
+        }
+        let wanted = run.saved().last().copied().unwrap_or(0) + random.below(9);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if wait_until(&mut child, || run.step() >= wanted) {
+            std::thread::sleep(Duration::from_micros(random.below(8_000)));
+        }
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().code(), None, "{ranks} ranks ended before the kill");
+    }
+    want.assert_equals(&run.fingerprint(), "on ever other numbers of ranks");
+    assert_tidy(&run);
+    // An interrupt stops all ranks at one step.
+    assert!(stop(&lab, "stopped", &[&args[..], &["--ranks", "3"]].concat(), 20, "INT"));
+    let ended = lab.train("stopped", &[&args[..], &["--resume", "--ranks", "2"]].concat()).output().unwrap();
+    let ended = Ended::new(ended, "resume on 2 ranks".into()).succeeded();
+    assert!(ended.stdout.contains("2 ranks of "), "{}", ended.stdout);
+    want.assert_equals(&lab.run("stopped").fingerprint(), "stopped on 3 ranks");
+}
+
 #[test]
 fn a_run_killed_before_its_first_checkpoint_starts_again() {
     let lab = Lab::new(150);
