@@ -138,6 +138,10 @@ impl Train {
         let (program, before) = self.launcher(&binary);
         let mut command = Command::new(&program);
         command.args(before).args(&arguments);
+        if self.mpi.is_some() {
+            // Open MPI refuses to be run by root, who is the only user of many a container.
+            command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+        }
         replace_self(command, &program)
     }
 

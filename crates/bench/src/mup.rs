@@ -102,7 +102,10 @@ impl Report {
 
 type Point = (usize, f64, f64);
 
-const SHOWN: [(&str, fn(&Point) -> f64); 2] = [("hidden states", |point| point.1), ("logits", |point| point.2)];
+/// What is shown: its name, and its value at a point.
+type Shown = (&'static str, fn(&Point) -> f64);
+
+const SHOWN: [Shown; 2] = [("hidden states", |point| point.1), ("logits", |point| point.2)];
 
 #[cfg(test)]
 mod tests {

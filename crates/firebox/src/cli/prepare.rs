@@ -83,7 +83,7 @@ pub fn tokens(config: &DataConfig, sources: &[Source], cache: &Path) -> Result<D
         bar.set_message(line);
         bar.tick();
         // Without a terminal: one line per stage.
-        if bar.is_hidden() && name != stage {
+        if bar.is_hidden() && name != stage && super::ranks::speaks() {
             eprintln!("{name}");
         }
         stage = name.to_string();

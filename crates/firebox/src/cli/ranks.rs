@@ -55,10 +55,19 @@ impl RankArgs {
     }
 }
 
-/// Whether this process was started by an MPI launcher or Slurm.
+/// What MPI's launchers and Slurm call the number of a process.
+const RANK: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"];
+
+/// Whether this process was started by one of them.
 #[cfg(feature = "mpi")]
 fn under_mpirun() -> bool {
-    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"].iter().any(|name| std::env::var_os(name).is_some())
+    RANK.iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// Whether this process is the one that tells the user what happens: not the second of many.
+pub fn speaks() -> bool {
+    let rank = RANK.iter().find_map(|name| std::env::var(name).ok());
+    !cfg!(feature = "mpi") || rank.is_none_or(|rank| rank == "0")
 }
 
 /// What the user can mend is said as on one rank.

@@ -16,7 +16,7 @@ use firebox::train::recipe::BUILT_IN;
 use firebox::train::{Cooldown, Recipe, TrainError, Trainer, Zero};
 
 use super::prepare::DataArgs;
-use super::ranks::RankArgs;
+use super::ranks::{RankArgs, speaks};
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -87,12 +87,16 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         }
     };
     let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
-    println!("{}", dataset.stats);
+    if speaks() {
+        println!("{}", dataset.stats);
+    }
     let job =
         Job { recipe, dir, found, dataset, described, backend: args.device.backend, threads, interrupt: interrupt() };
     let dir = job.dir.clone();
     let summary = args.ranks.run(threads, move |ranks| job.train(ranks))?;
-    conclude(&summary, &dir);
+    if speaks() {
+        conclude(&summary, &dir);
+    }
     Ok(())
 }
 
@@ -151,14 +155,18 @@ fn checkpoint(dir: &Path, resume: bool) -> Result<Option<Checkpoint>, CliError> 
     match find_latest(dir.join("checkpoints")) {
         Err(CheckpointError::Missing { .. }) if !resume => Ok(None),
         Err(CheckpointError::Missing { .. }) if dir.join("run.json").is_file() => {
-            println!("{} has no checkpoint yet: starting from the beginning", dir.display());
+            if speaks() {
+                println!("{} has no checkpoint yet: starting from the beginning", dir.display());
+            }
             Ok(None)
         }
         _ if !resume => Err(TrainError::RunExists(dir.into()).into()),
         found => {
             let found = found?;
             warn_of(&found);
-            println!("resuming from {}", found.checkpoint.path().display());
+            if speaks() {
+                println!("resuming from {}", found.checkpoint.path().display());
+            }
             Ok(Some(found.checkpoint))
         }
     }
