@@ -8,6 +8,7 @@ use firebox_models::{Flow, Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 use firebox_parallel::pipeline::{Action, Payload, Work};
 use firebox_parallel::{Communicator, Pending};
+use firebox_tensor::ops::{Deferred, defer_weights};
 
 use super::{Event, Executed, Pipeline, Shared};
 use crate::TrainError;
@@ -17,15 +18,11 @@ use crate::model_io::to_host;
 impl Engine {
     /// Executes a rank's list of the pipeline's plan: adds the gradients of its own parameters over all micro-batches of a step to `total`.
     ///
-    /// Micro-batch `i` counts its dropout with `counters[i]`. The model may be whole, or the rank's [part](Pipeline::part). A rank that uses a
-    /// parameter without [owning](Pipeline::owner) it (the head's rank, of a tied embedding) gets the owner's sum in `total`: both then take
-    /// the same update.
-    ///
-    /// Every rank is given the batches: those in the middle of the model need their segments and positions, and tokens are small.
+    /// A rank that uses a parameter without [owning](Pipeline::owner) it (the head's rank, of a tied embedding) gets the owner's sum: both then take
+    /// the same update. For the rest see [`pipeline_step`](Self::pipeline_step).
     ///
     /// # Errors
-    /// [`TrainError::Input`] for other numbers of ranks, micro-batches or counters than the plan's; [`TrainError::Comm`] where a rank is lost or late;
-    /// [`TrainError::Offload`] where inputs of stages cannot be written.
+    /// As [`pipeline_step`](Self::pipeline_step).
     ///
     /// # Panics
     /// As [`forward`](Self::forward).
@@ -38,20 +35,43 @@ impl Engine {
         group: &Communicator,
         total: &mut NamedGrads,
     ) -> Result<Executed, TrainError> {
-        self.pipeline_gradients_seen(model, pipeline, batches, counters, group, total, &mut |_, _| {})
+        let mut add = |_: usize, _: usize, grads: NamedGrads| {
+            total.add(grads);
+            Ok(())
+        };
+        let executed = self.pipeline_step(model, pipeline, batches, counters, group, &mut add)?;
+        pipeline.share(model, group, total)?;
+        Ok(executed)
     }
 
-    /// The same; `see` is shown each micro-batch's own gradients of the parameters that this rank owns, a stage of the plan at a time.
-    #[allow(clippy::too_many_arguments, reason = "what a step is made of")]
-    pub(crate) fn pipeline_gradients_seen<M: Staged>(
+    /// Executes a rank's list of the pipeline's plan. `sink` gets, of a stage of the plan and a micro-batch, the gradients of the parameters that the
+    /// stage owns: each stage's in the order of the micro-batches, and in the same order on all ranks at the same place of like pipelines.
+    ///
+    /// Micro-batch `i` counts its dropout with `counters[i]`. The model may be whole, or the rank's [part](Pipeline::part). Every rank is given all
+    /// batches: those in the middle of the model need their segments and positions, and tokens are small.
+    ///
+    /// What a rank sends is on its way when the list says so, without a wait; it awaits what comes where the list says so, and has taken its place before.
+    /// Besides what is in the lists, the gradient of a parameter that stages share goes from each to the owner, for each micro-batch: it is added where
+    /// one rank would add it. There the owner never waits for it, since that stage went backward before.
+    ///
+    /// Where the plan has backward in halves, the first makes the gradients of inputs, biases, norms, tables and the head, and
+    /// [leaves](firebox_tensor::ops::defer_weights) those of the matrices of linear layers to the second. On other devices than the CPU backends the first half makes
+    /// all of them.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] for other numbers of ranks, micro-batches or counters than the plan's; [`TrainError::Comm`] where a rank is lost or late;
+    /// [`TrainError::Offload`] where inputs of stages cannot be written; what `sink` says.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn pipeline_step<M: Staged>(
         &self,
         model: &M,
         pipeline: &Pipeline,
         batches: &[TokenBatch],
         counters: &[u64],
         group: &Communicator,
-        total: &mut NamedGrads,
-        see: &mut dyn FnMut(usize, &NamedGrads),
+        sink: &mut Sink<'_>,
     ) -> Result<Executed, TrainError> {
         let plan = &pipeline.plan;
         for (what, expected, got) in [
@@ -73,7 +93,7 @@ impl Engine {
             batches,
             counters,
             group,
-            device: model.devices().into_iter().next().unwrap_or_default().inner(),
+            device: device(model),
             shared: pipeline.shared(model)?,
             coming: None,
             values: BTreeMap::new(),
@@ -81,8 +101,7 @@ impl Engine {
             halves: BTreeMap::new(),
             parts: BTreeMap::new(),
             losses: vec![0.0; batches.len()],
-            total,
-            see,
+            sink,
         };
         let (clock, began) = (SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), Instant::now());
         let mut events = Vec::with_capacity(list.len());
@@ -96,11 +115,13 @@ impl Engine {
             }
             events.push(Event { action, start, end: clock + began.elapsed() });
         }
-        run.share_totals()?;
         let loss = run.share_loss()?;
         Ok(Executed { loss, events })
     }
 }
+
+/// Takes the gradients of a stage of the plan and a micro-batch.
+pub type Sink<'a> = dyn FnMut(usize, usize, NamedGrads) -> Result<(), TrainError> + 'a;
 
 /// A step under way on one rank.
 struct Run<'a, M> {
@@ -118,13 +139,61 @@ struct Run<'a, M> {
     values: BTreeMap<(Payload, usize, usize), Tensor<3>>,
     /// Stages and micro-batches between forward and backward.
     passes: BTreeMap<(usize, usize), Pass<'a>>,
-    /// The gradients that the first half of backward has made.
-    halves: BTreeMap<(usize, usize), NamedGrads>,
+    /// The gradients that the first half of backward has made, and those that it has left to the second.
+    halves: BTreeMap<(usize, usize), (NamedGrads, Deferred)>,
     /// Gradients that a stage has made of a parameter of another stage of this rank.
     parts: BTreeMap<(String, usize, usize), Tensor<1>>,
     losses: Vec<f64>,
-    total: &'a mut NamedGrads,
-    see: &'a mut dyn FnMut(usize, &NamedGrads),
+    sink: &'a mut Sink<'a>,
+}
+
+impl Pipeline {
+    /// Gives the sums of the gradients of parameters that stages share to all ranks that use them, once all micro-batches of a step are added up.
+    ///
+    /// # Errors
+    /// [`TrainError::Comm`] where a rank is lost or late.
+    pub fn share<M: Staged>(&self, model: &M, group: &Communicator, total: &mut NamedGrads) -> Result<(), TrainError> {
+        for shared in self.shared(model)? {
+            let (own, owner) = (group.rank(), self.rank_of(shared.owner));
+            let mut others: Vec<usize> = shared.users.iter().map(|user| self.rank_of(*user)).collect();
+            others.sort_unstable();
+            others.dedup();
+            others.retain(|rank| *rank != owner);
+            let tag = self.tag(Kind::Total, shared.owner, 0);
+            if own == owner {
+                for to in others {
+                    let sum = total.get(&shared.name).cloned();
+                    group.send(sum.map(to_host).unwrap_or_default(), to, tag)?;
+                }
+            } else if others.contains(&own) {
+                let values = group.recv::<f32>(owner, tag)?;
+                if !values.is_empty() {
+                    let sum = flat(values, &device(model));
+                    total.insert(shared.name, sum);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Messages of one rank to another with one tag are of one stage and micro-batch.
+    fn tag(&self, kind: Kind, stage: usize, micro_batch: usize) -> u32 {
+        ((micro_batch * self.plan.stages() + stage) * 4 + kind as usize) as u32
+    }
+
+    fn rank_of(&self, stage: usize) -> usize {
+        self.plan.placement[stage]
+    }
+}
+
+/// The device of a model's parameters, without gradients.
+fn device<M: Staged>(model: &M) -> Device {
+    model.devices().into_iter().next().unwrap_or_default().inner()
+}
+
+fn flat(values: Vec<f32>, device: &Device) -> Tensor<1> {
+    let n = [values.len()];
+    Tensor::from_data(TensorData::new(values, n), device)
 }
 
 /// What messages carry, as their tags tell it.
@@ -148,19 +217,10 @@ impl From<Payload> for Kind {
 }
 
 impl<M: Staged> Run<'_, M> {
-    /// Messages of one rank to another with one tag are of one stage and micro-batch.
-    fn tag(&self, kind: Kind, stage: usize, micro_batch: usize) -> u32 {
-        ((micro_batch * self.pipeline.plan.stages() + stage) * 4 + kind as usize) as u32
-    }
-
-    fn rank_of(&self, stage: usize) -> usize {
-        self.pipeline.plan.placement[stage]
-    }
-
     /// Takes the place of a message that the list receives next.
     fn expect(&mut self, action: Option<&Action>) -> Result<(), TrainError> {
         if let Some(&Action::Recv { payload, stage, micro_batch, from }) = action {
-            self.coming = Some(self.group.start_recv(from, self.tag(payload.into(), stage, micro_batch))?);
+            self.coming = Some(self.group.start_recv(from, self.pipeline.tag(payload.into(), stage, micro_batch))?);
         }
         Ok(())
     }
@@ -169,7 +229,7 @@ impl<M: Staged> Run<'_, M> {
         match action {
             Action::Send { payload, stage, micro_batch, to } => {
                 let value = self.take(payload, stage, micro_batch);
-                let tag = self.tag(payload.into(), stage, micro_batch);
+                let tag = self.pipeline.tag(payload.into(), stage, micro_batch);
                 self.group.send(value.map(to_host).unwrap_or_default(), to, tag)?;
             }
             Action::Recv { payload, stage, micro_batch, .. } => {
@@ -182,16 +242,17 @@ impl<M: Staged> Run<'_, M> {
             }
             Action::Compute { work: Work::Forward, stage, micro_batch } => self.forward(stage, micro_batch)?,
             Action::Compute { work: Work::Backward, stage, micro_batch } => {
-                let grads = self.backward(stage, micro_batch)?;
-                self.add(micro_batch, grads);
+                let (grads, _) = self.backward(stage, micro_batch, false)?;
+                (self.sink)(stage, micro_batch, grads)?;
             }
             Action::Compute { work: Work::BackwardInput, stage, micro_batch } => {
-                let grads = self.backward(stage, micro_batch)?;
-                self.halves.insert((stage, micro_batch), grads);
+                let halves = self.backward(stage, micro_batch, true)?;
+                self.halves.insert((stage, micro_batch), halves);
             }
             Action::Compute { work: Work::BackwardWeight, stage, micro_batch } => {
-                let grads = self.halves.remove(&(stage, micro_batch)).unwrap_or_default();
-                self.add(micro_batch, grads);
+                let (mut grads, mut deferred) = self.halves.remove(&(stage, micro_batch)).unwrap_or_default();
+                grads.add(NamedGrads::from_deferred(self.model, &mut deferred, |_| true));
+                (self.sink)(stage, micro_batch, grads)?;
             }
         }
         Ok(())
@@ -216,18 +277,32 @@ impl<M: Staged> Run<'_, M> {
         Ok(())
     }
 
-    /// Returns the gradients of the parameters that this stage owns; hands on those of its input and of other stages' parameters.
-    fn backward(&mut self, stage: usize, micro_batch: usize) -> Result<NamedGrads, TrainError> {
+    /// Returns the gradients of the parameters that this stage owns; hands on those of its input and of other stages' parameters. With `halves`,
+    /// leaves gradients for later for which no other stage waits.
+    fn backward(
+        &mut self,
+        stage: usize,
+        micro_batch: usize,
+        halves: bool,
+    ) -> Result<(NamedGrads, Deferred), TrainError> {
         let upstream = self.take(Payload::Gradient, stage + 1, micro_batch);
-        let mut grads = NamedGrads::new();
-        let Some(mut pass) = self.passes.remove(&(stage, micro_batch)) else { return Ok(grads) };
+        let (mut grads, mut deferred) = (NamedGrads::new(), Deferred::default());
+        let Some(mut pass) = self.passes.remove(&(stage, micro_batch)) else { return Ok((grads, deferred)) };
         for (name, user) in self.owned(stage) {
             if let Some(part) = self.part(&name, stage, user, micro_batch)? {
                 pass.pending.add(NamedGrads::from_iter([(name, part)]));
             }
         }
         pass.upstream = upstream;
-        while let Some(complete) = pass.backward(self.model)? {
+        let mut next = || -> Result<Option<NamedGrads>, TrainError> {
+            if !halves {
+                return pass.backward(self.model);
+            }
+            let (complete, later) = defer_weights(|| pass.backward(self.model));
+            deferred.append(later);
+            complete
+        };
+        while let Some(complete) = next()? {
             grads.add(complete);
         }
         // Of the first stage nobody wants it, and there is one only where the stage is frozen.
@@ -239,16 +314,17 @@ impl<M: Staged> Run<'_, M> {
             .map(|shared| (shared.name.clone(), shared.owner))
             .collect();
         for (name, owner) in used {
+            pass.pending.add(NamedGrads::from_deferred(self.model, &mut deferred, |other| other == name));
             let part = pass.pending.remove(&name);
-            let to = self.rank_of(owner);
+            let to = self.pipeline.rank_of(owner);
             if to != self.group.rank() {
-                let tag = self.tag(Kind::Part, stage, micro_batch);
+                let tag = self.pipeline.tag(Kind::Part, stage, micro_batch);
                 self.group.send(part.map(to_host).unwrap_or_default(), to, tag)?;
             } else if let Some(part) = part {
                 self.parts.insert((name, stage, micro_batch), part);
             }
         }
-        Ok(grads)
+        Ok((grads, deferred))
     }
 
     /// The shared parameters that a stage owns, with each other stage that uses them, from the last on.
@@ -265,54 +341,19 @@ impl<M: Staged> Run<'_, M> {
         user: usize,
         micro_batch: usize,
     ) -> Result<Option<Tensor<1>>, TrainError> {
-        let (from, tag) = (self.rank_of(user), self.tag(Kind::Part, user, micro_batch));
-        if from == self.rank_of(owner) {
+        let (from, tag) = (self.pipeline.rank_of(user), self.pipeline.tag(Kind::Part, user, micro_batch));
+        if from == self.pipeline.rank_of(owner) {
             return Ok(self.parts.remove(&(name.to_owned(), user, micro_batch)));
         }
         let values = self.group.recv::<f32>(from, tag)?;
-        Ok((!values.is_empty()).then(|| self.flat(values)))
-    }
-
-    fn flat(&self, values: Vec<f32>) -> Tensor<1> {
-        let n = [values.len()];
-        Tensor::from_data(TensorData::new(values, n), &self.device)
-    }
-
-    fn add(&mut self, micro_batch: usize, grads: NamedGrads) {
-        (self.see)(micro_batch, &grads);
-        self.total.add(grads);
-    }
-
-    /// Gives the sums of shared gradients to all who use the parameter.
-    fn share_totals(&mut self) -> Result<(), TrainError> {
-        for shared in std::mem::take(&mut self.shared) {
-            let (own, owner) = (self.group.rank(), self.rank_of(shared.owner));
-            let mut others: Vec<usize> = shared.users.iter().map(|user| self.rank_of(*user)).collect();
-            others.sort_unstable();
-            others.dedup();
-            others.retain(|rank| *rank != owner);
-            let tag = self.tag(Kind::Total, shared.owner, 0);
-            if own == owner {
-                for to in others {
-                    let sum = self.total.get(&shared.name).cloned();
-                    self.group.send(sum.map(to_host).unwrap_or_default(), to, tag)?;
-                }
-            } else if others.contains(&own) {
-                let values = self.group.recv::<f32>(owner, tag)?;
-                if !values.is_empty() {
-                    let sum = self.flat(values);
-                    self.total.insert(shared.name, sum);
-                }
-            }
-        }
-        Ok(())
+        Ok((!values.is_empty()).then(|| flat(values, &self.device)))
     }
 
     /// The sum of the losses, which the last stage's rank knows.
     fn share_loss(&self) -> Result<f64, TrainError> {
         let sum: f64 = self.losses.iter().sum();
         let mut bits = [sum.to_bits().cast_signed()];
-        self.group.broadcast(&mut bits, self.rank_of(self.pipeline.plan.stages() - 1))?;
+        self.group.broadcast(&mut bits, self.pipeline.rank_of(self.pipeline.plan.stages() - 1))?;
         Ok(f64::from_bits(bits[0].cast_unsigned()))
     }
 }

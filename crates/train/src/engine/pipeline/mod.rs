@@ -18,6 +18,7 @@ use firebox_parallel::pipeline::{self, Plan, Schedule};
 
 use crate::TrainError;
 
+pub use execute::Sink;
 pub use trace::{Event, write_chrome_trace};
 
 /// A model's stages on the ranks of a pipeline.
