@@ -320,16 +320,7 @@ impl Vjp<6> for Linear {
                 let mut dw = buffer(inputs * outputs);
                 let before = op.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
                 let dy = Mat::new(dy.as_ref(), rows, outputs, outputs);
-                kernel::weight_gradient(
-                    op.compute,
-                    x.as_ref(),
-                    before,
-                    inputs,
-                    dy,
-                    op.transposed,
-                    &mut dw,
-                    Into::Write,
-                );
+                kernel::weight_gradient(op.compute, x.as_ref(), before, dy, op.transposed, &mut dw, Into::Write);
                 dw
             }));
         }
