@@ -85,6 +85,17 @@ pub trait Staged: Module {
     /// done.
     fn first_stage(&self, param: &str) -> usize;
 
+    /// Whether stage `i` uses the parameter of this name. Unless a model says otherwise, each is used by one stage alone.
+    fn uses(&self, i: usize, param: &str) -> bool {
+        self.first_stage(param) == i
+    }
+
+    /// What a token costs in stage `i`, in floating-point operations of forward and backward: by it a pipeline is cut. Unless a model says otherwise,
+    /// stages cost the same.
+    fn stage_flops(&self, _i: usize) -> f64 {
+        1.0
+    }
+
     /// The loss `[1]` of a batch: all stages in order.
     fn loss(&self, batch: &TokenBatch, step: Option<u64>) -> Tensor<1> {
         (0..self.n_stages()).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, step)).loss()

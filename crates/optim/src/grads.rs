@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use firebox_tensor::ops::{add, carry_gradient, sum_of_squares};
+use firebox_tensor::ops::{Deferred, add, carry_gradient, sum_of_squares};
 
 use crate::clip::factor;
 
@@ -66,6 +66,38 @@ impl NamedGrads {
         let asked: Self = lent.into_iter().map(|name| (name, empty.clone())).collect();
         named.add(asked.exchange(module));
         (named, grads)
+    }
+
+    /// Computes what backward passes have left for later, of the parameters of `module` whose name is `wanted`.
+    pub fn from_deferred<M: Module>(module: &M, deferred: &mut Deferred, wanted: impl Fn(&str) -> bool) -> Self {
+        struct Collector<'a, F> {
+            path: Vec<String>,
+            wanted: F,
+            deferred: &'a mut Deferred,
+            grads: NamedGrads,
+        }
+        impl<F: Fn(&str) -> bool> ModuleVisitor for Collector<'_, F> {
+            fn enter_module(&mut self, name: &str, _container: &str) {
+                self.path.push(name.to_owned());
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.path.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if self.deferred.is_empty() || !param.is_require_grad() {
+                    return;
+                }
+                let name = self.path.join(".");
+                if (self.wanted)(&name)
+                    && let Some(grad) = self.deferred.compute(param.val())
+                {
+                    self.grads.insert(name, grad);
+                }
+            }
+        }
+        let mut collector = Collector { path: vec![], wanted, deferred, grads: Self::new() };
+        module.visit(&mut collector);
+        collector.grads
     }
 
     /// Leaves each gradient for the next backward pass; returns what comes back, see [`carry_gradient`].

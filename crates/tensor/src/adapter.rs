@@ -8,7 +8,7 @@ use burn::backend::tensor::FloatTensor;
 /// A CPU backend whose `f32` tensors the kernels read as slices. Parameters may be in bfloat16.
 pub trait HostBackend: Backend {
     /// Contiguous values of a tensor, shared with it where it was contiguous and in f32.
-    type Values: AsRef<[f32]>;
+    type Values: AsRef<[f32]> + 'static;
 
     /// Contiguous bits of a tensor in bfloat16.
     type Bits: AsRef<[u16]>;

@@ -104,7 +104,7 @@ pub enum TrainError {
 impl TrainError {
     /// Whether the cause lies in what the user gave (arguments, recipe, files), so that the exit code is 2.
     pub fn is_input(&self) -> bool {
-        !matches!(self, TrainError::Diverged { .. } | TrainError::HalfUpdated { .. })
+        !matches!(self, TrainError::Diverged { .. } | TrainError::HalfUpdated { .. } | TrainError::Comm(_))
     }
 
     pub(crate) fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

@@ -193,12 +193,15 @@ impl DecoderConfig {
     /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses, and 12 H E per layer
     /// and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
     pub fn flops_per_token(&self) -> f64 {
+        self.n_layers as f64 * self.block_flops_per_token() + (6 * self.vocab_size * self.d_model) as f64
+    }
+
+    /// Those of one block.
+    pub(crate) fn block_flops_per_token(&self) -> f64 {
         let d = self.d_model;
-        let per_layer =
-            d * self.qkv_width() + self.n_heads * self.head_dim * d + d * self.ff_in_width() + self.d_ff * d;
-        let weights = self.n_layers * per_layer + self.vocab_size * d;
+        let weights = d * self.qkv_width() + self.n_heads * self.head_dim * d + d * self.ff_in_width() + self.d_ff * d;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
         let keys = window * (1.0 - window / (2.0 * context));
-        (6 * weights) as f64 + (12 * self.n_layers * self.n_heads * self.head_dim) as f64 * keys
+        (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
     }
 }

@@ -307,6 +307,21 @@ impl Staged for Decoder {
         }
     }
 
+    fn uses(&self, i: usize, param: &str) -> bool {
+        let tied = self.head.is_none() && param.starts_with("embed.");
+        self.first_stage(param) == i || tied && i == self.blocks.len() + 1
+    }
+
+    fn stage_flops(&self, i: usize) -> f64 {
+        let config = &self.context.config;
+        match i {
+            // Rows are copied, and their gradients added: a few operations per value.
+            0 => (6 * config.d_model) as f64,
+            _ if i <= self.blocks.len() => config.block_flops_per_token(),
+            _ => (6 * config.vocab_size * config.d_model) as f64,
+        }
+    }
+
     fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: Option<u64>) -> Flow {
         let sequence = &batch.sequence;
         if i == 0 {

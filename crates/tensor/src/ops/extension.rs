@@ -7,6 +7,7 @@ use burn::backend::{Autodiff, Backend, backend_extension};
 use super::activation::{Dropout, Gelu, SwiGlu};
 use super::attention::{self, Attention};
 use super::cross_entropy::{self, CrossEntropy};
+use super::deferred;
 use super::embedding::Embedding;
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
@@ -46,6 +47,7 @@ pub(crate) trait FusedOps: Backend {
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_carry(leaf: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_deferred(leaf: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 macro_rules! host_backend {
@@ -110,6 +112,9 @@ macro_rules! host_backend {
             fn fused_carry(_: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
                 grad
             }
+            fn fused_deferred(_: FloatTensor<Self>) -> FloatTensor<Self> {
+                Self::tensor(vec![], &[0])
+            }
         }
     };
 }
@@ -169,5 +174,8 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     }
     fn fused_carry(leaf: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
         seed::exchange::<B, C>(&leaf, grad)
+    }
+    fn fused_deferred(leaf: FloatTensor<Self>) -> FloatTensor<Self> {
+        deferred::compute::<B, C>(&leaf)
     }
 }

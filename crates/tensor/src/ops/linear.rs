@@ -269,14 +269,30 @@ impl Vjp<6> for Linear {
             let mut da = buffer(rows * inputs);
             matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
             let a = kernel::gelu_gradient(x.as_ref(), form, &mut da);
+            let dx = dx.put(&x_shape, da);
+            if dw.is_deferred() {
+                let compute = self.compute;
+                let transposed = self.transposed;
+                dw.leave(Box::new(move || {
+                    let mut dw = buffer(inputs * outputs);
+                    let dy = Mat::new(dy.as_ref(), rows, outputs, outputs);
+                    kernel::weight_gradient(compute, &a, Before::Nothing, dy, transposed, &mut dw, Into::Write);
+                    recycle(a);
+                    dw
+                }));
+                return [dx, None, db, dresidual, None, None];
+            }
             let dw = dw.fill(&w_shape, |dw, into| {
                 kernel::weight_gradient(self.compute, &a, Before::Nothing, dy_mat, self.transposed, dw, into);
             });
             recycle(a);
-            return [dx.put(&x_shape, da), dw, db, dresidual, None, None];
+            return [dx, dw, db, dresidual, None, None];
         }
-        let dw = dw.fill(&w_shape, |dw, into| {
-            kernel::weight_gradient(self.compute, x.as_ref(), before, dy_mat, self.transposed, dw, into);
+        let (dw, later) = if dw.is_deferred() { (None, Some(dw)) } else { (Some(dw), None) };
+        let dw = dw.and_then(|dw| {
+            dw.fill(&w_shape, |dw, into| {
+                kernel::weight_gradient(self.compute, x.as_ref(), before, dy_mat, self.transposed, dw, into);
+            })
         });
         let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
             .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);
@@ -298,6 +314,16 @@ impl Vjp<6> for Linear {
             let shape = [values.len()];
             sink.put(&shape, values)
         });
+        if let Some(later) = later {
+            let op = *self;
+            later.leave(Box::new(move || {
+                let mut dw = buffer(inputs * outputs);
+                let before = op.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
+                let dy = Mat::new(dy.as_ref(), rows, outputs, outputs);
+                kernel::weight_gradient(op.compute, x.as_ref(), before, dy, op.transposed, &mut dw, Into::Write);
+                dw
+            }));
+        }
         [dx, dw, db, dresidual, dnorm_weight, dnorm_bias]
     }
 }

@@ -8,6 +8,7 @@ mod activation;
 mod attention;
 mod compute;
 mod cross_entropy;
+mod deferred;
 mod embedding;
 mod extension;
 mod factored;
@@ -25,6 +26,7 @@ pub use activation::{dropout, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
 pub use cross_entropy::{LossConfig, linear_cross_entropy};
+pub use deferred::{Deferred, defer_weights};
 pub use embedding::embedding;
 pub use factored::{divide_by_root, mean_squares, subtract_scaled};
 pub use formula::{

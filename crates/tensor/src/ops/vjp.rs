@@ -14,6 +14,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
 use super::compute::compute;
+use super::deferred::{self, Job};
 use crate::adapter::HostBackend;
 use crate::buffers::{buffer, recycle};
 use crate::kernels;
@@ -80,9 +81,23 @@ impl<B: HostBackend> Kept<B> {
 pub(crate) struct Sink<B: HostBackend> {
     wanted: bool,
     existing: Option<FloatTensor<B>>,
+    /// The leaf whose gradient may be [left for later](deferred::defer_weights).
+    later: Option<NodeId>,
 }
 
 impl<B: HostBackend> Sink<B> {
+    /// Whether the gradient is to be left for later, with [`leave`](Self::leave).
+    pub fn is_deferred(&self) -> bool {
+        self.later.is_some()
+    }
+
+    /// Leaves the gradient that `job` makes for later.
+    pub fn leave(self, job: Job) {
+        if let Some(leaf) = self.later {
+            deferred::defer(leaf, job);
+        }
+    }
+
     /// Whether anybody asks for this gradient.
     pub fn wanted(&self) -> bool {
         self.wanted
@@ -213,10 +228,11 @@ impl<B: HostBackend, O: Vjp<N>, const N: usize> Backward<B, N> for Run<O> {
         let (op, kept) = ops.state;
         let inputs = kept.map(|kept| kept.restore(checkpointer));
         let sinks = ops.parents.each_ref().map(|parent| match parent {
-            None => Sink { wanted: false, existing: None },
+            None => Sink { wanted: false, existing: None, later: None },
             Some(parent) => {
+                let is_leaf = parent.parents.is_empty();
                 // A leaf's gradient can be read, but not taken out.
-                let existing = if parent.parents.is_empty() {
+                let existing = if is_leaf {
                     take_carried(parent.id).map(|values| {
                         let n = [values.len()];
                         B::tensor(values, &n)
@@ -224,7 +240,8 @@ impl<B: HostBackend, O: Vjp<N>, const N: usize> Backward<B, N> for Run<O> {
                 } else {
                     forget(parent.id).then(|| grads.consume::<B>(parent))
                 };
-                Sink { wanted: true, existing }
+                let later = is_leaf && existing.is_none() && deferred::is_deferring();
+                Sink { wanted: true, existing, later: later.then_some(parent.id) }
             }
         });
         let results = op.backward::<B>(inputs, grad, sinks);

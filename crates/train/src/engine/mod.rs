@@ -5,9 +5,11 @@
 //! backward. Either way backward goes through one stage at a time, from the last to the first, and gives the gradients of a stage's parameters as
 //! soon as they are complete: they can be added up, or used and dropped. No choice changes a bit of the results.
 
+pub mod pipeline;
 mod recipe;
 mod spill;
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use burn::tensor::Tensor;
@@ -76,16 +78,37 @@ impl Engine {
     /// # Panics
     /// If parameters that want gradients are not on an autodiff device.
     pub fn forward<'a, M: Staged>(&self, model: &M, batch: &'a TokenBatch, step: u64) -> Result<Pass<'a>, TrainError> {
+        let (mut pass, output) = self.forward_part(model, 0..model.n_stages(), Flow::Start, batch, step)?;
+        pass.loss = Some(output.loss());
+        Ok(pass)
+    }
+
+    /// Runs a batch through some of the stages. Returns their output too, and no loss in the pass. Unless the first stage is among them, backward
+    /// gives the gradient of their input.
+    fn forward_part<'a, M: Staged>(
+        &self,
+        model: &M,
+        stages: Range<usize>,
+        input: Flow,
+        batch: &'a TokenBatch,
+        step: u64,
+    ) -> Result<(Pass<'a>, Flow), TrainError> {
         let n = model.n_stages();
-        let trainable = parameters(model)?.into_iter().filter(|info| info.trainable);
-        // The stages before it get no gradients.
-        let first = trainable.map(|info| model.first_stage(&info.name)).min().unwrap_or(n);
+        let inside = stages.start > 0;
+        let first = if inside {
+            stages.start
+        } else {
+            let trainable = parameters(model)?.into_iter().filter(|info| info.trainable);
+            // The stages before it get no gradients.
+            trainable.map(|info| model.first_stage(&info.name)).min().unwrap_or(n)
+        };
         let mut pass = Pass {
             batch,
             step,
             compute: self.compute,
             first,
-            saved: Vec::with_capacity(n),
+            inside,
+            saved: Vec::with_capacity(stages.len()),
             spill: self.offload.as_deref().map(Spill::create).transpose()?,
             loss: None,
             upstream: None,
@@ -93,8 +116,8 @@ impl Engine {
         };
         // Shares the parameters' memory, for as long as this function runs.
         let mut plain = None;
-        let mut flow = Flow::Start;
-        for i in 0..n {
+        let mut flow = input;
+        for i in stages {
             if i >= first && self.recompute.keeps(i, n) {
                 let stage = pass.record(model, i, flow);
                 flow = match &stage.output {
@@ -117,8 +140,7 @@ impl Engine {
                 flow = with_compute(self.compute, || plain.forward_stage(i, flow, batch, Some(step)));
             }
         }
-        pass.loss = Some(flow.loss());
-        Ok(pass)
+        Ok((pass, flow))
     }
 }
 
@@ -130,6 +152,8 @@ pub struct Pass<'a> {
     compute: Compute,
     /// The first stage that gets gradients.
     first: usize,
+    /// Whether it is in the middle of the model, and the gradient of its input is wanted.
+    inside: bool,
     /// What backward needs of the stages from `first` on that it has not reached.
     saved: Vec<Saved>,
     spill: Option<Spill>,
@@ -195,7 +219,7 @@ impl Pass<'_> {
     /// Runs a stage with gradients.
     fn record<M: Staged>(&self, model: &M, i: usize, flow: Flow) -> Recorded {
         let (input, flow) = match flow {
-            Flow::Hidden(x) if i > self.first => {
+            Flow::Hidden(x) if i > self.first || self.inside => {
                 let x = Tensor::from_inner(x).require_grad();
                 (Some(x.clone()), Flow::Hidden(ops::enter(x)))
             }
