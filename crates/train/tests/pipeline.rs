@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
-use firebox_models::TokenBatch;
 use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_parallel::pipeline::{Schedule, Timeline, Work};
-use firebox_parallel::{Communicator, spawn};
+use firebox_parallel::{Axis, Communicator, Degrees, Mesh, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::ops::{Compute, Sequence};
 use firebox_train::TrainError;
@@ -296,6 +296,75 @@ fn a_large_vocabulary_is_a_stage_of_its_own() {
     // The embedding costs next to nothing, the head of 37 rows less than a block.
     assert_eq!(cut(37), [0..3, 3..5, 5..7, 7..10]);
     assert_eq!(cut(1000), [0..3, 3..6, 6..9, 9..10]);
+}
+
+#[test]
+fn parts_evaluate_together_and_make_a_whole() {
+    for schedule in
+        [Schedule::OneForwardOneBackward, Schedule::Interleaved { stages_per_rank: 2 }, Schedule::ZeroBubbleV]
+    {
+        for tied in [true, false] {
+            let new = move || Decoder::new(&config(8, tied), 7, &device()).unwrap();
+            let (model, batches) = (new().valid(), batches(&config(8, tied)));
+            let want: Vec<f64> = batches.iter().map(|batch| f64::from(to_host(model.loss(batch, None))[0])).collect();
+            let of_ranks = spawn(4, move |group| {
+                let pipeline = Pipeline::new(&new(), schedule, 4, 4)?;
+                let part = pipeline.part(new(), group.rank())?;
+                let losses = pipeline.losses(&part, &batches, &group)?;
+                // Of another seed: nothing of it stays.
+                let other = Decoder::new(&config(8, tied), 8, &device())?;
+                let whole = pipeline.gather(&part, other, 1, &group)?;
+                Ok::<_, TrainError>((losses, whole.map(|whole| bits(parameters(&whole)))))
+            });
+            for (rank, (losses, whole)) in of_ranks.unwrap().into_iter().enumerate() {
+                assert_eq!(losses, want, "{schedule}");
+                assert_eq!(whole, (rank == 1).then(|| bits(parameters(&model))), "{schedule}");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_pipelines_side_by_side_add_up_to_one_rank() {
+    // Micro-batch i is that of pipeline i mod 2.
+    let case = Case::new(config(8, true));
+    let want = case.one_rank();
+    for schedule in schedules() {
+        let case = case.clone();
+        let of_ranks = spawn(4, move |world| {
+            let degrees = Degrees { dp_replicate: 2, pp: 2, ..Degrees::default() };
+            let mesh = Mesh::new(degrees, world).unwrap();
+            let (dp, pp) = (mesh.group(Axis::Dp), mesh.group(Axis::Pp));
+            let each = |all: Vec<TokenBatch>| all.into_iter().skip(dp.rank()).step_by(2).collect::<Vec<_>>();
+            let batches = each(batches(&case.config));
+            let counters: Vec<u64> = counters(0).into_iter().skip(dp.rank()).step_by(2).collect();
+            let pipeline = Pipeline::new(&case.model(), schedule, 2, MICRO_BATCHES / 2)?;
+            let model = pipeline.part(case.model(), pp.rank())?;
+            let mut total = NamedGrads::new();
+            let mut sink = |_: usize, _: usize, grads: NamedGrads| {
+                for (name, grad) in grads {
+                    let values = to_host(grad);
+                    let mut all = vec![0.0; 2 * values.len()];
+                    dp.all_gather(&values, &mut all)?;
+                    for values in all.chunks_exact(values.len()) {
+                        total.add(
+                            [(name.clone(), Tensor::from_floats(values, &device().inner()))].into_iter().collect(),
+                        );
+                    }
+                }
+                Ok(())
+            };
+            case.engine.pipeline_step(&model, &pipeline, &batches, &counters, pp, &mut sink)?;
+            pipeline.share(&model, pp, &mut total)?;
+            Ok::<_, TrainError>(bits(total))
+        });
+        for (rank, grads) in of_ranks.unwrap().into_iter().enumerate() {
+            assert!(grads.len() > 16, "{schedule}: rank {rank}");
+            for (name, grad) in grads {
+                assert_eq!(grad, want.grads[&name], "{schedule}: {name} on rank {rank}");
+            }
+        }
+    }
 }
 
 #[test]

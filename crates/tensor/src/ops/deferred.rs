@@ -5,7 +5,7 @@ use std::fmt;
 
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::{Autodiff, Dispatch};
+use burn::backend::{Autodiff, AutodiffBackend, Dispatch};
 use burn::tensor::Tensor;
 
 use super::extension::FusedOps;
@@ -101,10 +101,7 @@ pub(crate) fn defer(leaf: NodeId, job: Job) {
 }
 
 /// Computes those of a leaf; empty if there are none.
-pub(crate) fn compute<B: HostBackend, C: CheckpointStrategy>(leaf: &Tracked<B, C>) -> Tracked<B, C>
-where
-    B: FusedOps,
-{
+pub(crate) fn compute<B: HostBackend + FusedOps, C: CheckpointStrategy>(leaf: &Tracked<B, C>) -> Tracked<B, C> {
     let id = leaf.id();
     let jobs: Vec<Job> = LATER.with_borrow_mut(|later| {
         let jobs = later.iter_mut().flat_map(|later| later.jobs.extract_if(.., |(leaf, _)| *leaf == id));
@@ -117,5 +114,5 @@ where
     });
     let sum = sum.unwrap_or_default();
     let n = [sum.len()];
-    <Autodiff<B, C> as burn::backend::AutodiffBackend>::from_inner(B::tensor(sum, &n))
+    Autodiff::<B, C>::from_inner(B::tensor(sum, &n))
 }

@@ -177,18 +177,25 @@ impl Pipeline {
     }
 
     /// Messages of one rank to another with one tag are of one stage and micro-batch.
-    fn tag(&self, kind: Kind, stage: usize, micro_batch: usize) -> u32 {
+    pub(super) fn tag(&self, kind: Kind, stage: usize, micro_batch: usize) -> u32 {
         ((micro_batch * self.plan.stages() + stage) * 4 + kind as usize) as u32
     }
 
-    fn rank_of(&self, stage: usize) -> usize {
+    pub(super) fn rank_of(&self, stage: usize) -> usize {
         self.plan.placement[stage]
     }
 }
 
 /// The device of a model's parameters, without gradients.
-fn device<M: Staged>(model: &M) -> Device {
+pub(super) fn device<M: Staged>(model: &M) -> Device {
     model.devices().into_iter().next().unwrap_or_default().inner()
+}
+
+/// Hidden states, or their gradient, from a message.
+pub(super) fn hidden(values: Vec<f32>, batch: &TokenBatch, device: &Device) -> Tensor<3> {
+    let [b, t] = [batch.sequence.batch(), batch.sequence.tokens()];
+    let shape = [b, t, values.len() / (b * t).max(1)];
+    Tensor::from_data(TensorData::new(values, shape), device)
 }
 
 fn flat(values: Vec<f32>, device: &Device) -> Tensor<1> {
@@ -198,7 +205,7 @@ fn flat(values: Vec<f32>, device: &Device) -> Tensor<1> {
 
 /// What messages carry, as their tags tell it.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Activation,
     Gradient,
     /// A part of the gradient of a shared parameter.
@@ -234,10 +241,7 @@ impl<M: Staged> Run<'_, M> {
             }
             Action::Recv { payload, stage, micro_batch, .. } => {
                 let values = self.coming.take().map(Pending::wait).transpose()?.unwrap_or_default();
-                let sequence = &self.batches[micro_batch].sequence;
-                let [b, t] = [sequence.batch(), sequence.tokens()];
-                let shape = [b, t, values.len() / (b * t).max(1)];
-                let value = Tensor::from_data(TensorData::new(values, shape), &self.device);
+                let value = hidden(values, &self.batches[micro_batch], &self.device);
                 self.values.insert((payload, stage, micro_batch), value);
             }
             Action::Compute { work: Work::Forward, stage, micro_batch } => self.forward(stage, micro_batch)?,

@@ -6,6 +6,7 @@
 
 mod execute;
 mod trace;
+mod whole;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
