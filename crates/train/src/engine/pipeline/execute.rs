@@ -105,13 +105,13 @@ impl Engine {
         };
         let (clock, began) = (SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), Instant::now());
         let mut events = Vec::with_capacity(list.len());
-        run.expect(receives.next())?;
+        run.post(receives.next())?;
         for action in list.iter().copied() {
             let start = clock + began.elapsed();
             run.execute(action)?;
             if matches!(action, Action::Recv { .. }) {
                 // The next message may come while this rank computes.
-                run.expect(receives.next())?;
+                run.post(receives.next())?;
             }
             events.push(Event { action, start, end: clock + began.elapsed() });
         }
@@ -225,7 +225,7 @@ impl From<Payload> for Kind {
 
 impl<M: Staged> Run<'_, M> {
     /// Takes the place of a message that the list receives next.
-    fn expect(&mut self, action: Option<&Action>) -> Result<(), TrainError> {
+    fn post(&mut self, action: Option<&Action>) -> Result<(), TrainError> {
         if let Some(&Action::Recv { payload, stage, micro_batch, from }) = action {
             self.coming = Some(self.group.start_recv(from, self.pipeline.tag(payload.into(), stage, micro_batch))?);
         }

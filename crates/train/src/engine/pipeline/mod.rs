@@ -1,7 +1,7 @@
 //! Pipeline parallelism: each rank has some of the model's stages, and executes its list of a [`Plan`].
 //!
-//! A [`Pipeline`] cuts the model's stages into those of the plan, by what they cost. [`Engine::pipeline_gradients`] executes the lists: what
-//! [`Engine::gradients`] gives for all micro-batches of a step on one rank, each rank then has of its own parameters, to the bit: a stage's gradients are
+//! A [`Pipeline`] cuts the model's stages into those of the plan, by what they cost. [`Engine::pipeline_gradients`](super::Engine::pipeline_gradients) executes the lists: what
+//! [`Engine::gradients`](super::Engine::gradients) gives for all micro-batches of a step on one rank, each rank then has of its own parameters, to the bit: a stage's gradients are
 //! added in the order of the micro-batches, and what two stages share (a tied embedding) is added where one rank would add it.
 
 mod execute;
