@@ -61,6 +61,16 @@ impl Optimizer {
         self.parts.as_ref()
     }
 
+    /// Drops the state of parameters that `module` does not have, or does not train.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn forget_others<M: Module>(&mut self, module: &M) -> Result<(), OptimError> {
+        let trainable = trainable(module)?;
+        self.state.retain(|name, _| trainable.contains_key(name));
+        Ok(())
+    }
+
     /// Cuts whole states down to the parts.
     pub(crate) fn keep_parts<M: Module>(&mut self, module: &M) -> Result<(), OptimError> {
         let Some(parts) = &self.parts else { return Ok(()) };

@@ -46,18 +46,29 @@ pub(crate) struct Tally {
 /// One for each batch.
 pub(crate) fn tallies(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Vec<Tally> {
     let tally = |batch: Batch| {
-        let n = batch.target_count();
-        if n == 0 {
-            return Tally { nats: 0.0, tokens: 0, bytes: 0 };
+        let tally = Tally::of(&batch, token_bytes);
+        if tally.tokens == 0 {
+            return tally;
         }
-        let bytes = batch.target_bytes(token_bytes);
-        let loss = to_host(model.loss(&token_batch(batch, n), None))[0];
-        Tally { nats: f64::from(loss) * n as f64, tokens: n as u64, bytes }
+        let loss = to_host(model.loss(&token_batch(batch, tally.tokens as usize), None))[0];
+        tally.with_loss(f64::from(loss))
     };
     batches.map(tally).collect()
 }
 
 impl Tally {
+    /// Before the model has seen the batch.
+    pub(crate) fn of(batch: &Batch, token_bytes: &[u32]) -> Self {
+        let tokens = batch.target_count() as u64;
+        Self { nats: 0.0, tokens, bytes: if tokens == 0 { 0 } else { batch.target_bytes(token_bytes) } }
+    }
+
+    /// With the batch's mean loss.
+    pub(crate) fn with_loss(self, loss: f64) -> Self {
+        let nats = if self.tokens == 0 { 0.0 } else { loss * self.tokens as f64 };
+        Self { nats, ..self }
+    }
+
     /// All together, added up in their order.
     pub(crate) fn evaluation(tallies: &[Self]) -> Evaluation {
         let nats = tallies.iter().fold(0.0, |sum, tally| sum + tally.nats);

@@ -59,7 +59,7 @@ pub use error::TrainError;
 pub use noise::NoiseScale;
 pub use optimizer_recipe::OptimizerRecipe;
 pub use precision::{ComputeType, LossScale, LossScaling, ParamType, PrecisionRecipe};
-pub use ranks::{Ranks, Zero};
+pub use ranks::{Layout, Zero};
 pub use recipe::Recipe;
 pub use trainer::{LastEval, State, Trainer, prompt_ids};
 pub use watch::{OnSpike, Watch, WatchRecipe};

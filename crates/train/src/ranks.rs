@@ -5,16 +5,19 @@
 //! part of them that is that rank's; it adds what it gets to its part of the sum in the order of the micro-batches. So the sum has the same bits as on one rank,
 //! which goes through the micro-batches in this order, whatever the number of ranks; and nobody holds a sum of all gradients.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_models::Staged;
-use firebox_optim::{NamedGrads, Optimizer, Parts, values};
-use firebox_parallel::{CommError, Communicator, Pending, ReduceOp};
+use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
+use firebox_parallel::pipeline::Schedule;
+use firebox_parallel::{Axis, CommError, Communicator, Degrees, Mesh, Pending, ReduceOp};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
 
 /// What data-parallel ranks divide among themselves.
@@ -49,6 +52,23 @@ impl From<Zero> for u8 {
     }
 }
 
+/// How ranks divide a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Layout {
+    /// What those divide that have data of their own.
+    pub zero: Zero,
+    /// Ranks that divide the model's stages; the others have copies of them.
+    pub pp: usize,
+    /// In which order they work.
+    pub schedule: Schedule,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward }
+    }
+}
+
 /// Gradients of stages under way, at most: each is a copy.
 const UNDER_WAY: usize = 2;
 
@@ -58,56 +78,188 @@ const BUCKET: usize = 4 << 20;
 /// This rank among those that train together.
 #[derive(Debug)]
 pub struct Ranks {
+    world: Communicator,
+    /// Those that have the same stages, and other data.
     comm: Communicator,
-    zero: Zero,
+    layout: Layout,
+    /// Those that have the other stages, where they are divided.
+    pipe: Option<Pipe>,
     /// Whose sum of gradients is what, by rank.
     parts: Vec<Parts>,
-    /// Trainable parameters by the stage whose backward completes their gradients.
+    /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
     /// Number of elements.
     lengths: BTreeMap<String, usize>,
 }
 
-impl Ranks {
-    /// For the ranks of `comm`, each of which has the same model.
-    ///
-    /// # Errors
-    /// [`TrainError::Optim`].
-    pub fn new<M: Staged>(
-        comm: Communicator,
-        zero: Zero,
-        model: &M,
-        optimizer: &Optimizer,
-    ) -> Result<Self, TrainError> {
-        let mut stages = vec![vec![]; model.n_stages()];
-        let mut lengths = BTreeMap::new();
-        for info in firebox_optim::parameters(model)?.into_iter().filter(|info| info.trainable) {
-            lengths.insert(info.name.clone(), info.elements());
-            stages[model.first_stage(&info.name)].push(info.name);
-        }
-        stages.iter_mut().for_each(|names| names.sort());
-        let parts = optimizer.divide(model, comm.size())?;
-        Ok(Self { comm, zero, parts, stages, lengths })
+/// This rank's place in a pipeline.
+#[derive(Debug)]
+pub struct Pipe {
+    /// The ranks of the pipeline.
+    pub group: Communicator,
+    /// For the usual number of micro-batches.
+    pipeline: Pipeline,
+    schedule: Schedule,
+    /// Names and shapes of the state of the whole model.
+    shapes: Vec<(String, Vec<usize>)>,
+}
+
+impl Pipe {
+    /// The usual number of micro-batches.
+    pub fn micro_batches(&self) -> usize {
+        self.pipeline.plan().micro_batches
     }
 
-    /// The number of this rank.
+    /// The pipeline for so many micro-batches.
+    ///
+    /// # Errors
+    /// As [`Pipeline::new`].
+    pub fn pipeline<M: Staged>(&self, model: &M, micro_batches: usize) -> Result<Cow<'_, Pipeline>, TrainError> {
+        if self.pipeline.plan().micro_batches == micro_batches {
+            return Ok(Cow::Borrowed(&self.pipeline));
+        }
+        Ok(Cow::Owned(Pipeline::new(model, self.schedule, self.group.size(), micro_batches)?))
+    }
+}
+
+impl Ranks {
+    /// For the ranks of `world`, each of which has the same model, for so many micro-batches in a step; and what of the model is this rank's.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] for what cannot be divided so; [`TrainError::Comm`].
+    pub fn new<M: Staged>(
+        world: Communicator,
+        layout: Layout,
+        model: M,
+        optimizer: &Optimizer,
+        micro_batches: usize,
+    ) -> Result<(Self, M), TrainError> {
+        let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
+        let Layout { zero, pp, schedule } = layout;
+        let n = world.size();
+        if pp == 0 || !n.is_multiple_of(pp) {
+            return fail("pp", format!("a divisor of the {n} ranks"), pp.to_string());
+        }
+        let copies = n / pp;
+        let even = pp == 1 || micro_batches.is_multiple_of(copies);
+        if micro_batches < copies || !even {
+            let expected = match pp {
+                1 => "at least as many micro-batches in a step as ranks".to_owned(),
+                _ => format!("micro-batches in multiples of the {copies} pipelines"),
+            };
+            let expected = format!("{expected}: set train.batch_rows higher or train.micro_batch_rows lower");
+            return fail("ranks", expected, format!("{n} ranks, {micro_batches} micro-batches"));
+        }
+        let infos: Vec<ParamInfo> =
+            firebox_optim::parameters(&model)?.into_iter().filter(|info| info.trainable).collect();
+        let (comm, pipe, model) = if pp == 1 {
+            (world.clone(), None, model)
+        } else {
+            let degrees = Degrees { dp_shard: copies, pp, ..Degrees::default() };
+            let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
+                what: "ranks",
+                expected: "a mesh".into(),
+                got: error.to_string(),
+            })?;
+            let (comm, group) = (mesh.group(Axis::Dp).clone(), mesh.group(Axis::Pp).clone());
+            let pipeline = Pipeline::new(&model, schedule, pp, micro_batches / copies)?;
+            let shared =
+                infos.iter().find(|info| (0..pp).filter(|&rank| pipeline.holds(&model, rank, &info.name)).count() > 1);
+            if let (Zero::States, Some(info)) = (zero, shared) {
+                let got = format!("{}, which stages on several ranks use", info.name);
+                return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
+            }
+            let shapes = optimizer.whole_state_shapes(&model)?;
+            let model = pipeline.part(model, group.rank())?;
+            (comm, Some(Pipe { group, pipeline, schedule, shapes }), model)
+        };
+        let n_stages = pipe.as_ref().map_or(model.n_stages(), |pipe| pipe.pipeline.plan().stages());
+        let mut stages = vec![vec![]; n_stages];
+        let mut lengths = BTreeMap::new();
+        for info in infos {
+            let stage = match &pipe {
+                None => model.first_stage(&info.name),
+                Some(pipe) if pipe.pipeline.owner(&model, &info.name) == pipe.group.rank() => {
+                    pipe.pipeline.stage_of(&model, &info.name)
+                }
+                Some(_) => continue,
+            };
+            lengths.insert(info.name.clone(), info.elements());
+            stages[stage].push(info.name);
+        }
+        stages.iter_mut().for_each(|names| names.sort());
+        let parts = optimizer.divide(&model, comm.size())?;
+        Ok((Self { world, comm, layout, pipe, parts, stages, lengths }, model))
+    }
+
+    /// The number of this rank among those that have data of their own.
     pub fn rank(&self) -> usize {
         self.comm.rank()
     }
 
-    /// The number of ranks.
+    /// How many have data of their own.
     pub fn size(&self) -> usize {
         self.comm.size()
     }
 
+    /// Whether this is the rank that writes and speaks.
+    pub fn is_first(&self) -> bool {
+        self.world.rank() == 0
+    }
+
     /// What is divided.
     pub fn zero(&self) -> Zero {
-        self.zero
+        self.layout.zero
+    }
+
+    /// This rank's place in a pipeline, if there is one.
+    pub fn pipe(&self) -> Option<&Pipe> {
+        self.pipe.as_ref()
     }
 
     /// The part of the optimizer's state that is this rank's, if it is divided.
     pub fn state_parts(&self) -> Option<Parts> {
-        (self.zero == Zero::States).then(|| self.parts[self.rank()].clone())
+        (self.zero() == Zero::States).then(|| self.parts[self.rank()].clone())
+    }
+
+    /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
+    ///
+    /// # Errors
+    /// [`TrainError::Optim`].
+    pub fn divided_state<M: Module>(
+        &self,
+        model: &M,
+        optimizer: &Optimizer,
+    ) -> Result<Option<Vec<(String, Vec<usize>)>>, TrainError> {
+        match &self.pipe {
+            Some(pipe) => Ok(Some(pipe.shapes.clone())),
+            None if self.zero() == Zero::States => Ok(Some(optimizer.whole_state_shapes(model)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The squared norms of gradients on which clipping rests, over all ranks.
+    ///
+    /// # Errors
+    /// [`TrainError::Optim`], [`TrainError::Comm`].
+    pub fn squares<M: Module>(
+        &self,
+        model: &M,
+        optimizer: &Optimizer,
+        grads: &NamedGrads,
+    ) -> Result<Vec<f64>, TrainError> {
+        let Some(pipe) = &self.pipe else {
+            let squares = optimizer.squares(model, grads)?;
+            return Ok(if self.zero() == Zero::States { sums(&self.comm, &squares)? } else { squares });
+        };
+        // What several ranks have is counted once.
+        let owned = grads.iter().filter(|(name, _)| self.lengths.contains_key(*name));
+        let owned: NamedGrads = owned.map(|(name, grad)| (name.to_owned(), grad.clone())).collect();
+        let mut squares = optimizer.squares(model, &owned)?;
+        if self.zero() == Zero::States {
+            squares = sums(&self.comm, &squares)?;
+        }
+        Ok(sums(&pipe.group, &squares)?)
     }
 
     /// Whether any rank says yes.
@@ -116,7 +268,7 @@ impl Ranks {
     /// [`CommError`], here and below: ranks that are lost, late, or do something else.
     pub fn any(&self, here: bool) -> Result<bool, CommError> {
         let mut flag = [u32::from(here)];
-        self.comm.all_reduce(&mut flag, ReduceOp::Max)?;
+        self.world.all_reduce(&mut flag, ReduceOp::Max)?;
         Ok(flag[0] != 0)
     }
 
@@ -125,7 +277,7 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn barrier(&self) -> Result<(), CommError> {
-        self.comm.barrier()
+        self.world.barrier()
     }
 
     /// Of `total` items that the ranks have in turns, all, from this rank's.
@@ -149,17 +301,12 @@ impl Ranks {
         Ok((0..total).map(|i| items[starts[i % n] + i / n]).collect())
     }
 
-    /// Sums up what each rank has, in the order of the ranks.
+    /// Sums up what each rank that has data of its own has, in the order of the ranks.
     ///
     /// # Errors
     /// See [`any`](Self::any).
-    pub fn sums(&self, here: &[f64]) -> Result<Vec<f64>, CommError> {
-        let bits: Vec<i64> = here.iter().map(|x| x.to_bits() as i64).collect();
-        let mut all = vec![0i64; bits.len() * self.size()];
-        self.comm.all_gather(&bits, &mut all)?;
-        let of_rank = |rank: usize| &all[rank * bits.len()..][..bits.len()];
-        let sum = |i: usize| (0..self.size()).map(|rank| f64::from_bits(of_rank(rank)[i] as u64)).sum();
-        Ok((0..bits.len()).map(sum).collect())
+    pub fn sum(&self, here: f64) -> Result<f64, CommError> {
+        Ok(sums(&self.comm, &[here])?[0])
     }
 
     /// The sum of the gradients that [`Exchange`] has brought, as the optimizer of this rank takes them: whole, or where its state is divided, this rank's part.
@@ -172,7 +319,7 @@ impl Ranks {
             let n = values.len();
             Tensor::from_data(TensorData::new(values, [n]), device)
         };
-        if self.zero == Zero::States {
+        if self.zero() == Zero::States {
             return Ok(sum.into_iter().map(|(name, values)| (name, tensor(values))).collect());
         }
         let names: Vec<String> = self.stages.iter().flatten().cloned().collect();
@@ -185,7 +332,7 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn gather_parameters<M: Module>(&self, module: M) -> Result<M, CommError> {
-        if self.zero == Zero::None || self.size() == 1 {
+        if self.zero() == Zero::None || self.size() == 1 {
             return Ok(module);
         }
         let mine = &self.parts[self.rank()];
@@ -241,7 +388,20 @@ impl Ranks {
     /// See [`any`](Self::any).
     pub fn state_tensor(&self, optimizer: &Optimizer, name: &str, elements: usize) -> Result<Vec<f32>, CommError> {
         let mut all = vec![0.0; elements];
-        self.comm.all_gather(&optimizer.state_part(name), &mut all)?;
+        let owned = name.rsplit_once('.').is_some_and(|(param, _)| self.lengths.contains_key(param));
+        if owned || self.pipe.is_none() {
+            // Ranks whose state is not divided have all the same.
+            if self.zero() == Zero::States {
+                self.comm.all_gather(&optimizer.state_part(name), &mut all)?;
+            } else {
+                all = optimizer.state_part(name);
+            }
+        }
+        if let Some(pipe) = &self.pipe {
+            let here = if owned { std::mem::take(&mut all) } else { vec![] };
+            all = vec![0.0; elements];
+            pipe.group.all_gather(&here, &mut all)?;
+        }
         Ok(all)
     }
 
@@ -249,6 +409,16 @@ impl Ranks {
     pub fn exchange(&self) -> Exchange<'_> {
         Exchange { ranks: self, sum: BTreeMap::new(), under_way: VecDeque::new() }
     }
+}
+
+/// Sums up what each rank of a group has, in the order of the ranks.
+fn sums(group: &Communicator, here: &[f64]) -> Result<Vec<f64>, CommError> {
+    let bits: Vec<i64> = here.iter().map(|x| x.to_bits() as i64).collect();
+    let mut all = vec![0i64; bits.len() * group.size()];
+    group.all_gather(&bits, &mut all)?;
+    let of_rank = |rank: usize| &all[rank * bits.len()..][..bits.len()];
+    let sum = |i: usize| (0..group.size()).map(|rank| f64::from_bits(of_rank(rank)[i] as u64)).sum();
+    Ok((0..bits.len()).map(sum).collect())
 }
 
 /// What comes from the other ranks, and how much of each.

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use firebox_data::{Dataset, Source, prepare};
+use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Communicator, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::threads;
 use firebox_train::checkpoint::{Checkpoint, TensorFile};
 use firebox_train::observe::{Observers, RunInfo};
-use firebox_train::{Recipe, Trainer, Zero};
+use firebox_train::{Layout, Recipe, Trainer, Zero};
 
 fn recipe(extra: &[&str]) -> Recipe {
     let base = [
@@ -37,6 +38,21 @@ fn dataset(dir: &Path) -> Arc<Dataset> {
 
 /// Trains on `ranks` (0: without any) in `dir`, from a checkpoint where there is one; the validation loss.
 fn train(ranks: usize, zero: u8, dir: &Path, dataset: &Arc<Dataset>, extra: &[&str], from: Option<&Path>) -> f64 {
+    train_as(ranks, data(zero), dir, dataset, extra, from)
+}
+
+fn data(zero: u8) -> Layout {
+    Layout { zero: Zero::try_from(zero).unwrap(), ..Layout::default() }
+}
+
+fn train_as(
+    ranks: usize,
+    layout: Layout,
+    dir: &Path,
+    dataset: &Arc<Dataset>,
+    extra: &[&str],
+    from: Option<&Path>,
+) -> f64 {
     let (recipe, dir, dataset) = (recipe(extra), dir.to_path_buf(), dataset.clone());
     let from = from.map(Path::to_path_buf);
     let run = move |comm: Option<Communicator>| {
@@ -47,7 +63,7 @@ fn train(ranks: usize, zero: u8, dir: &Path, dataset: &Arc<Dataset>, extra: &[&s
             None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None).unwrap(),
         };
         if let Some(comm) = comm {
-            trainer = trainer.with_ranks(comm, Zero::try_from(zero).unwrap())?;
+            trainer = trainer.with_ranks(comm, layout)?;
         }
         trainer.run(&RunInfo::default(), &mut Observers::new(), &AtomicBool::new(false))
     };
@@ -135,20 +151,67 @@ fn checkpoints_go_on_with_other_numbers_of_ranks() {
     }
 }
 
+/// Ranks, those of a pipeline among them, what is divided, and the order of work.
+const PIPES: [(usize, usize, u8, Schedule); 6] = [
+    (2, 2, 0, Schedule::OneForwardOneBackward),
+    (4, 4, 0, Schedule::AllForwardAllBackward),
+    (4, 2, 0, Schedule::ZeroBubbleH1),
+    (2, 2, 0, Schedule::ZeroBubbleV),
+    (4, 2, 2, Schedule::Interleaved { stages_per_rank: 2 }),
+    (8, 2, 2, Schedule::OneForwardOneBackward),
+];
+
+#[test]
+fn pipelines_and_copies_of_them_take_the_steps_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for tied in ["model.tied=true", "model.tied=false"] {
+        let extra = [tied, "model.n_layers=4", "eval.sample_tokens=4"];
+        let one = dir.path().join(format!("one-{tied}"));
+        let loss = train(0, 0, &one, &dataset, &extra, None);
+        for (ranks, pp, zero, schedule) in PIPES {
+            if zero > 0 && tied == "model.tied=true" {
+                continue;
+            }
+            let name = format!("{tied}-{ranks}-{pp}-{zero}-{schedule}");
+            let many = dir.path().join(name.replace([',', ' '], ""));
+            let layout = Layout { pp, schedule, ..data(zero) };
+            let divided = train_as(ranks, layout, &many, &dataset, &extra, None);
+            println!("{name}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
+            assert!((divided / loss - 1.0).abs() < 1e-5, "{name}: {divided}, one rank {loss}");
+            assert!(apart(&one, &many) < 1e-4, "{name}: {}", apart(&one, &many));
+            // On one rank from the middle of it, and the other way round.
+            let half = |run: &Path| run.join("checkpoints/step-5");
+            let back = train(0, 0, &many.join("back"), &dataset, &extra, Some(&half(&many)));
+            let forth = train_as(ranks, layout, &many.join("forth"), &dataset, &extra, Some(&half(&one)));
+            for (what, again) in [("back", back), ("forth", forth)] {
+                assert!((again / loss - 1.0).abs() < 1e-5, "{name}, {what}: {again}, one rank {loss}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_ranks_cannot_do_is_said_before_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
-    for (ranks, zero, extra, says) in [
-        (9, 0, &[][..], "9 ranks, 8 micro-batches"),
-        (2, 0, &["watch.noise_scale_every=2"], "watch.noise_scale_every"),
-        (2, 2, &["optimizer.kind=schedule_free"], "schedule_free"),
+    let pipe = |zero, pp| Layout { pp, ..data(zero) };
+    for (ranks, layout, extra, says) in [
+        (9, data(0), &[][..], "9 ranks, 8 micro-batches"),
+        (2, data(0), &["watch.noise_scale_every=2"], "watch.noise_scale_every"),
+        (2, data(2), &["optimizer.kind=schedule_free"], "schedule_free"),
+        (3, pipe(0, 2), &[], "a divisor of the 3 ranks"),
+        (6, pipe(0, 2), &[], "multiples of the 3 pipelines"),
+        (4, pipe(2, 2), &["model.tied=true"], "model.tied = false"),
+        (2, pipe(0, 2), &["optimizer.kind=sophia"], "sophia"),
+        (2, pipe(0, 2), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
+        (8, pipe(0, 8), &[], "fewer ranks"),
     ] {
         let (recipe, run, dataset) = (recipe(extra), dir.path().join("none"), dataset.clone());
         let error = spawn(ranks, move |comm| {
             let device = Backend::NdArray.device().unwrap();
             let trainer = Trainer::new(recipe.clone(), &run, &dataset, &device, None).unwrap();
-            trainer.with_ranks(comm, Zero::try_from(zero).unwrap()).map(drop)
+            trainer.with_ranks(comm, layout).map(drop)
         });
         let error = error.unwrap_err().to_string();
         assert!(error.contains(says), "{error}");

@@ -5,9 +5,10 @@ use std::time::Duration;
 use clap::Args;
 #[cfg(feature = "mpi")]
 use firebox::parallel::Mpi;
+use firebox::parallel::pipeline::Schedule;
 use firebox::parallel::{Communicator, Failure, Threads, WorldError};
 use firebox::tensor::threads::for_rank;
-use firebox::train::Zero;
+use firebox::train::{Layout, Zero};
 
 use super::CliError;
 
@@ -21,6 +22,12 @@ pub struct RankArgs {
     /// What ranks divide among themselves (ZeRO): 0 nothing, 1 or 2 the optimizer's state and the sums of gradients.
     #[arg(long, value_name = "LEVEL", default_value = "0", value_parser = zero)]
     zero: Zero,
+    /// Ranks that divide the model: each has some of its blocks, and they work as a pipeline. The others have copies. A divisor of the ranks.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pp: u16,
+    /// In which order a pipeline works: afab, 1f1b, interleaved (2 stages a rank), zb-h1 or zb-v.
+    #[arg(long, value_name = "NAME", default_value = "1f1b", value_parser = schedule)]
+    schedule: Schedule,
     /// Seconds that a rank waits for another before the run fails and names it.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
@@ -30,25 +37,37 @@ fn zero(text: &str) -> Result<Zero, String> {
     Zero::try_from(text.parse::<u8>().map_err(|_| format!("expected 0, 1 or 2, got {text}"))?)
 }
 
+fn schedule(text: &str) -> Result<Schedule, String> {
+    match text {
+        "afab" => Ok(Schedule::AllForwardAllBackward),
+        "1f1b" => Ok(Schedule::OneForwardOneBackward),
+        "interleaved" => Ok(Schedule::Interleaved { stages_per_rank: 2 }),
+        "zb-h1" => Ok(Schedule::ZeroBubbleH1),
+        "zb-v" => Ok(Schedule::ZeroBubbleV),
+        _ => Err("expected afab, 1f1b, interleaved, zb-h1 or zb-v".to_owned()),
+    }
+}
+
 impl RankArgs {
     /// Runs `train` on every rank, on its share of `threads`; what the first one returns.
     pub fn run<T: Send + 'static>(
         self,
         threads: usize,
-        train: impl Fn(Option<(Communicator, Zero)>) -> Result<T, CliError> + Send + Sync + 'static,
+        train: impl Fn(Option<(Communicator, Layout)>) -> Result<T, CliError> + Send + Sync + 'static,
     ) -> Result<T, CliError> {
-        let (zero, timeout) = (self.zero, Duration::from_secs(self.rank_timeout));
+        let layout = Layout { zero: self.zero, pp: usize::from(self.pp), schedule: self.schedule };
+        let timeout = Duration::from_secs(self.rank_timeout);
         #[cfg(feature = "mpi")]
         if under_mpirun() {
-            return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, zero)))).map_err(failed);
+            return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = usize::from(self.ranks.unwrap_or(1));
+        let ranks = usize::from(self.ranks.unwrap_or(self.pp));
         if ranks == 1 {
             return train(None);
         }
         let run = move |comm: Communicator| {
             let _threads = for_rank(threads / ranks)?;
-            train(Some((comm, zero)))
+            train(Some((comm, layout)))
         };
         let mut results = Threads::new(ranks).timeout(timeout).run(run).map_err(failed)?;
         Ok(results.swap_remove(0))

@@ -13,7 +13,7 @@ use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest
 use firebox::train::observe::compare::gzip_xz;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::{Cooldown, Recipe, TrainError, Trainer, Zero};
+use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer};
 
 use super::prepare::DataArgs;
 use super::ranks::{RankArgs, speaks};
@@ -114,7 +114,7 @@ struct Job {
 }
 
 impl Job {
-    fn train(&self, ranks: Option<(Communicator, Zero)>) -> Result<Summary, CliError> {
+    fn train(&self, ranks: Option<(Communicator, Layout)>) -> Result<Summary, CliError> {
         let Self { recipe, dir, found, dataset, .. } = self;
         let device = self.backend.device()?;
         let mut trainer = match found {
@@ -125,8 +125,8 @@ impl Job {
         if rank == 0 {
             println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
         }
-        if let Some((comm, zero)) = ranks {
-            trainer = trainer.with_ranks(comm, zero)?;
+        if let Some((comm, layout)) = ranks {
+            trainer = trainer.with_ranks(comm, layout)?;
         }
         let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
         info.program = program();

@@ -1,13 +1,16 @@
 //! The run's view of the held-out text: evaluations and samples.
 
 use burn::module::Module;
+use firebox_data::Batch;
+use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
-use crate::evaluate::{Evaluation, Tally, tallies};
+use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::observe::{EvalRecord, Event, Observer};
+use crate::ranks::{Pipe, Ranks};
 
 impl Trainer<'_> {
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
@@ -15,7 +18,8 @@ impl Trainer<'_> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
-        let model = self.averaged()?.valid();
+        let model = self.averaged()?;
+        let model = model.valid();
         let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
         let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
         let record = EvalRecord {
@@ -34,8 +38,10 @@ impl Trainer<'_> {
         } else {
             self.state.evals_without_gain += 1;
         }
-        if self.recipe.eval.sample_tokens > 0 && loss.is_finite() && self.is_first_rank() {
-            let text = self.sample(&model)?;
+        let sampled = self.recipe.eval.sample_tokens > 0 && loss.is_finite();
+        let whole = if sampled { self.whole(model)? } else { None };
+        if let Some(model) = whole {
+            let text = self.sample(&model.valid())?;
             observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
         }
         Ok(())
@@ -48,6 +54,9 @@ impl Trainer<'_> {
         let Some(ranks) = &self.ranks else {
             return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes)));
         };
+        if let Some(pipe) = ranks.pipe() {
+            return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
+        }
         let mut total = 0;
         let mine = batches.filter(|_| {
             total += 1;
@@ -56,6 +65,54 @@ impl Trainer<'_> {
         let mine: Vec<[f64; 3]> = tallies(model, mine, &self.token_bytes).into_iter().map(Tally::into).collect();
         let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
+    }
+
+    /// The same where ranks have parts of the model: each pipeline takes its turns of the batches, a few at a time.
+    fn evaluated_in_a_pipe(
+        &self,
+        ranks: &Ranks,
+        pipe: &Pipe,
+        model: &Decoder,
+        batches: impl Iterator<Item = Batch>,
+    ) -> Result<Evaluation, TrainError> {
+        const AT_ONCE: usize = 8;
+        let pipeline = pipe.pipeline(model, pipe.micro_batches())?;
+        let (mut total, mut mine) = (0, vec![]);
+        let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
+        let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
+            let (tallies, batches): (Vec<Tally>, Vec<TokenBatch>) = waiting.drain(..).unzip();
+            let losses = pipeline.losses(model, &batches, &pipe.group)?;
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
+            Ok(())
+        };
+        for batch in batches {
+            total += 1;
+            if (total - 1) % ranks.size() == ranks.rank() {
+                let tally = Tally::of(&batch, &self.token_bytes);
+                let targets = batch.target_count();
+                waiting.push((tally, token_batch(batch, targets)));
+                if waiting.len() == AT_ONCE {
+                    run(&mut waiting)?;
+                }
+            }
+        }
+        run(&mut waiting)?;
+        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        Ok(Tally::evaluation(&all))
+    }
+
+    /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
+    pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+        match self.ranks.as_ref().and_then(|ranks| Some((ranks, ranks.pipe()?))) {
+            None => Ok(self.is_first_rank().then_some(model)),
+            Some((ranks, _)) if ranks.rank() > 0 => Ok(None),
+            Some((_, pipe)) => {
+                let pipeline = pipe.pipeline(&model, pipe.micro_batches())?;
+                let device = model.embed.weight.val().device();
+                let empty = Decoder::new(model.config(), self.recipe.seed, &device)?;
+                pipeline.gather(&model, empty, 0, &pipe.group)
+            }
+        }
     }
 
     fn sample(&self, model: &Decoder) -> Result<String, TrainError> {

@@ -12,7 +12,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
-use crate::ranks::{Ranks, Zero};
+use crate::ranks::Ranks;
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -99,12 +99,11 @@ impl<'a> Trainer<'a> {
 
     /// Writes a checkpoint and removes those that the recipe does not keep.
     pub(super) fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        if !self.is_first_rank() {
-            return self.help_to_save();
-        }
+        let Some(model) = self.whole(self.averaged()?)? else { return self.help_to_save() };
         let dir = self.dir.join("checkpoints");
         let mut writer = Writer::create(&dir, self.state.step)?;
-        model_io::save(&mut writer, &self.averaged()?, &self.dataset.tokenizer)?;
+        model_io::save(&mut writer, &model, &self.dataset.tokenizer)?;
+        drop(model);
         if self.optimizer.averages() {
             model_io::save_parameters(&mut writer, TRAINED, self.model())?;
         }
@@ -160,8 +159,8 @@ impl<'a> Trainer<'a> {
 
     /// The ranks, and the names and shapes of the optimizer's state, where it is divided; there is none before the first step.
     fn divided_state(&self) -> Result<Option<(&Ranks, Shapes)>, TrainError> {
-        match self.ranks.as_ref().filter(|ranks| ranks.zero() == Zero::States && self.state.last_good > 0) {
-            Some(ranks) => Ok(Some((ranks, self.optimizer.whole_state_shapes(self.model())?))),
+        match self.ranks.as_ref().filter(|_| self.state.last_good > 0) {
+            Some(ranks) => Ok(ranks.divided_state(self.model(), &self.optimizer)?.map(|shapes| (ranks, shapes))),
             None => Ok(None),
         }
     }

@@ -23,10 +23,10 @@ impl Trainer<'_> {
         self.inject(&mut grads);
         let scale = self.state.loss_scale.factor;
         // The one host sync of a step: the norm decides whether the update may happen.
-        let mut squares = self.optimizer.squares(self.model(), &grads)?;
-        if let Some(ranks) = self.ranks.as_ref().filter(|ranks| ranks.zero() == Zero::States) {
-            squares = ranks.sums(&squares)?;
-        }
+        let squares = match &self.ranks {
+            None => self.optimizer.squares(self.model(), &grads)?,
+            Some(ranks) => ranks.squares(self.model(), &self.optimizer, &grads)?,
+        };
         let clipping = self.optimizer.clipping_of(&squares, scale);
         let (loss, grad_norm) = (loss / scale, clipping.norm);
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -81,7 +81,21 @@ impl Trainer<'_> {
         prepare: impl Fn(u64, &TokenBatch) -> TokenBatch,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let model = self.model();
+        let device = model.embed.weight.val().device().inner();
         let mut exchange = ranks.exchange();
+        if let Some(pipe) = ranks.pipe() {
+            let mine = (ranks.rank()..batches.len()).step_by(ranks.size());
+            let counters: Vec<u64> = mine.clone().map(|i| counter(self.state.step, i)).collect();
+            let batches: Vec<TokenBatch> = mine.zip(&counters).map(|(i, &count)| prepare(count, &batches[i])).collect();
+            let pipeline = pipe.pipeline(model, batches.len())?;
+            let mut sink = |stage: usize, _: usize, grads: NamedGrads| exchange.stage(stage, Some(grads));
+            let done = self.engine.pipeline_step(model, &pipeline, &batches, &counters, &pipe.group, &mut sink)?;
+            let mut grads = ranks.finish(exchange, &device)?;
+            if ranks.zero() == Zero::None {
+                pipeline.share(model, &pipe.group, &mut grads)?;
+            }
+            return Ok((ranks.sum(done.loss)?, grads));
+        }
         let mut losses = vec![];
         for round in (0..batches.len()).step_by(ranks.size()) {
             let i = round + ranks.rank();
@@ -104,7 +118,6 @@ impl Trainer<'_> {
                 exchange.stage(stage, Some(NamedGrads::new()))?;
             }
         }
-        let device = model.embed.weight.val().device().inner();
         let grads = ranks.finish(exchange, &device)?;
         let losses = ranks.in_turns(&losses, batches.len())?;
         Ok((losses.iter().fold(0.0, |sum, [loss]| sum + loss), grads))

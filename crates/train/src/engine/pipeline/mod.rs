@@ -129,7 +129,7 @@ impl Pipeline {
     }
 
     /// The first stage of the plan that uses a parameter.
-    fn stage_of<M: Staged>(&self, model: &M, param: &str) -> usize {
+    pub(crate) fn stage_of<M: Staged>(&self, model: &M, param: &str) -> usize {
         let first = model.first_stage(param);
         // The ranges are contiguous and cover the model.
         self.cut.partition_point(|stages| stages.end <= first)
