@@ -309,7 +309,7 @@ impl Ranks {
         Ok(sums(&self.comm, &[here])?[0])
     }
 
-    /// The sum of the gradients that [`Exchange`] has brought, as the optimizer of this rank takes them: whole, or where its state is divided, this rank's part.
+    /// The sum of the gradients that the exchange has brought, as the optimizer of this rank takes them: whole, or where its state is divided, this rank's part.
     ///
     /// # Errors
     /// See [`any`](Self::any).
