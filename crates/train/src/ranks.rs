@@ -69,6 +69,9 @@ impl Default for Layout {
     }
 }
 
+/// Names and shapes of tensors.
+pub type Shapes = Vec<(String, Vec<usize>)>;
+
 /// Gradients of stages under way, at most: each is a copy.
 const UNDER_WAY: usize = 2;
 
@@ -101,7 +104,7 @@ pub struct Pipe {
     pipeline: Pipeline,
     schedule: Schedule,
     /// Names and shapes of the state of the whole model.
-    shapes: Vec<(String, Vec<usize>)>,
+    shapes: Shapes,
 }
 
 impl Pipe {
@@ -226,11 +229,7 @@ impl Ranks {
     ///
     /// # Errors
     /// [`TrainError::Optim`].
-    pub fn divided_state<M: Module>(
-        &self,
-        model: &M,
-        optimizer: &Optimizer,
-    ) -> Result<Option<Vec<(String, Vec<usize>)>>, TrainError> {
+    pub fn divided_state<M: Module>(&self, model: &M, optimizer: &Optimizer) -> Result<Option<Shapes>, TrainError> {
         match &self.pipe {
             Some(pipe) => Ok(Some(pipe.shapes.clone())),
             None if self.zero() == Zero::States => Ok(Some(optimizer.whole_state_shapes(model)?)),

@@ -12,7 +12,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
-use crate::ranks::Ranks;
+use crate::ranks::{Ranks, Shapes};
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -165,9 +165,6 @@ impl<'a> Trainer<'a> {
         }
     }
 }
-
-/// Names and shapes of tensors.
-type Shapes = Vec<(String, Vec<usize>)>;
 
 /// The parameters that are trained, where they are others than those of `model.safetensors`.
 const TRAINED: &str = "trained.safetensors";
