@@ -22,6 +22,8 @@
 //! ```
 
 pub mod decoder;
+mod placement;
 mod stage;
 
+pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

@@ -6,6 +6,8 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use firebox_tensor::ops::Sequence;
 
+use crate::placement::Placement;
+
 /// A batch of token rows `[B, T]` as models take it.
 #[derive(Clone, Debug)]
 pub struct TokenBatch {
@@ -94,6 +96,11 @@ pub trait Staged: Module {
     /// stages cost the same.
     fn stage_flops(&self, _i: usize) -> f64 {
         1.0
+    }
+
+    /// How the parameter of this name is divided among the ranks that share the model's matrices, where there are such.
+    fn placement(&self, _param: &str) -> Placement {
+        Placement::replicated()
     }
 
     /// The loss `[1]` of a batch: all stages in order.

@@ -14,11 +14,11 @@ use crate::workspace::Workspace;
 /// Which members of the workspace each member may depend on. Dependencies point one way, from what composes to what
 /// computes; a member that is missing here may depend on none.
 const ALLOWED: [(&str, &[&str]); 10] = [
-    ("firebox-tensor", &[]),
-    ("firebox-data", &[]),
-    ("firebox-models", &["firebox-tensor"]),
-    ("firebox-optim", &["firebox-tensor"]),
     ("firebox-parallel", &[]),
+    ("firebox-tensor", &["firebox-parallel"]),
+    ("firebox-data", &[]),
+    ("firebox-models", &["firebox-parallel", "firebox-tensor"]),
+    ("firebox-optim", &["firebox-tensor"]),
     ("firebox-train", &["firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor"]),
     (
         "firebox",
@@ -150,10 +150,7 @@ mod tests {
     fn dependencies_point_one_way() {
         assert!(forbidden("firebox-train", ["firebox-optim", "firebox-data"].into_iter()).is_empty());
         let up = forbidden("firebox-tensor", ["firebox-models"].into_iter());
-        assert_eq!(
-            up,
-            ["firebox-tensor must not depend on firebox-models; it may depend on no member of the workspace"]
-        );
+        assert_eq!(up, ["firebox-tensor must not depend on firebox-models; it may depend on firebox-parallel"]);
         let sideways = forbidden("firebox-optim", ["firebox-models", "firebox-tensor"].into_iter());
         assert_eq!(sideways.len(), 1);
         assert_eq!(forbidden("firebox-new", ["firebox-tensor"].into_iter()).len(), 1);

@@ -33,11 +33,12 @@ impl Decoder {
     /// Appends `ids` to the cached sequence and returns the logits `[V]` of what follows the last of them.
     ///
     /// # Panics
-    /// If the sequence outgrows the context, `ids` is empty, or an id is not in the vocabulary.
+    /// If the sequence outgrows the context, `ids` is empty, an id is not in the vocabulary, or the model is [divided](Decoder::sharded) among ranks.
     pub fn forward_cached(&self, ids: &[i32], cache: &mut KvCache) -> Tensor<1> {
         let config = self.config();
         let (n, past) = (ids.len(), cache.tokens);
         assert!(n > 0, "nothing to append to the cached sequence");
+        self.assert_whole();
         assert!(past + n <= config.context, "{} tokens exceed the context of {}", past + n, config.context);
         let (k, e) = (config.n_kv_heads, config.head_dim);
         let g = config.n_heads / k;

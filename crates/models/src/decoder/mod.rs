@@ -4,8 +4,10 @@ mod cache;
 mod config;
 pub mod hf;
 mod model;
+mod parallel;
 pub mod presets;
 
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};
+pub use parallel::{TensorParallel, TensorParallelError};

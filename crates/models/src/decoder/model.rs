@@ -1,4 +1,4 @@
-//! The decoder's modules and its forward pass, for one device.
+//! The decoder's modules and its forward pass, for one device or one rank of several.
 //!
 //! Shapes: `B` batch rows, `T` tokens, `D` model width, `H` heads, `K` key-value heads, `E` head width, `F` feed-forward width, `V` vocabulary.
 //!
@@ -9,10 +9,12 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+use super::parallel::TensorParallel;
+use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
 
 /// The decoder: embedding, blocks, final norm, head.
@@ -39,6 +41,8 @@ struct Context {
     attention: AttentionConfig,
     seed: u64,
     loss: LossConfig,
+    /// The ranks among which the matrices are divided.
+    parallel: Option<TensorParallel>,
 }
 
 /// A table of `D`-wide rows.
@@ -107,10 +111,14 @@ pub struct Mlp {
     kind: FeedForward,
 }
 
-/// Makes initial parameters: counted normals keyed by the parameter's name, so that they depend on nothing else.
+/// Makes initial parameters: counted normals keyed by the parameter's name and index, so that they depend on nothing else: a rank makes its part of the
+/// whole alone.
 struct Init<'a> {
     counter: Counter,
     device: &'a Device,
+    config: &'a DecoderConfig,
+    rank: usize,
+    size: usize,
 }
 
 impl Init<'_> {
@@ -126,10 +134,14 @@ impl Init<'_> {
 
     fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
         let counter = self.counter.fork(name);
-        self.param(shape, move |device| {
-            let values: Vec<f32> =
-                (0..(shape[0] * shape[1]) as u64).map(|i| (f64::from(normal(counter, i)) * std) as f32).collect();
-            Tensor::from_data(TensorData::new(values, shape), device)
+        let placement = self.config.placement(&format!("{name}.weight"), self.size);
+        let (rank, size) = (self.rank, self.size);
+        let part = placement.shape(&shape, rank, size);
+        let part = [part[0], part[1]];
+        self.param(part, move |device| {
+            let indices = placement.runs(&shape, rank, size).into_iter().flatten();
+            let values: Vec<f32> = indices.map(|i| (f64::from(normal(counter, i as u64)) * std) as f32).collect();
+            Tensor::from_data(TensorData::new(values, part), device)
         })
     }
 
@@ -142,7 +154,9 @@ impl Init<'_> {
     }
 
     fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
-        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(shape[1], 0.0)) }
+        let placement = self.config.placement(&format!("{name}.bias"), self.size);
+        let width = placement.shape(&shape[1..], self.rank, self.size)[0];
+        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)) }
     }
 
     fn norm(&self, config: &DecoderConfig) -> Norm {
@@ -189,8 +203,20 @@ impl Decoder {
     /// # Errors
     /// [`ConfigError`] for an impossible shape.
     pub fn new(config: &DecoderConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
+        Self::make(config, seed, device, None)
+    }
+
+    /// The part of one rank where there are several.
+    pub(super) fn make(
+        config: &DecoderConfig,
+        seed: u64,
+        device: &Device,
+        parallel: Option<TensorParallel>,
+    ) -> Result<Self, ConfigError> {
         config.validate()?;
-        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device };
+        let (rank, size) = parallel.as_ref().map_or((0, 1), |parallel| (parallel.rank(), parallel.size()));
+        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size };
+        let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
         let rope = match config.positions {
             Positions::Rotary { theta } => Some(Arc::new(RopeTable::new(theta, config.head_dim, config.context))),
@@ -205,8 +231,8 @@ impl Decoder {
             context: Context {
                 config: config.clone(),
                 attention: AttentionConfig {
-                    n_heads: config.n_heads,
-                    n_kv_heads: config.n_kv_heads,
+                    n_heads,
+                    n_kv_heads,
                     head_dim: config.head_dim,
                     window: config.window,
                     softcap: config.attention_softcap,
@@ -214,6 +240,7 @@ impl Decoder {
                 },
                 seed,
                 loss: LossConfig::default(),
+                parallel,
             },
         })
     }
@@ -240,6 +267,17 @@ impl Decoder {
         &self.context.config
     }
 
+    /// The ranks among which its matrices are divided, if they are.
+    pub fn parallel(&self) -> Option<&TensorParallel> {
+        self.context.parallel.as_ref()
+    }
+
+    /// What only a whole model can do.
+    #[track_caller]
+    pub(crate) fn assert_whole(&self) {
+        assert!(self.parallel().is_none(), "this rank has a part of the model: put the parts together first");
+    }
+
     pub(crate) fn attention_config(&self) -> &AttentionConfig {
         &self.context.attention
     }
@@ -255,14 +293,22 @@ impl Decoder {
     /// If a row is longer than the context, or an id is not in the vocabulary.
     pub fn hidden(&self, batch: &TokenBatch) -> Tensor<3> {
         let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, None));
-        self.norm.forward(flow.hidden())
+        let x = flow.hidden();
+        match self.parallel() {
+            Some(parallel) => {
+                let (b, t) = (batch.sequence.batch(), batch.sequence.tokens());
+                parallel.normed(x, &self.norm, &batch.sequence).reshape([b, t, self.config().d_model])
+            }
+            None => self.norm.forward(x),
+        }
     }
 
     /// Logits of every position, `[B, T, V]`. As in evaluation: without dropout.
     ///
     /// # Panics
-    /// As [`hidden`](Self::hidden).
+    /// As [`hidden`](Self::hidden), and if the model is [divided](Self::sharded) among ranks.
     pub fn logits(&self, batch: &TokenBatch) -> Tensor<3> {
+        self.assert_whole();
         self.head_logits(self.hidden(batch))
     }
 
@@ -281,11 +327,12 @@ impl Decoder {
     }
 
     /// Dropout of (step, place); none in evaluation.
-    fn drop(&self, x: Tensor<3>, step: Option<u64>, place: &str) -> Tensor<3> {
+    fn drop(&self, x: Tensor<3>, sequence: &Sequence, step: Option<u64>, place: &str) -> Tensor<3> {
         match step {
             Some(step) if self.context.config.dropout > 0.0 => {
                 let counter = Counter::new(self.context.seed, Purpose::Dropout, step).fork(place);
-                ops::dropout(x, self.context.config.dropout, counter)
+                let first = self.parallel().map_or(0, |parallel| parallel.first_token(sequence)) * x.dims()[2];
+                ops::dropout_from(x, self.context.config.dropout, counter, first as u64)
             }
             _ => x,
         }
@@ -322,16 +369,29 @@ impl Staged for Decoder {
         }
     }
 
+    fn placement(&self, param: &str) -> Placement {
+        self.config().placement(param, self.parallel().map_or(1, TensorParallel::size))
+    }
+
     fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: Option<u64>) -> Flow {
         let sequence = &batch.sequence;
         if i == 0 {
-            let x = self.embed_tokens(batch.inputs.clone(), sequence.positions(), sequence.batch(), sequence.tokens());
-            return Flow::Hidden(self.drop(x, step, "embed"));
+            let (b, t) = (sequence.batch(), sequence.tokens());
+            let x = match self.parallel() {
+                Some(parallel) => {
+                    parallel.embed(&self.embed, self.positions.as_ref(), self.config(), &batch.inputs, sequence)
+                }
+                None => self.embed_tokens(batch.inputs.clone(), sequence.positions(), b, t),
+            };
+            return Flow::Hidden(self.drop(x, sequence, step, "embed"));
         }
         let x = flow.hidden();
         let Some(block) = self.blocks.get(i - 1) else {
             let [b, t, d] = x.dims();
             let loss = if step.is_some() { self.context.loss } else { LossConfig::default() };
+            if let Some(parallel) = self.parallel() {
+                return Flow::Loss(parallel.loss(x, &self.norm, self.head_weight(), self.config(), batch, &loss));
+            }
             let x = self.norm.forward(x).reshape([b * t, d]);
             let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
             let cap = self.context.config.logit_softcap;
@@ -341,13 +401,23 @@ impl Staged for Decoder {
         let fused = step.is_none() || self.context.config.dropout == 0.0;
         let residual = |x: &Tensor<3>| fused.then(|| x.clone());
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
-            if fused { y } else { x + self.drop(y, step, &format!("{place}.{i}")) }
+            if fused { y } else { x + self.drop(y, sequence, step, &format!("{place}.{i}")) }
         };
-        let qkv = block.project(x.clone(), &self.context.attention);
-        let y = ops::attention(qkv, &self.context.attention, sequence);
-        let y = block.attn.out.forward(y, Pre::Nothing, residual(&x));
+        let (heads, Block { attn, attn_norm, mlp, mlp_norm }) = (&self.context.attention, block);
+        let Some(parallel) = self.parallel() else {
+            let qkv = block.project(x.clone(), heads);
+            let y = ops::attention(qkv, heads, sequence);
+            let y = attn.out.forward(y, Pre::Nothing, residual(&x));
+            let x = join(x, y, "attn");
+            let y = mlp.forward(x.clone(), mlp_norm.before(), residual(&x));
+            return Flow::Hidden(join(x, y, "mlp"));
+        };
+        let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
+        let y = ops::attention(qkv, heads, sequence);
+        let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
         let x = join(x, y, "attn");
-        let y = block.mlp.forward(x.clone(), block.mlp_norm.before(), residual(&x));
+        let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
+        let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
         Flow::Hidden(join(x, y, "mlp"))
     }
 }
@@ -369,17 +439,33 @@ impl Block {
 impl Linear {
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
-        ops::fused_linear(x, pre, self.weight.val(), self.bias.as_ref().map(Param::val), residual)
+        let (weight, bias) = self.values();
+        ops::fused_linear(x, pre, weight, bias, residual)
+    }
+
+    /// Weight and bias.
+    pub(super) fn values(&self) -> (Tensor<2>, Option<Tensor<1>>) {
+        (self.weight.val(), self.bias.as_ref().map(Param::val))
     }
 }
 
 impl Norm {
     /// `[.., D] -> [.., D]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.forward_with(x, |param| param)
+    }
+
+    /// The same with parameters that first go through `way`.
+    pub(super) fn forward_with<const D: usize>(&self, x: Tensor<D>, way: impl Fn(Tensor<1>) -> Tensor<1>) -> Tensor<D> {
+        let (weight, bias) = (way(self.weight.val()), self.bias.as_ref().map(|bias| way(bias.val())));
         match self.kind {
-            NormKind::LayerNorm => ops::layer_norm(x, self.weight.val(), self.bias.as_ref().map(Param::val), self.eps),
-            NormKind::RmsNorm => ops::rms_norm(x, self.weight.val(), self.eps),
+            NormKind::LayerNorm => ops::layer_norm(x, weight, bias, self.eps),
+            NormKind::RmsNorm => ops::rms_norm(x, weight, self.eps),
         }
+    }
+
+    pub(super) fn eps(&self) -> f64 {
+        self.eps
     }
 
     /// As the first part of a linear layer.
@@ -395,12 +481,15 @@ impl Norm {
 impl Mlp {
     /// `mlp(pre(x)) + residual`; `[.., D] -> [.., D]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
-        let activation = match self.kind {
+        self.output.forward(self.input.forward(x, pre, None), self.activation(), residual)
+    }
+
+    pub(super) fn activation(&self) -> Pre {
+        match self.kind {
             FeedForward::Gelu => Pre::Gelu,
             FeedForward::GeluExact => Pre::GeluExact,
             FeedForward::SwiGlu => Pre::SwiGlu,
-        };
-        self.output.forward(self.input.forward(x, pre, None), activation, residual)
+        }
     }
 }
 

@@ -139,14 +139,14 @@ vectorized! {
 }
 
 /// Inverted dropout: zeroes an element with probability `p`, scales the others by 1 / (1 - p). The choice is a pure function of
-/// `counter` and the element's index, so that backward makes it again instead of storing it.
-pub(crate) fn dropout(x: &[f32], p: f32, counter: Counter, out: &mut [f32]) {
+/// `counter` and the element's index, counted from `first`, so that backward makes it again instead of storing it.
+pub(crate) fn dropout(x: &[f32], p: f32, counter: Counter, first: u64, out: &mut [f32]) {
     // 32 random bits below the threshold drop the element: resolution 2^-32.
     let threshold = (f64::from(p) * 4_294_967_296.0) as u64;
     let scale = 1.0 / (1.0 - p);
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate().for_each(|(c, (o, x))| {
         for (i, (o, x)) in o.iter_mut().zip(x).enumerate() {
-            let keep = u64::from(uniform_bits(counter, (c * CHUNK + i) as u64)) >= threshold;
+            let keep = u64::from(uniform_bits(counter, first + (c * CHUNK + i) as u64)) >= threshold;
             *o = if keep { x * scale } else { 0.0 };
         }
     });

@@ -42,16 +42,31 @@ pub(crate) struct Gradients<'a> {
     pub weight: &'a mut [f32],
 }
 
+/// A head whose rows are divided among ranks: this one has those from `first` on.
+pub(crate) struct Shard<'a> {
+    /// The vocabulary's number of this rank's first row.
+    pub first: usize,
+    /// V, of all ranks.
+    pub vocab: usize,
+    /// Rows of the rank that has most: all ranks go through the same chunks.
+    pub largest: usize,
+    /// Gives the values of all ranks, in their order, for this rank's.
+    pub exchange: &'a dyn Fn(&[f32]) -> Vec<f32>,
+}
+
 /// The sum of the losses of the rows whose target is not negative; `hidden` is `[n, d]`, `weight` `[v, d]`. The sum runs in f64.
+///
+/// With a shard, the gradient of `hidden` is this rank's share of it, and all ranks get the same sum.
 pub(crate) fn linear_cross_entropy(
     hidden: &[f32],
     weight: Mat<'_>,
     targets: &[i32],
     loss: Loss,
+    shard: Option<&Shard<'_>>,
     mut gradients: Option<Gradients<'_>>,
 ) -> f32 {
     let (v, d) = (weight.rows(), weight.cols());
-    let fit = |bytes: usize| bytes / (4 * v.max(1));
+    let fit = |bytes: usize| bytes / (4 * shard.map_or(v, |shard| shard.largest).max(1));
     let rows = fit(LOGITS_BYTES).max(fit(MAX_LOGITS_BYTES).min(MIN_ROWS)).clamp(1, targets.len().max(1));
     if let (Some(g), true) = (&mut gradients, targets.is_empty()) {
         g.weight.fill(0.0);
@@ -66,11 +81,14 @@ pub(crate) fn linear_cross_entropy(
         let logits = &mut scratch[..n * v];
         matmul(loss.compute, h, weight.t(), logits, v, Into::Write);
         let with_gradient = gradients.is_some();
-        let losses: Vec<f32> = logits
-            .par_chunks_exact_mut(v)
-            .zip(targets.par_iter())
-            .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
-            .collect();
+        let losses: Vec<f32> = match shard {
+            Some(shard) => sharded_losses(logits, targets, loss, shard, with_gradient),
+            None => logits
+                .par_chunks_exact_mut(v)
+                .zip(targets.par_iter())
+                .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
+                .collect(),
+        };
         total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
@@ -125,5 +143,106 @@ vectorized! {
             return f32::NAN;
         }
         log - at_target + label_smoothing * (at_target - mean) + z_loss * log * log
+    }
+}
+
+/// What a rank knows of a row's logits: their maximum, the sum of their exponentials above it, their sum, and the target's or 0.
+type Part = [f32; 4];
+
+/// The losses of the rows of `logits`, `[n, v]` of this rank's vocabulary, as [`row_loss`] has them of the whole one. One exchange of [`Part`]s.
+fn sharded_losses(logits: &mut [f32], targets: &[i32], loss: Loss, shard: &Shard<'_>, with_gradient: bool) -> Vec<f32> {
+    let v = (logits.len() / targets.len().max(1)).max(1);
+    // The target's place in this rank's rows, if it has it.
+    let (first, vocab) = (shard.first, shard.vocab);
+    let place = |target: i32| usize::try_from(target).ok()?.checked_sub(first).filter(|&at| at < v);
+    let mine: Vec<Part> = logits
+        .par_chunks_exact_mut(v)
+        .zip(targets.par_iter())
+        .map(|(row, &target)| row_part(row, place(target), loss))
+        .collect();
+    let all = (shard.exchange)(mine.as_flattened());
+    let of_ranks: Vec<&[Part]> = all.as_chunks::<4>().0.chunks_exact(targets.len()).collect();
+    let losses = logits
+        .par_chunks_exact_mut(v)
+        .zip(targets.par_iter())
+        .enumerate()
+        .map(|(i, (row, &target))| {
+            if target < 0 {
+                row.fill(0.0);
+                return 0.0;
+            }
+            let parts = || of_ranks.iter().map(|parts| parts[i]);
+            let top = parts().fold(f32::NEG_INFINITY, |top, [max, ..]| top.max(max));
+            let denominator: f32 = parts().map(|[max, sum, ..]| sum * exp(max - top)).sum();
+            let sum: f32 = parts().map(|[_, _, sum, _]| sum).sum();
+            let at_target: f32 = parts().map(|[.., at_target]| at_target).sum();
+            let log = top + denominator.ln();
+            if with_gradient {
+                let whole = Whole { top, denominator, log, own_top: mine[i][0], vocab };
+                row_gradient(row, place(target), loss, &whole);
+            }
+            // As in `row_loss`.
+            if !(at_target.is_finite() && parts().all(|[max, ..]| max.is_finite())) {
+                return f32::NAN;
+            }
+            let mean = sum / vocab as f32;
+            log - at_target + loss.label_smoothing * (at_target - mean) + loss.z_loss * log * log
+        })
+        .collect();
+    recycle(all);
+    losses
+}
+
+/// What the ranks know of a row together.
+struct Whole {
+    top: f32,
+    denominator: f32,
+    log: f32,
+    /// This rank's maximum.
+    own_top: f32,
+    vocab: usize,
+}
+
+vectorized! {
+    /// Leaves in `row` the logits as they are capped, or, without a cap, their exponentials above this rank's maximum.
+    fn row_part(row: &mut [f32], at: Option<usize>, loss: Loss) -> Part {
+        let capped = loss.softcap > 0.0;
+        if capped {
+            row.iter_mut().for_each(|x| *x = loss.softcap * tanh(*x / loss.softcap));
+        }
+        let at_target = at.map_or(0.0, |at| row[at]);
+        let total = if loss.label_smoothing > 0.0 { sum(row) } else { 0.0 };
+        let top = max(row);
+        let denominator = if capped {
+            reduce(row, 0.0, |sum, x| sum + exp(x - top), |a, b| a + b)
+        } else {
+            exp_sum(row, top)
+        };
+        [top, denominator, total, at_target]
+    }
+}
+
+vectorized! {
+    /// Turns what [`row_part`] left into the gradient, see [`row_loss`].
+    fn row_gradient(row: &mut [f32], at: Option<usize>, loss: Loss, whole: &Whole) {
+        let Loss { scale, label_smoothing, z_loss, softcap, .. } = loss;
+        let &Whole { top, denominator, log, own_top, vocab } = whole;
+        let k = scale * (1.0 + 2.0 * z_loss * log) / denominator;
+        let spread = scale * label_smoothing / vocab as f32;
+        let slope = |x: f32| 1.0 - (x / softcap) * (x / softcap);
+        let of_target = scale * (1.0 - label_smoothing);
+        if softcap > 0.0 {
+            let at_target = at.map_or(0.0, |at| slope(row[at]));
+            row.iter_mut().for_each(|x| *x = (exp(*x - top) * k - spread) * slope(*x));
+            if let Some(at) = at {
+                row[at] -= of_target * at_target;
+            }
+        } else {
+            let k = k * exp(own_top - top);
+            row.iter_mut().for_each(|x| *x = *x * k - spread);
+            if let Some(at) = at {
+                row[at] -= of_target;
+            }
+        }
     }
 }

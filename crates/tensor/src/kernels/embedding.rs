@@ -5,30 +5,33 @@ use rayon::prelude::*;
 use super::matmul::Into;
 use super::{CHUNK, add_assign};
 
-/// `out[i] = table[ids[i]]`, rows of `d` values.
+/// `out[i] = table[ids[i]]`, rows of `d` values; zeros where the id is negative.
 pub(crate) fn gather(table: &[f32], d: usize, ids: &[i32], out: &mut [f32]) {
-    out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| {
-        let at = id as usize * d;
-        o.copy_from_slice(&table[at..at + d]);
+    out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| match usize::try_from(id) {
+        Ok(id) => o.copy_from_slice(&table[id * d..][..d]),
+        Err(_) => o.fill(0.0),
     });
 }
 
 /// The same of a table in bfloat16.
 pub(crate) fn gather_bf16(table: &[u16], d: usize, ids: &[i32], out: &mut [f32]) {
-    out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| {
-        for (o, &bits) in o.iter_mut().zip(&table[id as usize * d..][..d]) {
-            *o = f32::from_bits(u32::from(bits) << 16);
+    out.par_chunks_mut(d).with_min_len(64).zip(ids.par_iter()).for_each(|(o, &id)| match usize::try_from(id) {
+        Ok(id) => {
+            for (o, &bits) in o.iter_mut().zip(&table[id * d..][..d]) {
+                *o = f32::from_bits(u32::from(bits) << 16);
+            }
         }
+        Err(_) => o.fill(0.0),
     });
 }
 
-/// `dtable[ids[i]] += dy[i]`, onto zeros or onto what is there.
+/// `dtable[ids[i]] += dy[i]`, onto zeros or onto what is there; nothing where the id is negative.
 ///
 /// The rows of one id are summed up in their order before the sum is added: the result has the same bits on any number of threads, and whether a gradient
 /// is added to or made and added later.
 pub(crate) fn scatter(dy: &[f32], d: usize, ids: &[i32], dtable: &mut [f32], into: Into) {
     let id = |row: &usize| ids[*row] as usize;
-    let mut order: Vec<usize> = (0..ids.len()).collect();
+    let mut order: Vec<usize> = (0..ids.len()).filter(|&row| ids[row] >= 0).collect();
     order.sort_by_key(id);
     let rows = (CHUNK / d.max(1)).max(1);
     dtable.par_chunks_mut(rows * d).enumerate().for_each_init(

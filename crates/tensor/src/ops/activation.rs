@@ -57,16 +57,27 @@ pub fn swiglu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// # Panics
 /// If `p` is not in [0, 1).
 pub fn dropout<const D: usize>(x: Tensor<D>, p: f64, counter: Counter) -> Tensor<D> {
+    dropout_from(x, p, counter, 0)
+}
+
+/// The same of a part of a tensor, whose first element is the whole's element `first`: the parts get the whole's mask.
+///
+/// # Panics
+/// If `p` is not in [0, 1).
+pub fn dropout_from<const D: usize>(x: Tensor<D>, p: f64, counter: Counter, first: u64) -> Tensor<D> {
     assert!((0.0..1.0).contains(&p), "dropout: probability {p} is not in [0, 1)");
     if p == 0.0 {
         return x;
     }
     if is_fused(&x.device()) {
-        return Tensor::from_dispatch(Dispatch::fused_dropout(x.into_dispatch(), Dropout { p: p as f32, counter }));
+        return Tensor::from_dispatch(Dispatch::fused_dropout(
+            x.into_dispatch(),
+            Dropout { p: p as f32, counter, first },
+        ));
     }
     let dims = x.dims();
     let mut mask = buffer(dims.iter().product());
-    activation::dropout(&vec![1.0; mask.len()], p as f32, counter, &mut mask);
+    activation::dropout(&vec![1.0; mask.len()], p as f32, counter, first, &mut mask);
     x.clone() * Tensor::from_data(TensorData::new(mask, dims.to_vec()), &x.device())
 }
 
@@ -81,6 +92,7 @@ pub(crate) struct SwiGlu;
 pub(crate) struct Dropout {
     p: f32,
     counter: Counter,
+    first: u64,
 }
 
 impl Vjp<1> for Gelu {
@@ -142,7 +154,7 @@ impl Vjp<1> for Dropout {
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
-        map1::<B>(x, &shape, |x, out| activation::dropout(x, self.p, self.counter, out))
+        map1::<B>(x, &shape, |x, out| activation::dropout(x, self.p, self.counter, self.first, out))
     }
 
     fn backward<B: HostBackend>(
@@ -153,6 +165,6 @@ impl Vjp<1> for Dropout {
     ) -> [Option<FloatTensor<B>>; 1] {
         let shape = dims::<B>(&grad);
         let dy = B::values(grad);
-        [dx.write(&shape, |dx| activation::dropout(dy.as_ref(), self.p, self.counter, dx))]
+        [dx.write(&shape, |dx| activation::dropout(dy.as_ref(), self.p, self.counter, self.first, dx))]
     }
 }

@@ -9,7 +9,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData, activation};
+use firebox_parallel::Communicator;
 
+use super::collective::{all_gather, assert_host, part};
 use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::linear::Weight;
@@ -49,18 +51,12 @@ pub fn linear_cross_entropy(
     softcap: f64,
     loss: &LossConfig,
 ) -> Tensor<1> {
-    let ([n, _], [v, _]) = (hidden.dims(), weight.dims());
-    assert_eq!(targets.len(), n, "cross-entropy: {} targets for {n} rows", targets.len());
-    if let Some(bad) = targets.iter().find(|&&t| t >= 0 && t as usize >= v) {
-        panic!("cross-entropy: target {bad} is not in the vocabulary of {v}");
-    }
+    check(&hidden, &targets, weight.dims()[0], softcap, loss);
+    let n = targets.len();
     let LossConfig { label_smoothing, z_loss } = *loss;
-    assert!((0.0..1.0).contains(&label_smoothing), "cross-entropy: label smoothing {label_smoothing} is not in [0, 1)");
-    assert!(z_loss >= 0.0 && z_loss.is_finite(), "cross-entropy: z-loss {z_loss} is not a factor of at least 0");
-    assert_cap(softcap);
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
-        let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute() };
+        let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard: None };
         return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
     let device = hidden.device();
@@ -82,6 +78,48 @@ pub fn linear_cross_entropy(
     (losses * kept).sum() * scale
 }
 
+#[track_caller]
+fn check(hidden: &Tensor<2>, targets: &[i32], v: usize, softcap: f64, loss: &LossConfig) {
+    let n = hidden.dims()[0];
+    assert_eq!(targets.len(), n, "cross-entropy: {} targets for {n} rows", targets.len());
+    if let Some(bad) = targets.iter().find(|&&t| t >= 0 && t as usize >= v) {
+        panic!("cross-entropy: target {bad} is not in the vocabulary of {v}");
+    }
+    let LossConfig { label_smoothing, z_loss } = *loss;
+    assert!((0.0..1.0).contains(&label_smoothing), "cross-entropy: label smoothing {label_smoothing} is not in [0, 1)");
+    assert!(z_loss >= 0.0 && z_loss.is_finite(), "cross-entropy: z-loss {z_loss} is not a factor of at least 0");
+    assert_cap(softcap);
+}
+
+/// The same with this rank's rows of the weight, its [`part`] of the vocabulary. `hidden` is the same on all ranks, and so is the loss; the gradient of
+/// `hidden` is this rank's share, to be summed ([`copy_to`](super::collective::copy_to)). The ranks exchange four values of each row, never logits.
+///
+/// # Shapes
+/// - `hidden`: `[N, D]`, `weight`: `[part of V, D]` with V = `vocab`, `targets`: `N` values; output `[1]`
+///
+/// # Panics
+/// As [`linear_cross_entropy`]; if the device is no CPU backend, or a rank of the group fails.
+#[allow(clippy::too_many_arguments)]
+pub fn vocab_cross_entropy(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Arc<[i32]>,
+    scale: f64,
+    softcap: f64,
+    loss: &LossConfig,
+    vocab: usize,
+    group: &Communicator,
+) -> Tensor<1> {
+    check(&hidden, &targets, vocab, softcap, loss);
+    assert_host(&hidden.device());
+    let (rows, mine) = (weight.dims()[0], part(vocab, group.rank(), group.size()).len());
+    assert_eq!(rows, mine, "cross-entropy: this rank's part of a vocabulary of {vocab} is {mine}, got {rows} rows");
+    let shard = Some((vocab, group.clone()));
+    let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard };
+    let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op))
+}
+
 /// See [`linear_cross_entropy`].
 #[derive(Clone, Debug)]
 pub(crate) struct CrossEntropy {
@@ -90,6 +128,8 @@ pub(crate) struct CrossEntropy {
     softcap: f64,
     loss: LossConfig,
     compute: Compute,
+    /// The whole vocabulary, and the ranks among which it is divided.
+    shard: Option<(usize, Communicator)>,
 }
 
 impl CrossEntropy {
@@ -101,7 +141,16 @@ impl CrossEntropy {
             compute: self.compute,
             softcap: self.softcap as f32,
         };
-        kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, gradients)
+        let Some((vocab, group)) = &self.shard else {
+            return kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, None, gradients);
+        };
+        let shard = kernel::Shard {
+            first: part(*vocab, group.rank(), group.size()).start,
+            vocab: *vocab,
+            largest: vocab.div_ceil(group.size()),
+            exchange: &|mine| all_gather(group, mine, group.size(), mine.len()),
+        };
+        kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, Some(&shard), gradients)
     }
 }
 

@@ -6,6 +6,7 @@ use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData};
 
+use super::collective::assert_host;
 use super::extension::FusedOps;
 use super::vjp::{Keep, Sink, Vjp, dims, map1};
 use crate::adapter::HostBackend;
@@ -35,7 +36,35 @@ pub fn embedding(table: Tensor<2>, ids: Arc<[i32]>, batch: usize, tokens: usize)
     table.select(0, ids).reshape([batch, tokens, d])
 }
 
-/// See [`embedding`].
+/// This rank's share of `table[ids]`, of whose table it has the rows from `first` on: zeros for ids in other ranks' rows. The sum over
+/// the ranks is [`embedding`].
+///
+/// # Shapes
+/// - `table`: `[part of V, D]`, `ids`: `B * T` values below V = `vocab`; output `[B, T, D]`
+///
+/// # Panics
+/// If an id is not in the whole table, there are not `batch * tokens` ids, or the device is no CPU backend.
+pub fn vocab_embedding(
+    table: Tensor<2>,
+    first: usize,
+    vocab: usize,
+    ids: &[i32],
+    batch: usize,
+    tokens: usize,
+) -> Tensor<3> {
+    let rows = table.dims()[0];
+    assert_eq!(ids.len(), batch * tokens, "embedding: {} ids for {batch} rows of {tokens} tokens", ids.len());
+    if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= vocab) {
+        panic!("embedding: id {bad} is not in the table of {vocab} rows");
+    }
+    assert_host(&table.device());
+    let here = first..first + rows;
+    let ids = ids.iter().map(|&id| if here.contains(&(id as usize)) { id - first as i32 } else { -1 }).collect();
+    let op = Embedding { vocab: rows, ids, batch, tokens };
+    Tensor::from_dispatch(Dispatch::fused_embedding(table.into_dispatch(), op))
+}
+
+/// See [`embedding`]; ids of -1 give rows of zeros.
 #[derive(Clone, Debug)]
 pub(crate) struct Embedding {
     /// Rows of the table.

@@ -6,11 +6,13 @@ use burn::backend::{Autodiff, Backend, backend_extension};
 
 use super::activation::{Dropout, Gelu, SwiGlu};
 use super::attention::{self, Attention};
+use super::collective::Collective;
 use super::cross_entropy::{self, CrossEntropy};
 use super::deferred;
 use super::embedding::Embedding;
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
+use super::parallel_linear::ParallelLinear;
 use super::seed::{self, Enter};
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
@@ -27,6 +29,16 @@ pub(crate) trait FusedOps: Backend {
         norm_bias: FloatTensor<Self>,
         op: Linear,
     ) -> FloatTensor<Self>;
+    fn fused_parallel_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: ParallelLinear,
+    ) -> FloatTensor<Self>;
+    fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self>;
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
     fn fused_qk_norm(
         qkv: FloatTensor<Self>,
@@ -64,6 +76,20 @@ macro_rules! host_backend {
                 op: Linear,
             ) -> FloatTensor<Self> {
                 op.forward::<Self>([x, w, b, residual, norm_weight, norm_bias])
+            }
+            fn fused_parallel_linear(
+                x: FloatTensor<Self>,
+                w: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                residual: FloatTensor<Self>,
+                norm_weight: FloatTensor<Self>,
+                norm_bias: FloatTensor<Self>,
+                op: ParallelLinear,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([x, w, b, residual, norm_weight, norm_bias])
+            }
+            fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
+                op.forward::<Self>([x])
             }
             fn fused_norm(
                 x: FloatTensor<Self>,
@@ -132,6 +158,20 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         op: Linear,
     ) -> FloatTensor<Self> {
         apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
+    }
+    fn fused_parallel_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: ParallelLinear,
+    ) -> FloatTensor<Self> {
+        apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
+    }
+    fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [x])
     }
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {
         apply::<B, C, _, 3>(op, [x, w, b])

@@ -81,21 +81,7 @@ pub fn fused_linear<const D: usize>(
     }
     let device = x.device();
     if is_fused(&device) {
-        let mut norm_parameters = [None, None];
-        let pre = match pre {
-            Pre::Nothing => PreOp::Nothing,
-            Pre::LayerNorm { weight, bias, eps } => {
-                norm_parameters = [Some(weight), bias];
-                PreOp::Norm(norm::Norm { center: true, eps: eps as f32 })
-            }
-            Pre::RmsNorm { weight, eps } => {
-                norm_parameters = [Some(weight), None];
-                PreOp::Norm(norm::Norm { center: false, eps: eps as f32 })
-            }
-            Pre::Gelu => PreOp::Gelu(activation::Form::Tanh),
-            Pre::GeluExact => PreOp::Gelu(activation::Form::Exact),
-            Pre::SwiGlu => PreOp::SwiGlu,
-        };
+        let (op, norm_parameters) = Linear::taken_apart(pre);
         let [norm_weight, norm_bias] = norm_parameters.map(|p| or_none(p, &device).into_dispatch());
         return Tensor::from_dispatch(Dispatch::fused_linear(
             x.into_dispatch(),
@@ -104,7 +90,7 @@ pub fn fused_linear<const D: usize>(
             or_none(residual, &device).into_dispatch(),
             norm_weight,
             norm_bias,
-            Linear { pre, transposed: false, compute: compute() },
+            op,
         ));
     }
     let a = match pre {
@@ -191,6 +177,28 @@ pub(crate) struct Linear {
     /// Whether the weight is `[O, I]`.
     transposed: bool,
     compute: Compute,
+}
+
+impl Linear {
+    /// With `pre`, and the parameters of its norm.
+    pub(super) fn taken_apart(pre: Pre) -> (Self, [Option<Tensor<1>>; 2]) {
+        let mut norm_parameters = [None, None];
+        let pre = match pre {
+            Pre::Nothing => PreOp::Nothing,
+            Pre::LayerNorm { weight, bias, eps } => {
+                norm_parameters = [Some(weight), bias];
+                PreOp::Norm(norm::Norm { center: true, eps: eps as f32 })
+            }
+            Pre::RmsNorm { weight, eps } => {
+                norm_parameters = [Some(weight), None];
+                PreOp::Norm(norm::Norm { center: false, eps: eps as f32 })
+            }
+            Pre::Gelu => PreOp::Gelu(activation::Form::Tanh),
+            Pre::GeluExact => PreOp::Gelu(activation::Form::Exact),
+            Pre::SwiGlu => PreOp::SwiGlu,
+        };
+        (Self { pre, transposed: false, compute: compute() }, norm_parameters)
+    }
 }
 
 /// A weight, in f32 or bfloat16.

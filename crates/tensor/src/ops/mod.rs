@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+pub mod collective;
 mod compute;
 mod cross_entropy;
 mod deferred;
@@ -16,18 +17,19 @@ pub(crate) mod formula;
 mod linear;
 mod norm;
 mod optim;
+mod parallel_linear;
 mod seed;
 mod sequence;
 mod softcap;
 pub(crate) mod state;
 mod vjp;
 
-pub use activation::{dropout, gelu, gelu_exact, swiglu};
+pub use activation::{dropout, dropout_from, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
-pub use cross_entropy::{LossConfig, linear_cross_entropy};
+pub use cross_entropy::{LossConfig, linear_cross_entropy, vocab_cross_entropy};
 pub use deferred::{Deferred, defer_weights};
-pub use embedding::embedding;
+pub use embedding::{embedding, vocab_embedding};
 pub use factored::{divide_by_root, mean_squares, subtract_scaled};
 pub use formula::{
     AdEmaMixHyper, AdamWHyper, Formula, LionHyper, MomentumHyper, Number, ScheduleFreeHyper, SgdHyper, SophiaHyper,
@@ -36,6 +38,7 @@ pub use formula::{
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, qk_norm, rms_norm};
 pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_f32, update, zeros_like};
+pub use parallel_linear::{column_linear, row_linear};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};
 pub use softcap::soft_cap;

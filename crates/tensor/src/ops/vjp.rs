@@ -86,6 +86,11 @@ pub(crate) struct Sink<B: HostBackend> {
 }
 
 impl<B: HostBackend> Sink<B> {
+    /// Into a new buffer, or into nothing.
+    pub fn fresh(wanted: bool) -> Self {
+        Self { wanted, existing: None, later: None }
+    }
+
     /// Whether the gradient is to be left for later, with [`leave`](Self::leave).
     pub fn is_deferred(&self) -> bool {
         self.later.is_some()

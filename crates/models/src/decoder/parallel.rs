@@ -1,0 +1,265 @@
+//! Tensor parallelism: every rank has a part of each matrix (Megatron-LM, Shoeybi et al., arXiv:1909.08053), and, with sequence parallelism, a part of the tokens
+//! between them (Korthikanti et al., arXiv:2205.05198).
+//!
+//! Attention is divided by heads, the feed-forward layer by its inner width, embedding and head by the vocabulary; norms and positions, and the biases
+//! that are added to the residual stream, are on every rank. Each block sums over the ranks twice in forward and twice in backward. Every gradient is
+//! complete when backward is done: what all ranks have, they have with the same gradient.
+//!
+//! With sequence parallelism the residual stream is `[1, part of B T, D]`: the rows of the batch one after the other, divided evenly among the ranks.
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+use firebox_parallel::{CommError, Communicator};
+use firebox_tensor::device::is_fused;
+use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_rows, part, reduce_from, scatter_rows};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
+
+use super::config::{ConfigError, DecoderConfig};
+use super::model::{Attention, Decoder, Embedding, Linear, Norm};
+use crate::placement::{Placement, Segment};
+use crate::stage::TokenBatch;
+
+/// The ranks that share a decoder's matrices, as one of them sees them.
+#[derive(Clone, Debug)]
+pub struct TensorParallel {
+    group: Communicator,
+    sequence: bool,
+    /// The ranks with the same key-value head.
+    same_head: Option<Communicator>,
+}
+
+/// A decoder that cannot be divided.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TensorParallelError {
+    /// Its shape is impossible, or does not divide.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The ranks with the same key-value head could not be brought together.
+    #[error("tensor parallel: {0}")]
+    Comm(#[from] CommError),
+    /// Ranks talk through the memory of the CPU.
+    #[error("tensor parallel: expected a CPU backend (ndarray, flex), got {0}; run this device on one rank")]
+    Device(String),
+}
+
+impl DecoderConfig {
+    /// Checks that each of `size` ranks gets a part.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first value that does not divide.
+    pub fn validate_parallel(&self, size: usize) -> Result<(), ConfigError> {
+        let fail = |field, got: usize, expected: String| Err(ConfigError { field, got: got.to_string(), expected });
+        for (field, value) in [("vocab_size", self.vocab_size), ("d_ff", self.d_ff)] {
+            if value < size {
+                return fail(field, value, format!("must be at least the {size} ranks of tensor parallelism"));
+            }
+        }
+        if self.n_kv_heads < size && !(size.is_multiple_of(self.n_kv_heads) && self.n_heads.is_multiple_of(size)) {
+            let expected = format!(
+                "must be at least the {size} ranks of tensor parallelism, or divide them while they divide n_heads = {}",
+                self.n_heads
+            );
+            return fail("n_kv_heads", self.n_kv_heads, expected);
+        }
+        Ok(())
+    }
+
+    /// How the parameter of this name (its path in the module) is divided among `size` ranks.
+    pub fn placement(&self, param: &str, size: usize) -> Placement {
+        let (name, field) = param.rsplit_once('.').unwrap_or((param, ""));
+        let segment = |units, width| Segment { units, width };
+        // Query heads go where their key-value head goes, unless that one goes to several ranks.
+        let queries = if self.n_kv_heads >= size {
+            segment(self.n_kv_heads, self.n_heads / self.n_kv_heads * self.head_dim)
+        } else {
+            segment(self.n_heads, self.head_dim)
+        };
+        let keys = segment(self.n_kv_heads, self.head_dim);
+        // Biases have the columns of their weight.
+        let columns = usize::from(field == "weight");
+        let inner = vec![segment(self.d_ff, 1); self.ff_in_width() / self.d_ff];
+        match name {
+            "embed" | "head" => Placement::split(0, [segment(self.vocab_size, 1)]),
+            _ if name.ends_with("attn.qkv") => Placement::split(columns, [queries, keys, keys]),
+            _ if name.ends_with("mlp.input") => Placement::split(columns, inner),
+            _ if name.ends_with("attn.out") && columns == 1 => Placement::split(0, [queries]),
+            _ if name.ends_with("mlp.output") && columns == 1 => Placement::split(0, [segment(self.d_ff, 1)]),
+            _ => Placement::replicated(),
+        }
+    }
+
+    /// The heads of rank `rank` of `size`: queries, and keys and values.
+    pub(super) fn heads(&self, rank: usize, size: usize) -> [usize; 2] {
+        let rows = self.placement("attn.out.weight", size).shape(&[self.n_heads * self.head_dim, 1], rank, size)[0];
+        [rows / self.head_dim, part(self.n_kv_heads, rank, size).len().max(1)]
+    }
+}
+
+impl Decoder {
+    /// This rank's part of the decoder that [`new`](Self::new) makes of the same seed. With `sequence`, the tokens of the residual stream are divided as
+    /// well. All ranks of the group must call it, and then run the same stages on the same batches.
+    ///
+    /// # Errors
+    /// An impossible shape, one that does not divide, a device that is no CPU backend, or a rank that fails.
+    pub fn sharded(
+        config: &DecoderConfig,
+        seed: u64,
+        device: &Device,
+        group: &Communicator,
+        sequence: bool,
+    ) -> Result<Self, TensorParallelError> {
+        config.validate()?;
+        if group.size() == 1 {
+            return Ok(Self::new(config, seed, device)?);
+        }
+        config.validate_parallel(group.size())?;
+        if !is_fused(device) {
+            return Err(TensorParallelError::Device(format!("{device:?}")));
+        }
+        let same_head = if config.n_kv_heads < group.size() {
+            group.split(Some((group.rank() * config.n_kv_heads / group.size()) as u32), 0)?
+        } else {
+            None
+        };
+        let parallel = TensorParallel { group: group.clone(), sequence, same_head };
+        Ok(Self::make(config, seed, device, Some(parallel))?)
+    }
+}
+
+impl TensorParallel {
+    /// The ranks that share the matrices.
+    pub fn group(&self) -> &Communicator {
+        &self.group
+    }
+
+    /// Whether the tokens of the residual stream are divided among the ranks.
+    pub fn sequence_parallel(&self) -> bool {
+        self.sequence
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.group.rank()
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.group.size()
+    }
+
+    /// B and T, where the tokens of the residual stream are divided.
+    fn tokens(&self, sequence: &Sequence) -> Option<[usize; 2]> {
+        self.sequence.then(|| [sequence.batch(), sequence.tokens()])
+    }
+
+    /// The number in the whole batch of the first token of this rank's residual stream.
+    pub(super) fn first_token(&self, sequence: &Sequence) -> usize {
+        match self.tokens(sequence) {
+            Some([b, t]) => part(b * t, self.rank(), self.size()).start,
+            None => 0,
+        }
+    }
+
+    /// A parameter that every rank has and applies to its own tokens.
+    fn of_tokens<const D: usize>(&self, param: Tensor<D>) -> Tensor<D> {
+        if self.sequence { copy_to(param, &self.group) } else { param }
+    }
+
+    /// Tokens and positions as the residual stream.
+    pub(super) fn embed(
+        &self,
+        embed: &Embedding,
+        positions: Option<&Embedding>,
+        config: &DecoderConfig,
+        inputs: &[i32],
+        sequence: &Sequence,
+    ) -> Tensor<3> {
+        let (b, t, vocab) = (sequence.batch(), sequence.tokens(), config.vocab_size);
+        let first = part(vocab, self.rank(), self.size()).start;
+        let x = ops::vocab_embedding(embed.weight.val(), first, vocab, inputs, b, t);
+        let (x, [rows, tokens], at) = if self.sequence {
+            let mine = part(b * t, self.rank(), self.size());
+            let x = scatter_rows(x.reshape([b * t, config.d_model]), &self.group);
+            (x.reshape([1, mine.len(), config.d_model]), [1, mine.len()], mine)
+        } else {
+            (reduce_from(x, &self.group), [b, t], 0..b * t)
+        };
+        match positions {
+            Some(table) => {
+                let ids = sequence.positions()[at].into();
+                x + ops::embedding(self.of_tokens(table.weight.val()), ids, rows, tokens)
+            }
+            None => x,
+        }
+    }
+
+    /// `[q | k | v]` of this rank's heads, `[B, T, ..]`.
+    pub(super) fn qkv(
+        &self,
+        attn: &Attention,
+        x: Tensor<3>,
+        norm: &Norm,
+        heads: &AttentionConfig,
+        sequence: &Sequence,
+    ) -> Tensor<3> {
+        let (mut weight, mut bias) = attn.qkv.values();
+        if let Some(group) = &self.same_head {
+            let keys = heads.n_heads * heads.head_dim;
+            weight = copy_columns_to(weight, keys, group);
+            bias = bias.map(|bias| copy_columns_to(bias, keys, group));
+        }
+        let qkv = ops::column_linear(x, norm.before(), weight, bias, self.tokens(sequence), &self.group);
+        match (&attn.q_norm, &attn.k_norm) {
+            (Some(q), Some(k)) => {
+                let gains = [q, k].map(|norm| copy_to(norm.weight.val(), &self.group));
+                ops::qk_norm(qkv, gains, [heads.n_heads, heads.n_kv_heads], q.eps())
+            }
+            _ => qkv,
+        }
+    }
+
+    /// From the residual stream into this rank's columns.
+    pub(super) fn column(&self, linear: &Linear, x: Tensor<3>, pre: Pre, sequence: &Sequence) -> Tensor<3> {
+        let (weight, bias) = linear.values();
+        ops::column_linear(x, pre, weight, bias, self.tokens(sequence), &self.group)
+    }
+
+    /// From this rank's rows back into the residual stream.
+    pub(super) fn row(
+        &self,
+        linear: &Linear,
+        x: Tensor<3>,
+        pre: Pre,
+        residual: Option<Tensor<3>>,
+        sequence: &Sequence,
+    ) -> Tensor<3> {
+        let (weight, bias) = linear.values();
+        ops::row_linear(x, pre, weight, bias, residual, self.tokens(sequence), &self.group)
+    }
+
+    /// The loss from the residual stream.
+    pub(super) fn loss(
+        &self,
+        x: Tensor<3>,
+        norm: &Norm,
+        head: Tensor<2>,
+        config: &DecoderConfig,
+        batch: &TokenBatch,
+        loss: &LossConfig,
+    ) -> Tensor<1> {
+        let x = self.normed(x, norm, &batch.sequence);
+        let x = if self.sequence { x } else { copy_to(x, &self.group) };
+        let (targets, scale) = (Arc::clone(&batch.targets), batch.loss_scale);
+        ops::vocab_cross_entropy(x, head, targets, scale, config.logit_softcap, loss, config.vocab_size, &self.group)
+    }
+
+    /// The final norm of all tokens, `[B T, D]`.
+    pub(super) fn normed(&self, x: Tensor<3>, norm: &Norm, sequence: &Sequence) -> Tensor<2> {
+        let [b, t, d] = x.dims();
+        let x = norm.forward_with(x, |param| self.of_tokens(param)).reshape([b * t, d]);
+        match self.tokens(sequence) {
+            Some([b, t]) => gather_rows(x, b * t, &self.group),
+            None => x,
+        }
+    }
+}
