@@ -1,0 +1,240 @@
+//! Tensor parallelism: whatever the number of ranks that share the matrices, the same model with the same losses and gradients.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::{Staged, TokenBatch};
+use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
+use firebox_parallel::{Communicator, spawn};
+use firebox_tensor::device::Backend;
+use firebox_tensor::ops::{LossConfig, Sequence};
+use firebox_tensor::random::{Counter, Purpose, uniform_bits};
+use firebox_tensor::threads;
+use firebox_train::engine::{Engine, Recompute};
+use firebox_train::model_io::{parameters, to_host};
+
+const STEPS: u64 = 3;
+
+/// RMSNorm, SwiGLU, rotary positions, grouped heads; a vocabulary and an inner width that no number of ranks divides.
+fn llama(n_kv_heads: usize, tied: bool) -> DecoderConfig {
+    DecoderConfig {
+        window: None,
+        qk_norm: false,
+        attention_softcap: 0.0,
+        logit_softcap: 0.0,
+        vocab_size: 61,
+        d_model: 24,
+        n_layers: 3,
+        n_heads: 8,
+        n_kv_heads,
+        head_dim: 6,
+        d_ff: 45,
+        context: 16,
+        norm: NormKind::RmsNorm,
+        norm_eps: 1e-5,
+        feed_forward: FeedForward::SwiGlu,
+        positions: Positions::Rotary { theta: 10_000.0 },
+        bias: false,
+        tied,
+        dropout: 0.0,
+        init_std: 0.2,
+    }
+}
+
+/// LayerNorm, GELU, learned positions, biases.
+fn gpt2(n_kv_heads: usize, tied: bool) -> DecoderConfig {
+    DecoderConfig {
+        norm: NormKind::LayerNorm,
+        feed_forward: FeedForward::Gelu,
+        positions: Positions::Learned,
+        bias: true,
+        ..llama(n_kv_heads, tied)
+    }
+}
+
+/// Three rows of 13 tokens, each of several documents; some targets count nothing.
+fn batch(vocab: usize) -> TokenBatch {
+    let (b, t) = (3, 13);
+    let random = |i: usize, below: usize| {
+        (uniform_bits(Counter::new(7, Purpose::Sampling, 0), i as u64) as usize % below) as i32
+    };
+    let mut inputs = vec![];
+    let mut targets = vec![];
+    let (mut positions, mut segments) = (vec![], vec![]);
+    for i in 0..b * t {
+        let starts = [0, 5 + i / t, 9];
+        let segment = starts.iter().rposition(|&start| start <= i % t).unwrap();
+        segments.push(segment as i32);
+        positions.push((i % t - starts[segment]) as i32);
+        inputs.push(random(2 * i, vocab));
+        targets.push(if i % 7 == 3 { -1 } else { random(2 * i + 1, vocab) });
+    }
+    TokenBatch::new(inputs, targets, Sequence::new(b, t, positions, &segments))
+}
+
+/// What training gives: losses, the gradients of the first step, parameters at the end.
+struct Run {
+    losses: Vec<f64>,
+    grads: BTreeMap<String, Vec<f32>>,
+    params: BTreeMap<String, Vec<f32>>,
+    /// The sum of the squares of the gradients that this rank counts.
+    squares: f64,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+fn train(mut model: Decoder, rank: usize, size: usize, loss: LossConfig, engine: &Engine) -> Run {
+    model = model.with_loss(loss);
+    let batch = batch(model.config().vocab_size);
+    // The bias of keys has no influence: what rounding leaves of its gradient, a small epsilon would make a step as large as any other.
+    let adamw = AdamWConfig { eps: 1e-4, ..AdamWConfig::default() };
+    let mut optimizer = Optimizer::new(adamw, DecayRule::Matrices).unwrap();
+    let mut run = Run {
+        losses: vec![],
+        grads: BTreeMap::new(),
+        params: BTreeMap::new(),
+        squares: 0.0,
+        shapes: firebox_optim::parameters(&model).unwrap().into_iter().map(|info| (info.name, info.shape)).collect(),
+    };
+    for step in 0..STEPS {
+        let mut grads = NamedGrads::new();
+        run.losses.push(engine.gradients(&model, &batch, step, &mut grads).unwrap());
+        if step == 0 {
+            run.grads = grads.iter().map(|(name, grad)| (name.to_owned(), to_host(grad.clone()))).collect();
+        }
+        model = optimizer.step(3e-3, model, &mut grads).unwrap();
+    }
+    for (name, grad) in &run.grads {
+        for range in model.placement(name).counted(&run.shapes[name], rank, size) {
+            run.squares += grad[range].iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
+        }
+    }
+    run.params = parameters(&model).into_iter().map(|(name, tensor)| (name, to_host(tensor))).collect();
+    run
+}
+
+/// One rank's run against that of `size` ranks.
+fn same(what: &str, config: &DecoderConfig, loss: LossConfig, size: usize, sequence: bool, engine: &Engine) {
+    let device = Backend::NdArray.device().unwrap().autodiff();
+    let what = format!("{what} on {size} ranks{}", if sequence { ", tokens divided" } else { "" });
+    let whole = train(Decoder::new(config, 5, &device).unwrap(), 0, 1, loss, &Engine::default());
+    let runs = {
+        let (config, engine) = (config.clone(), engine.clone());
+        spawn(size, move |comm: Communicator| {
+            let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
+            let model = Decoder::sharded(&config, 5, &device, &comm, sequence).map_err(|error| error.to_string())?;
+            Ok::<Run, String>(train(model, comm.rank(), size, loss, &engine))
+        })
+        .unwrap_or_else(|error| panic!("{what}: {error}"))
+    };
+    for (step, want) in whole.losses.iter().enumerate() {
+        for run in &runs {
+            let got = run.losses[step];
+            assert!((got - want).abs() <= 1e-5 * want, "{what}: loss {got} of step {step}, expected {want}");
+            assert_eq!(got, runs[0].losses[step], "{what}: ranks differ in the loss");
+        }
+    }
+    close(&what, "gradient", config, &whole, &runs, |run| &run.grads, 1e-30);
+    close(&what, "parameter", config, &whole, &runs, |run| &run.params, 0.1);
+    let squares: f64 = runs.iter().map(|run| run.squares).sum();
+    assert!((squares - whole.squares).abs() <= 1e-5 * whole.squares, "{what}: {squares}, {}", whole.squares);
+}
+
+/// Within 1e-5 of the largest value, or of `smallest`.
+fn close(
+    what: &str,
+    kind: &str,
+    config: &DecoderConfig,
+    whole: &Run,
+    runs: &[Run],
+    of: impl Fn(&Run) -> &BTreeMap<String, Vec<f32>>,
+    smallest: f64,
+) {
+    assert!(!of(whole).is_empty());
+    for (name, want) in of(whole) {
+        let what = format!("{what}: {kind} of {name}");
+        let placement = config.placement(name, runs.len());
+        let parts: Vec<&Vec<f32>> = runs.iter().map(|run| &of(run)[name]).collect();
+        let shape = &whole.shapes[name];
+        assert_eq!(&placement.full_shape(&runs[0].shapes[name]), shape, "{what}");
+        let got = placement.unshard(&parts, shape);
+        // What several ranks have is the same on all, to the bit.
+        for (rank, part) in parts.iter().enumerate() {
+            assert!(**part == placement.shard(&got, shape, rank, runs.len()), "{what}: ranks differ");
+        }
+        let size = want.iter().fold(smallest, |max: f64, v| max.max(f64::from(v.abs())));
+        let worst = want.iter().zip(&got).map(|(w, g)| f64::from((w - g).abs())).fold(0.0, f64::max);
+        assert!(worst <= 1e-5 * size, "{what}: off by {worst}, largest {size}");
+    }
+}
+
+const LOSS: LossConfig = LossConfig { label_smoothing: 0.1, z_loss: 1e-2 };
+
+#[test]
+fn llama_is_the_same_on_any_number_of_ranks() {
+    for size in [2, 4, 8] {
+        for sequence in [false, true] {
+            let config = DecoderConfig { qk_norm: true, attention_softcap: 5.0, logit_softcap: 4.0, ..llama(2, true) };
+            same("two key-value heads", &config, LOSS, size, sequence, &Engine::default());
+            same("eight key-value heads", &llama(8, false), LossConfig::default(), size, sequence, &Engine::default());
+        }
+    }
+}
+
+#[test]
+fn gpt2_is_the_same_on_any_number_of_ranks() {
+    for size in [2, 4, 8] {
+        for sequence in [false, true] {
+            same("one key-value head", &gpt2(1, true), LOSS, size, sequence, &Engine::default());
+            let config = DecoderConfig { dropout: 0.2, ..gpt2(8, false) };
+            same("dropout", &config, LossConfig::default(), size, sequence, &Engine::default());
+        }
+    }
+}
+
+#[test]
+fn what_is_computed_again_talks_again() {
+    let engine = Engine { recompute: Recompute::Blocks, ..Engine::default() };
+    let config = DecoderConfig { qk_norm: true, dropout: 0.1, ..llama(2, true) };
+    for sequence in [false, true] {
+        same("recomputed", &config, LossConfig::default(), 4, sequence, &engine);
+    }
+}
+
+#[test]
+fn heads_may_be_divided_unevenly() {
+    let config = DecoderConfig { n_heads: 9, n_kv_heads: 3, ..llama(3, true) };
+    same("nine heads", &config, LossConfig::default(), 2, true, &Engine::default());
+}
+
+#[test]
+fn what_does_not_divide_is_refused() {
+    let refused = |config: DecoderConfig, size: usize| config.validate_parallel(size).unwrap_err().to_string();
+    assert_eq!(
+        refused(llama(2, true), 3),
+        "decoder config: n_kv_heads = 2: must be at least the 3 ranks of tensor parallelism, or divide them while they divide \
+         n_heads = 8"
+    );
+    let few = DecoderConfig { vocab_size: 3, ..llama(2, true) };
+    assert_eq!(refused(few, 4), "decoder config: vocab_size = 3: must be at least the 4 ranks of tensor parallelism");
+    llama(2, true).validate_parallel(8).unwrap();
+}
+
+#[test]
+fn a_rank_that_fails_is_named() {
+    let device = Backend::NdArray.device().unwrap().autodiff();
+    let failure = spawn(4, move |comm: Communicator| {
+        let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
+        let config = llama(2, true);
+        let model = Decoder::sharded(&config, 5, &device, &comm, false).map_err(|error| error.to_string())?;
+        let batch = batch(config.vocab_size);
+        let loss = model.loss(&batch, Some(0));
+        if comm.rank() == 2 {
+            return Err("out of memory".to_owned());
+        }
+        // The others are inside backward, where no error can be returned.
+        loss.backward();
+        Ok(())
+    });
+    assert_eq!(failure.unwrap_err().to_string(), "rank 2 failed: out of memory");
+}
