@@ -1,5 +1,6 @@
 //! Where the values of a parameter lie among the ranks that share it.
 
+use std::iter;
 use std::ops::Range;
 
 /// How one parameter is divided among the ranks of a tensor-parallel group: data, from which a full parameter can be cut into parts or put together again
@@ -82,7 +83,7 @@ impl Placement {
     /// The stretches of the flat full parameter of shape `full` that are, one after the other, the flat part of rank `rank` of `size`.
     pub fn runs(&self, full: &[usize], rank: usize, size: usize) -> Vec<Range<usize>> {
         if self.is_replicated() {
-            return vec![0..full.iter().product()];
+            return iter::once(0..full.iter().product()).collect();
         }
         let ranges: Vec<Range<usize>> = self.ranges(rank, size).map(|(_, range)| range).collect();
         let (outer, inner) = (full[..self.dim].iter().product(), full[self.dim + 1..].iter().product::<usize>());
@@ -116,13 +117,12 @@ impl Placement {
     /// The stretches of a rank's flat part, of shape `part`, that no rank before it has. Sums over all values of a model, such as the norm of its gradient, take
     /// these alone, so that what several ranks have counts once.
     pub fn counted(&self, part: &[usize], rank: usize, size: usize) -> Vec<Range<usize>> {
-        let all = vec![0..part.iter().product()];
         let first = |segment: Segment| segment.is_first(rank, size);
-        if self.is_replicated() {
-            return if rank == 0 { all } else { vec![] };
+        if self.is_replicated() && rank > 0 {
+            return vec![];
         }
         if self.segments.iter().all(|segment| first(*segment)) {
-            return all;
+            return iter::once(0..part.iter().product()).collect();
         }
         let (outer, inner) = (part[..self.dim].iter().product(), part[self.dim + 1..].iter().product::<usize>());
         let mut counted = vec![];

@@ -8,7 +8,7 @@ use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_parallel::{Communicator, spawn};
 use firebox_tensor::device::Backend;
-use firebox_tensor::ops::{LossConfig, Sequence};
+use firebox_tensor::ops::{Compute, LossConfig, Sequence};
 use firebox_tensor::random::{Counter, Purpose, uniform_bits};
 use firebox_tensor::threads;
 use firebox_train::engine::{Engine, Recompute};
@@ -53,9 +53,8 @@ fn gpt2(n_kv_heads: usize, tied: bool) -> DecoderConfig {
     }
 }
 
-/// Three rows of 13 tokens, each of several documents; some targets count nothing.
-fn batch(vocab: usize) -> TokenBatch {
-    let (b, t) = (3, 13);
+/// Rows of several documents each; some targets count nothing.
+fn batch(vocab: usize, [b, t]: [usize; 2]) -> TokenBatch {
     let random = |i: usize, below: usize| {
         (uniform_bits(Counter::new(7, Purpose::Sampling, 0), i as u64) as usize % below) as i32
     };
@@ -83,11 +82,11 @@ struct Run {
     shapes: BTreeMap<String, Vec<usize>>,
 }
 
-fn train(mut model: Decoder, rank: usize, size: usize, loss: LossConfig, engine: &Engine) -> Run {
-    model = model.with_loss(loss);
-    let batch = batch(model.config().vocab_size);
+fn train(model: Decoder, rank: usize, size: usize, case: &Case) -> Run {
+    let mut model = model.with_loss(case.loss);
+    let batch = batch(case.config.vocab_size, case.tokens);
     // The bias of keys has no influence: what rounding leaves of its gradient, a small epsilon would make a step as large as any other.
-    let adamw = AdamWConfig { eps: 1e-4, ..AdamWConfig::default() };
+    let adamw = AdamWConfig { eps: 1e-3, ..AdamWConfig::default() };
     let mut optimizer = Optimizer::new(adamw, DecayRule::Matrices).unwrap();
     let mut run = Run {
         losses: vec![],
@@ -98,7 +97,7 @@ fn train(mut model: Decoder, rank: usize, size: usize, loss: LossConfig, engine:
     };
     for step in 0..STEPS {
         let mut grads = NamedGrads::new();
-        run.losses.push(engine.gradients(&model, &batch, step, &mut grads).unwrap());
+        run.losses.push(case.engine.gradients(&model, &batch, step, &mut grads).unwrap());
         if step == 0 {
             run.grads = grads.iter().map(|(name, grad)| (name.to_owned(), to_host(grad.clone()))).collect();
         }
@@ -109,42 +108,80 @@ fn train(mut model: Decoder, rank: usize, size: usize, loss: LossConfig, engine:
             run.squares += grad[range].iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
         }
     }
+    if let Some(parallel) = model.parallel() {
+        // What a rank puts together for a checkpoint is what all ranks have.
+        let name = "blocks.1.attn.qkv.weight";
+        let part = &run.grads[name];
+        let full = parallel.gather(&model.placement(name), part, &run.shapes[name]).unwrap();
+        let shape = model.placement(name).full_shape(&run.shapes[name]);
+        assert_eq!(&model.placement(name).shard(&full, &shape, rank, size), part);
+    }
     run.params = parameters(&model).into_iter().map(|(name, tensor)| (name, to_host(tensor))).collect();
     run
 }
 
+/// What is trained, and how.
+#[derive(Clone)]
+struct Case {
+    config: DecoderConfig,
+    loss: LossConfig,
+    /// B and T: 39 tokens, which no number of ranks divides.
+    tokens: [usize; 2],
+    engine: Engine,
+    /// Of losses, and of gradients and parameters to the largest value in them.
+    tolerance: f64,
+}
+
+impl Case {
+    fn new(config: DecoderConfig) -> Self {
+        let engine = Engine::default();
+        Self { config, loss: LossConfig::default(), tokens: [3, 13], engine, tolerance: 1e-5 }
+    }
+
+    /// With label smoothing and z-loss.
+    fn with_loss(self) -> Self {
+        Self { loss: LossConfig { label_smoothing: 0.1, z_loss: 1e-2 }, ..self }
+    }
+}
+
 /// One rank's run against that of `size` ranks.
-fn same(what: &str, config: &DecoderConfig, loss: LossConfig, size: usize, sequence: bool, engine: &Engine) {
+fn same(what: &str, case: &Case, size: usize, sequence: bool) {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let what = format!("{what} on {size} ranks{}", if sequence { ", tokens divided" } else { "" });
-    let whole = train(Decoder::new(config, 5, &device).unwrap(), 0, 1, loss, &Engine::default());
+    let alone = Case { engine: Engine { compute: case.engine.compute, ..Engine::default() }, ..case.clone() };
+    let whole = train(Decoder::new(&case.config, 5, &device).unwrap(), 0, 1, &alone);
     let runs = {
-        let (config, engine) = (config.clone(), engine.clone());
+        let case = case.clone();
         spawn(size, move |comm: Communicator| {
             let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
-            let model = Decoder::sharded(&config, 5, &device, &comm, sequence).map_err(|error| error.to_string())?;
-            Ok::<Run, String>(train(model, comm.rank(), size, loss, &engine))
+            let model =
+                Decoder::sharded(&case.config, 5, &device, &comm, sequence).map_err(|error| error.to_string())?;
+            Ok::<Run, String>(train(model, comm.rank(), size, &case))
         })
         .unwrap_or_else(|error| panic!("{what}: {error}"))
     };
     for (step, want) in whole.losses.iter().enumerate() {
         for run in &runs {
             let got = run.losses[step];
-            assert!((got - want).abs() <= 1e-5 * want, "{what}: loss {got} of step {step}, expected {want}");
+            assert!((got - want).abs() <= case.tolerance * want, "{what}: loss {got} of step {step}, expected {want}");
             assert_eq!(got, runs[0].losses[step], "{what}: ranks differ in the loss");
         }
     }
-    close(&what, "gradient", config, &whole, &runs, |run| &run.grads, 1e-30);
-    close(&what, "parameter", config, &whole, &runs, |run| &run.params, 0.1);
+    close(&what, "gradient", case, &whole, &runs, |run| &run.grads, 1e-30);
+    close(&what, "parameter", case, &whole, &runs, |run| &run.params, 0.1);
     let squares: f64 = runs.iter().map(|run| run.squares).sum();
-    assert!((squares - whole.squares).abs() <= 1e-5 * whole.squares, "{what}: {squares}, {}", whole.squares);
+    assert!(
+        (squares - whole.squares).abs() <= 10.0 * case.tolerance * whole.squares,
+        "{what}: {squares}, {}",
+        whole.squares
+    );
 }
 
-/// Within 1e-5 of the largest value, or of `smallest`.
+/// Within the tolerance of the largest value, or of `smallest`.
 fn close(
     what: &str,
     kind: &str,
-    config: &DecoderConfig,
+    case: &Case,
     whole: &Run,
     runs: &[Run],
     of: impl Fn(&Run) -> &BTreeMap<String, Vec<f32>>,
@@ -153,7 +190,7 @@ fn close(
     assert!(!of(whole).is_empty());
     for (name, want) in of(whole) {
         let what = format!("{what}: {kind} of {name}");
-        let placement = config.placement(name, runs.len());
+        let placement = case.config.placement(name, runs.len());
         let parts: Vec<&Vec<f32>> = runs.iter().map(|run| &of(run)[name]).collect();
         let shape = &whole.shapes[name];
         assert_eq!(&placement.full_shape(&runs[0].shapes[name]), shape, "{what}");
@@ -164,19 +201,17 @@ fn close(
         }
         let size = want.iter().fold(smallest, |max: f64, v| max.max(f64::from(v.abs())));
         let worst = want.iter().zip(&got).map(|(w, g)| f64::from((w - g).abs())).fold(0.0, f64::max);
-        assert!(worst <= 1e-5 * size, "{what}: off by {worst}, largest {size}");
+        assert!(worst <= case.tolerance * size, "{what}: off by {worst}, largest {size}");
     }
 }
 
-const LOSS: LossConfig = LossConfig { label_smoothing: 0.1, z_loss: 1e-2 };
-
 #[test]
 fn llama_is_the_same_on_any_number_of_ranks() {
+    let bounded = DecoderConfig { qk_norm: true, attention_softcap: 5.0, logit_softcap: 4.0, ..llama(2, true) };
     for size in [2, 4, 8] {
         for sequence in [false, true] {
-            let config = DecoderConfig { qk_norm: true, attention_softcap: 5.0, logit_softcap: 4.0, ..llama(2, true) };
-            same("two key-value heads", &config, LOSS, size, sequence, &Engine::default());
-            same("eight key-value heads", &llama(8, false), LossConfig::default(), size, sequence, &Engine::default());
+            same("two key-value heads", &Case::new(bounded.clone()).with_loss(), size, sequence);
+            same("eight key-value heads", &Case::new(llama(8, false)), size, sequence);
         }
     }
 }
@@ -185,26 +220,43 @@ fn llama_is_the_same_on_any_number_of_ranks() {
 fn gpt2_is_the_same_on_any_number_of_ranks() {
     for size in [2, 4, 8] {
         for sequence in [false, true] {
-            same("one key-value head", &gpt2(1, true), LOSS, size, sequence, &Engine::default());
-            let config = DecoderConfig { dropout: 0.2, ..gpt2(8, false) };
-            same("dropout", &config, LossConfig::default(), size, sequence, &Engine::default());
+            same("one key-value head", &Case::new(gpt2(1, true)).with_loss(), size, sequence);
+            same("dropout", &Case::new(DecoderConfig { dropout: 0.2, ..gpt2(8, false) }), size, sequence);
         }
     }
 }
 
 #[test]
 fn what_is_computed_again_talks_again() {
-    let engine = Engine { recompute: Recompute::Blocks, ..Engine::default() };
     let config = DecoderConfig { qk_norm: true, dropout: 0.1, ..llama(2, true) };
+    let engine = Engine { recompute: Recompute::Blocks, ..Engine::default() };
+    let case = Case { engine, ..Case::new(config) };
     for sequence in [false, true] {
-        same("recomputed", &config, LossConfig::default(), 4, sequence, &engine);
+        same("recomputed", &case, 4, sequence);
+    }
+}
+
+#[test]
+fn products_in_bf16_stay_close() {
+    let engine = Engine { compute: Compute::Bf16, ..Engine::default() };
+    for config in [llama(2, true), gpt2(8, false)] {
+        let case = Case { engine: engine.clone(), tolerance: 3e-2, ..Case::new(config) };
+        for sequence in [false, true] {
+            same("bf16", &case, 4, sequence);
+        }
     }
 }
 
 #[test]
 fn heads_may_be_divided_unevenly() {
     let config = DecoderConfig { n_heads: 9, n_kv_heads: 3, ..llama(3, true) };
-    same("nine heads", &config, LossConfig::default(), 2, true, &Engine::default());
+    same("nine heads", &Case::new(config), 2, true);
+}
+
+#[test]
+fn there_may_be_fewer_tokens_than_ranks() {
+    same("five tokens", &Case { tokens: [1, 5], ..Case::new(gpt2(2, true)) }, 8, true);
+    same("five tokens", &Case { tokens: [1, 5], ..Case::new(llama(2, true)) }, 8, true);
 }
 
 #[test]
@@ -227,7 +279,7 @@ fn a_rank_that_fails_is_named() {
         let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
         let config = llama(2, true);
         let model = Decoder::sharded(&config, 5, &device, &comm, false).map_err(|error| error.to_string())?;
-        let batch = batch(config.vocab_size);
+        let batch = batch(config.vocab_size, [3, 13]);
         let loss = model.loss(&batch, Some(0));
         if comm.rank() == 2 {
             return Err("out of memory".to_owned());

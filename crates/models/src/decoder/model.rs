@@ -295,10 +295,7 @@ impl Decoder {
         let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, None));
         let x = flow.hidden();
         match self.parallel() {
-            Some(parallel) => {
-                let (b, t) = (batch.sequence.batch(), batch.sequence.tokens());
-                parallel.normed(x, &self.norm, &batch.sequence).reshape([b, t, self.config().d_model])
-            }
+            Some(parallel) => parallel.normed(x, &self.norm, &batch.sequence),
             None => self.norm.forward(x),
         }
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 use firebox_parallel::{CommError, Communicator};
 use firebox_tensor::device::is_fused;
-use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_rows, part, reduce_from, scatter_rows};
+use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_tokens, part, reduce_from, scatter_tokens};
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
 use super::config::{ConfigError, DecoderConfig};
@@ -139,6 +139,24 @@ impl TensorParallel {
         self.sequence
     }
 
+    /// The flat full values of a parameter of which this rank has `part`, of shape `shape`, on every rank. All ranks must call it.
+    ///
+    /// # Errors
+    /// A rank of the group that fails.
+    pub fn gather(&self, placement: &Placement, part: &[f32], shape: &[usize]) -> Result<Vec<f32>, CommError> {
+        if placement.is_replicated() {
+            return Ok(part.to_vec());
+        }
+        let full = placement.full_shape(shape);
+        let lens: Vec<usize> =
+            (0..self.size()).map(|rank| placement.shape(&full, rank, self.size()).iter().product()).collect();
+        let mut all = vec![0.0; lens.iter().sum()];
+        self.group.all_gather(part, &mut all)?;
+        let mut rest = all.as_slice();
+        let parts: Vec<&[f32]> = lens.iter().filter_map(|len| rest.split_off(..*len)).collect();
+        Ok(placement.unshard(&parts, &full))
+    }
+
     pub(super) fn rank(&self) -> usize {
         self.group.rank()
     }
@@ -179,8 +197,7 @@ impl TensorParallel {
         let x = ops::vocab_embedding(embed.weight.val(), first, vocab, inputs, b, t);
         let (x, [rows, tokens], at) = if self.sequence {
             let mine = part(b * t, self.rank(), self.size());
-            let x = scatter_rows(x.reshape([b * t, config.d_model]), &self.group);
-            (x.reshape([1, mine.len(), config.d_model]), [1, mine.len()], mine)
+            (scatter_tokens(x, &self.group), [1, mine.len()], mine)
         } else {
             (reduce_from(x, &self.group), [b, t], 0..b * t)
         };
@@ -248,17 +265,17 @@ impl TensorParallel {
         loss: &LossConfig,
     ) -> Tensor<1> {
         let x = self.normed(x, norm, &batch.sequence);
-        let x = if self.sequence { x } else { copy_to(x, &self.group) };
+        let [b, t, d] = x.dims();
+        let x = if self.sequence { x } else { copy_to(x, &self.group) }.reshape([b * t, d]);
         let (targets, scale) = (Arc::clone(&batch.targets), batch.loss_scale);
         ops::vocab_cross_entropy(x, head, targets, scale, config.logit_softcap, loss, config.vocab_size, &self.group)
     }
 
-    /// The final norm of all tokens, `[B T, D]`.
-    pub(super) fn normed(&self, x: Tensor<3>, norm: &Norm, sequence: &Sequence) -> Tensor<2> {
-        let [b, t, d] = x.dims();
-        let x = norm.forward_with(x, |param| self.of_tokens(param)).reshape([b * t, d]);
+    /// The final norm of all tokens, `[B, T, D]`.
+    pub(super) fn normed(&self, x: Tensor<3>, norm: &Norm, sequence: &Sequence) -> Tensor<3> {
+        let x = norm.forward_with(x, |param| self.of_tokens(param));
         match self.tokens(sequence) {
-            Some([b, t]) => gather_rows(x, b * t, &self.group),
+            Some(tokens) => gather_tokens(x, tokens, &self.group),
             None => x,
         }
     }

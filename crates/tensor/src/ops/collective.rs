@@ -5,8 +5,8 @@
 //! |---|---|---|
 //! | identity | all-reduce | [`copy_to`]: into a region where each rank works on its part of the weights |
 //! | all-reduce | identity | [`reduce_from`]: out of it |
-//! | all-gather of rows | reduce-scatter | [`gather_rows`]: into it from rows that are divided among the ranks |
-//! | reduce-scatter of rows | all-gather | [`scatter_rows`]: out of it |
+//! | all-gather | reduce-scatter | [`gather_tokens`]: into it from tokens that are divided among the ranks |
+//! | reduce-scatter | all-gather | [`scatter_tokens`]: out of it |
 //!
 //! They work on the memory of the CPU backends. Every rank of the group must come to the same operations in the same order, forward and backward.
 //! A group of one rank costs nothing.
@@ -52,29 +52,36 @@ pub fn reduce_from<const D: usize>(x: Tensor<D>, group: &Communicator) -> Tensor
     run(x, Kind::Reduce, group)
 }
 
-/// All rows, of which each rank has its [`part`]. A rank's gradient is its part of the sum of the gradients of all ranks.
+/// All tokens, of which each rank has its [`part`]. A rank's gradient is its part of the sum of the gradients of all ranks.
 ///
 /// # Shapes
-/// - `x`: `[part of N, D]`; output `[N, D]` with N = `rows`
+/// - `x`: `[1, part of B T, D]`; output `[B, T, D]`
 ///
 /// # Panics
 /// If `x` is not on a CPU backend or not this rank's part, or a rank of the group fails.
-pub fn gather_rows(x: Tensor<2>, rows: usize, group: &Communicator) -> Tensor<2> {
-    let (got, mine) = (x.dims()[0], part(rows, group.rank(), group.size()).len());
-    assert_eq!(got, mine, "gather_rows: this rank's part of {rows} rows is {mine}, got {got}");
-    run(x, Kind::Gather { rows }, group)
+pub fn gather_tokens(x: Tensor<3>, [batch, tokens]: [usize; 2], group: &Communicator) -> Tensor<3> {
+    if group.size() == 1 {
+        let d = x.dims()[2];
+        return x.reshape([batch, tokens, d]);
+    }
+    let (got, mine) = (x.dims()[1], part(batch * tokens, group.rank(), group.size()).len());
+    assert_eq!(got, mine, "gather_tokens: this rank's part of {batch} * {tokens} tokens is {mine}, got {got}");
+    run(x, Kind::Gather { batch, tokens }, group)
 }
 
-/// This rank's [`part`] of the rows of the sum of all ranks' `x`. Its gradient is that of all rows, put together from all ranks.
+/// This rank's [`part`] of the tokens of the sum of all ranks' `x`. Its gradient is that of all tokens, put together from all ranks.
 ///
 /// # Shapes
-/// - `x`: `[N, D]`; output `[part of N, D]`
+/// - `x`: `[B, T, D]`; output `[1, part of B T, D]`
 ///
 /// # Panics
 /// If `x` is not on a CPU backend, or a rank of the group fails.
-pub fn scatter_rows(x: Tensor<2>, group: &Communicator) -> Tensor<2> {
-    let rows = x.dims()[0];
-    run(x, Kind::Scatter { rows }, group)
+pub fn scatter_tokens(x: Tensor<3>, group: &Communicator) -> Tensor<3> {
+    let [batch, tokens, d] = x.dims();
+    if group.size() == 1 {
+        return x.reshape([1, batch * tokens, d]);
+    }
+    run(x, Kind::Scatter { batch, tokens }, group)
 }
 
 /// `x` itself, of which the ranks have the same columns (or, of a vector, elements) from `from` on: the gradients of these are summed over the group.
@@ -140,9 +147,24 @@ pub(crate) struct Collective {
 enum Kind {
     Copy,
     Reduce,
-    Gather { rows: usize },
-    Scatter { rows: usize },
+    Gather { batch: usize, tokens: usize },
+    Scatter { batch: usize, tokens: usize },
     Columns { from: usize },
+}
+
+impl Collective {
+    fn gather<B: HostBackend>(&self, x: FloatTensor<B>, [b, t]: [usize; 2], shape: &mut Vec<usize>) -> Vec<f32> {
+        let d = shape[2];
+        *shape = vec![b, t, d];
+        all_gather(&self.group, B::values(x).as_ref(), b * t, d)
+    }
+
+    fn scatter<B: HostBackend>(&self, x: FloatTensor<B>, shape: &mut Vec<usize>) -> Vec<f32> {
+        let d = shape[2];
+        let mine = reduce_scatter(&self.group, B::values(x).as_ref(), d);
+        *shape = vec![1, mine.len() / d.max(1), d];
+        mine
+    }
 }
 
 /// Of one input, whose values backward does not need.
@@ -160,14 +182,8 @@ impl Vjp<1> for Collective {
                 all_reduce(&self.group, &mut sum);
                 sum
             }
-            Kind::Gather { rows } => {
-                shape[0] = rows;
-                all_gather(&self.group, B::values(x).as_ref(), rows, shape[1])
-            }
-            Kind::Scatter { .. } => {
-                shape[0] = part(shape[0], self.group.rank(), self.group.size()).len();
-                reduce_scatter(&self.group, B::values(x).as_ref(), shape[1])
-            }
+            Kind::Gather { batch, tokens } => self.gather::<B>(x, [batch, tokens], &mut shape),
+            Kind::Scatter { .. } => self.scatter::<B>(x, &mut shape),
         };
         B::tensor(values, &shape)
     }
@@ -197,15 +213,8 @@ impl Vjp<1> for Collective {
                 }
                 sum
             }
-            Kind::Gather { .. } => {
-                let mine = reduce_scatter(&self.group, B::values(grad).as_ref(), shape[1]);
-                shape[0] = mine.len() / shape[1].max(1);
-                mine
-            }
-            Kind::Scatter { rows } => {
-                shape[0] = rows;
-                all_gather(&self.group, B::values(grad).as_ref(), rows, shape[1])
-            }
+            Kind::Gather { .. } => self.scatter::<B>(grad, &mut shape),
+            Kind::Scatter { batch, tokens } => self.gather::<B>(grad, [batch, tokens], &mut shape),
         };
         [dx.put(&shape, values)]
     }
