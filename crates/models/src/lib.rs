@@ -1,6 +1,6 @@
 //! # firebox-models
 //!
-//! Transformer models for training on [burn](https://burn.dev), written for one device and nothing else: no ranks, no files, no flags.
+//! Transformer models for training on [burn](https://burn.dev): for one device, or divided among ranks by tables that are data ([`Placement`]); no files, no flags.
 //! A model is a list of [stages](Staged), so that whoever drives it decides what is kept, recomputed, sharded or sent.
 //!
 //! - [`decoder`]: one configurable causal decoder that covers GPT-2 and Llama, from 1M to 70B parameters, with its KV cache and the names and

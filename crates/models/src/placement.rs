@@ -160,7 +160,7 @@ mod tests {
                 let parts: Vec<Vec<usize>> =
                     (0..size).map(|rank| placement.shard(&values, &full, rank, size)).collect();
                 assert_eq!(placement.unshard(&parts, &full), values);
-                let mut seen = vec![];
+                let mut seen: Vec<usize> = vec![];
                 for (rank, part) in parts.iter().enumerate() {
                     let shape = placement.shape(&full, rank, size);
                     assert_eq!(shape.iter().product::<usize>(), part.len());
@@ -168,7 +168,7 @@ mod tests {
                     seen.extend(placement.counted(&shape, rank, size).into_iter().flat_map(|run| &part[run]));
                 }
                 seen.sort_unstable();
-                assert!(seen.into_iter().eq(&values), "{placement:?} on {size} ranks");
+                assert_eq!(seen, values, "{placement:?} on {size} ranks");
             }
         }
     }

@@ -6,7 +6,7 @@
 //! On the CPU backends (`ndarray`, the default, and `flex`) every operation of [`ops`] is one multi-threaded kernel with a handwritten backward:
 //! linear layers, causal attention (grouped heads, segments, windows, rotary positions, no T x T matrix kept), norms, activations, embedding, and
 //! a head with cross-entropy whose logits never exist all at once. On the others (`wgpu`, `vulkan`, `metal`, `webgpu`, `cuda`, `rocm`) the
-//! same functions compose burn's own operations.
+//! same functions compose burn's own operations. [`ops::collective`] has the operations between ranks.
 //!
 //! ```
 //! use burn::tensor::{Distribution, Tensor};
