@@ -209,17 +209,20 @@ impl Communicator {
         })
     }
 
-    /// [`reduce_scatter`](Self::reduce_scatter) in the background; gives this rank's part, of `len` elements.
+    /// [`reduce_scatter`](Self::reduce_scatter) in the background; gives `out`, then this rank's part, and `data` back.
     ///
     /// # Errors
     ///
     /// The communication thread cannot be started; when waiting, as `reduce_scatter`.
-    pub fn start_reduce_scatter<T: Element>(&self, data: Vec<T>, len: usize, op: ReduceOp) -> Result<Pending<Vec<T>>> {
+    pub fn start_reduce_scatter<T: Element>(
+        &self,
+        data: Vec<T>,
+        mut out: Vec<T>,
+        op: ReduceOp,
+    ) -> Result<Pending<(Vec<T>, Vec<T>)>> {
         self.start(move |engine| {
-            let mut out = vec![T::default(); len];
-            let (data, bytes) = (T::bytes(&data), T::bytes_mut(&mut out));
-            let call = Call::ReduceScatter { data, out: bytes, dtype: T::DTYPE, op };
-            engine.call(Lane::Background, call).map(|()| out)
+            let call = Call::ReduceScatter { data: T::bytes(&data), out: T::bytes_mut(&mut out), dtype: T::DTYPE, op };
+            engine.call(Lane::Background, call).map(|()| (out, data))
         })
     }
 

@@ -110,8 +110,8 @@ fn typed<T: Sample>(comm: &Communicator) -> Result<(), CommError> {
                 let mut out = vec![T::default(); part(rank)];
                 comm.reduce_scatter(&of(rank), &mut out, op)?;
                 assert_eq!(out, expected[begin..begin + part(rank)], "reduce_scatter {op} of {len}");
-                let pending = comm.start_reduce_scatter(of(rank), part(rank), op)?;
-                assert_eq!(pending.wait()?, out);
+                let pending = comm.start_reduce_scatter(of(rank), vec![T::default(); part(rank)], op)?;
+                assert_eq!(pending.wait()?, (out, of(rank)));
             }
         }
 

@@ -4,7 +4,7 @@
 use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
-use firebox_parallel::{Communicator, ReduceOp};
+use firebox_parallel::{Communicator, Pending, ReduceOp};
 use rayon::prelude::*;
 
 use super::collective::{all_gather, all_reduce, assert_host, done, part, reduce_scatter};
@@ -12,6 +12,7 @@ use super::extension::FusedOps;
 use super::linear::{Linear, Pre, or_none};
 use super::vjp::{Keep, Sink, Vjp, dims, kept};
 use crate::adapter::HostBackend;
+use crate::buffers::{buffer, recycle};
 use crate::kernels;
 
 /// `pre(x) w + b` with this rank's columns of `w` and `b`: the same `x` on all ranks, or, with `tokens`, each rank's [`part`] of its rows.
@@ -132,6 +133,14 @@ impl ParallelLinear {
         (mine, vec![1, rows, shape[2]])
     }
 
+    /// Begins to sum `partial` over the ranks; where tokens are divided, this rank's part has `len` values.
+    fn start_sum(&self, partial: Vec<f32>, len: usize) -> Sum {
+        match self.tokens {
+            None => Sum::All(done(self.group.start_all_reduce(partial, ReduceOp::Sum))),
+            Some(_) => Sum::Part(done(self.group.start_reduce_scatter(partial, buffer(len), ReduceOp::Sum))),
+        }
+    }
+
     fn column_backward<B: HostBackend>(
         &self,
         [x, w, _, _, norm_weight, norm_bias]: [Option<FloatTensor<B>>; 6],
@@ -148,13 +157,7 @@ impl ParallelLinear {
         let [partial, _, _, _, norm_weight_part, norm_bias_part] =
             self.linear.backward::<B>(inputs(), grad.clone(), wanted);
         // The ranks sum up the gradient of the input while each computes that of its weight.
-        let sum = partial.map(|partial| {
-            let partial: Vec<f32> = B::into_vec(partial);
-            done(match self.tokens {
-                None => self.group.start_all_reduce(partial, ReduceOp::Sum),
-                Some(_) => self.group.start_reduce_scatter(partial, shape.iter().product(), ReduceOp::Sum),
-            })
-        });
+        let sum = partial.map(|partial| self.start_sum(B::into_vec(partial), shape.iter().product()));
         let [_, dw, db, ..] = self.linear.backward::<B>(inputs(), grad, [no(), dw, db, no(), no(), no()]);
         let [dnorm_weight, dnorm_bias] =
             [(dnorm_weight, norm_weight_part), (dnorm_bias, norm_bias_part)].map(|(sink, partial)| {
@@ -162,8 +165,27 @@ impl ParallelLinear {
                 all_reduce(&self.group, &mut sum);
                 sink.put(&[sum.len()], sum)
             });
-        let dx = sum.and_then(|sum| dx.put(&shape, done(sum.wait())));
+        let dx = sum.and_then(|sum| dx.put(&shape, sum.wait()));
         [dx, dw, db, None, dnorm_weight, dnorm_bias]
+    }
+}
+
+/// A sum over the ranks that is under way.
+enum Sum {
+    All(Pending<Vec<f32>>),
+    Part(Pending<(Vec<f32>, Vec<f32>)>),
+}
+
+impl Sum {
+    fn wait(self) -> Vec<f32> {
+        match self {
+            Self::All(sum) => done(sum.wait()),
+            Self::Part(part) => {
+                let (part, partial) = done(part.wait());
+                recycle(partial);
+                part
+            }
+        }
     }
 }
 
