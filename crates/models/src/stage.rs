@@ -98,6 +98,11 @@ pub trait Staged: Module {
         1.0
     }
 
+    /// The first two dimensions of the hidden states between stages: B and T, unless ranks divide the tokens.
+    fn hidden_tokens(&self, batch: &TokenBatch) -> [usize; 2] {
+        [batch.sequence.batch(), batch.sequence.tokens()]
+    }
+
     /// How the parameter of this name is divided among the ranks that share the model's matrices, where there are such.
     fn placement(&self, _param: &str) -> Placement {
         Placement::replicated()

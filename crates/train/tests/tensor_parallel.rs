@@ -6,11 +6,14 @@ use std::collections::BTreeMap;
 use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
-use firebox_parallel::{Communicator, spawn};
+use firebox_parallel::pipeline::Schedule;
+use firebox_parallel::{Axis, Communicator, Degrees, Mesh, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::ops::{Compute, LossConfig, Sequence};
 use firebox_tensor::random::{Counter, Purpose, uniform_bits};
 use firebox_tensor::threads;
+use firebox_train::TrainError;
+use firebox_train::engine::pipeline::Pipeline;
 use firebox_train::engine::{Engine, Recompute};
 use firebox_train::model_io::{parameters, to_host};
 
@@ -289,4 +292,67 @@ fn a_rank_that_fails_is_named() {
         Ok(())
     });
     assert_eq!(failure.unwrap_err().to_string(), "rank 2 failed: out of memory");
+}
+
+#[test]
+fn matrices_and_stages_are_divided_together() {
+    let device = Backend::NdArray.device().unwrap().autodiff();
+    let (micro_batches, degrees) = (4, Degrees { pp: 2, tp: 4, ..Degrees::default() });
+    let batches = move |config: &DecoderConfig| -> Vec<TokenBatch> {
+        (0..micro_batches).map(|i| batch(config.vocab_size, [3, 12 + i])).collect()
+    };
+    let counters: Vec<u64> = (0..micro_batches as u64).collect();
+    for (config, sequence) in [(llama(2, true), false), (gpt2(2, true), true)] {
+        let config = DecoderConfig { dropout: 0.1, ..config };
+        let model = Decoder::new(&config, 5, &device).unwrap();
+        let (mut want, mut loss) = (NamedGrads::new(), 0.0);
+        for (batch, counter) in batches(&config).iter().zip(&counters) {
+            loss += Engine::default().gradients(&model, batch, *counter, &mut want).unwrap();
+        }
+        for schedule in [Schedule::OneForwardOneBackward, Schedule::ZeroBubbleV] {
+            let what = format!("{schedule}, tokens divided: {sequence}");
+            let ranks = {
+                let (config, device, counters) = (config.clone(), device.clone(), counters.clone());
+                spawn(8, move |world: Communicator| {
+                    let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
+                    let mesh = Mesh::new(degrees, world).map_err(|error| error.to_string())?;
+                    let (tp, pp) = (mesh.group(Axis::Tp), mesh.group(Axis::Pp));
+                    let model =
+                        Decoder::sharded(&config, 5, &device, tp, sequence).map_err(|error| error.to_string())?;
+                    let run = || -> Result<(f64, NamedGrads), TrainError> {
+                        let pipeline = Pipeline::new(&model, schedule, pp.size(), micro_batches)?;
+                        let model = pipeline.part(model.clone(), pp.rank())?;
+                        let mut total = NamedGrads::new();
+                        let engine = Engine::default();
+                        let batches = batches(&config);
+                        let done = engine.pipeline_gradients(&model, &pipeline, &batches, &counters, pp, &mut total)?;
+                        Ok((done.loss, total))
+                    };
+                    let (loss, grads) = run().map_err(|error| error.to_string())?;
+                    let grads = grads.iter().map(|(name, grad)| (name.to_owned(), to_host(grad.clone()))).collect();
+                    Ok::<(f64, BTreeMap<String, Vec<f32>>), String>((loss, grads))
+                })
+                .unwrap_or_else(|error| panic!("{what}: {error}"))
+            };
+            assert!(ranks.iter().all(|(got, _)| (got - loss).abs() <= 1e-5 * loss), "{what}: {loss}");
+            let shapes = firebox_optim::parameters(&model).unwrap();
+            let mut seen = 0;
+            for info in &shapes {
+                let want = to_host(want.get(&info.name).unwrap().clone());
+                // The ranks of one stage are neighbours.
+                for stage in ranks.chunks(degrees.tp) {
+                    let parts: Vec<&Vec<f32>> = stage.iter().filter_map(|(_, grads)| grads.get(&info.name)).collect();
+                    if parts.is_empty() {
+                        continue;
+                    }
+                    seen += 1;
+                    let got = config.placement(&info.name, degrees.tp).unshard(&parts, &info.shape);
+                    let size = want.iter().fold(1e-30, |max: f64, v| max.max(f64::from(v.abs())));
+                    let worst = want.iter().zip(&got).map(|(w, g)| f64::from((w - g).abs())).fold(0.0, f64::max);
+                    assert!(worst <= 1e-5 * size, "{what}: gradient of {}: off by {worst}, {size}", info.name);
+                }
+            }
+            assert!(seen >= shapes.len(), "{what}: {seen} of {}", shapes.len());
+        }
+    }
 }

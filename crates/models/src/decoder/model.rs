@@ -366,6 +366,13 @@ impl Staged for Decoder {
         }
     }
 
+    fn hidden_tokens(&self, batch: &TokenBatch) -> [usize; 2] {
+        match self.parallel() {
+            Some(parallel) => parallel.hidden_tokens(&batch.sequence),
+            None => [batch.sequence.batch(), batch.sequence.tokens()],
+        }
+    }
+
     fn placement(&self, param: &str) -> Placement {
         self.config().placement(param, self.parallel().map_or(1, TensorParallel::size))
     }

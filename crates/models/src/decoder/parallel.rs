@@ -170,6 +170,14 @@ impl TensorParallel {
         self.sequence.then(|| [sequence.batch(), sequence.tokens()])
     }
 
+    /// The first two dimensions of the residual stream.
+    pub(super) fn hidden_tokens(&self, sequence: &Sequence) -> [usize; 2] {
+        match self.tokens(sequence) {
+            Some([b, t]) => [1, part(b * t, self.rank(), self.size()).len()],
+            None => [sequence.batch(), sequence.tokens()],
+        }
+    }
+
     /// The number in the whole batch of the first token of this rank's residual stream.
     pub(super) fn first_token(&self, sequence: &Sequence) -> usize {
         match self.tokens(sequence) {

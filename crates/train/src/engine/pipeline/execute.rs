@@ -192,8 +192,8 @@ pub(super) fn device<M: Staged>(model: &M) -> Device {
 }
 
 /// Hidden states, or their gradient, from a message.
-pub(super) fn hidden(values: Vec<f32>, batch: &TokenBatch, device: &Device) -> Tensor<3> {
-    let [b, t] = [batch.sequence.batch(), batch.sequence.tokens()];
+pub(super) fn hidden<M: Staged>(model: &M, values: Vec<f32>, batch: &TokenBatch, device: &Device) -> Tensor<3> {
+    let [b, t] = model.hidden_tokens(batch);
     let shape = [b, t, values.len() / (b * t).max(1)];
     Tensor::from_data(TensorData::new(values, shape), device)
 }
@@ -241,7 +241,7 @@ impl<M: Staged> Run<'_, M> {
             }
             Action::Recv { payload, stage, micro_batch, .. } => {
                 let values = self.coming.take().map(Pending::wait).transpose()?.unwrap_or_default();
-                let value = hidden(values, &self.batches[micro_batch], &self.device);
+                let value = hidden(self.model, values, &self.batches[micro_batch], &self.device);
                 self.values.insert((payload, stage, micro_batch), value);
             }
             Action::Compute { work: Work::Forward, stage, micro_batch } => self.forward(stage, micro_batch)?,

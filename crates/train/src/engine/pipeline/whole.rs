@@ -37,7 +37,7 @@ impl Pipeline {
                 Some(before) if self.rank_of(before) == rank => waiting.remove(&(before, k)).unwrap_or(Flow::Start),
                 Some(before) => {
                     let values = group.recv(self.rank_of(before), self.tag(Kind::Activation, before, 0))?;
-                    Flow::Hidden(hidden(values, batch, &device))
+                    Flow::Hidden(hidden(&model, values, batch, &device))
                 }
             };
             let output = self.cut[stage].clone().fold(input, |flow, i| model.forward_stage(i, flow, batch, None));
