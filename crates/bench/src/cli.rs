@@ -112,6 +112,13 @@ impl Common {
         Ok(())
     }
 
+    /// What [`save`](Self::save) kept of an earlier run.
+    fn last<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let path = self.path(&format!("{name}.json"));
+        let text = fs::read(&path).map_err(Error::io("read", &path))?;
+        serde_json::from_slice(&text).map_err(|source| Error::Json { what: "the last result", source })
+    }
+
     /// The file of a result; a smoke run does not replace a real one.
     fn path(&self, file: &str) -> PathBuf {
         if self.quick { self.results.join("quick").join(file) } else { self.results.join(file) }
@@ -271,6 +278,9 @@ struct Shootout {
     /// The recipe: a built-in name or a TOML file. Its optimizer is replaced.
     #[arg(long, value_name = "RECIPE", default_value = "shakespeare-speedrun")]
     recipe: String,
+    /// Run these optimizers alone, separated by commas; the others are as in the results of the last run.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    only: Vec<String>,
     /// The program `firebox`.
     #[arg(long, value_name = "PATH", env = "FIREBOX_BENCH_FIREBOX", hide_env_values = true)]
     firebox: Option<PathBuf>,
@@ -284,13 +294,17 @@ impl Shootout {
         if let Some(&contender) = settings.contenders.iter().find(|&&contender| contender != Contender::Firebox) {
             return Err(Error::NoPart { contender, task: "optimizers here", advice: "leave it out of --contenders" });
         }
-        let report = shootout::run(&shootout::Task {
+        let before =
+            if self.only.is_empty() { vec![] } else { self.common.last::<shootout::Report>("shootout")?.results };
+        let report = shootout::run(shootout::Task {
             data: &self.data,
             recipe: &self.recipe,
             firebox: self.firebox.as_deref(),
             folder: self.common.path("shootout"),
             threads: settings.threads,
             quick: settings.quick,
+            only: &self.only,
+            before,
         })?;
         println!("{}", report.markdown());
         self.common.save("shootout", &report)?;

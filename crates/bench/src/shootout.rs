@@ -30,6 +30,10 @@ pub struct Task<'a> {
     pub threads: usize,
     /// Few steps.
     pub quick: bool,
+    /// Names of the only optimizers to run, if not all.
+    pub only: &'a [String],
+    /// What the others did before.
+    pub before: Vec<Outcome>,
 }
 
 /// The results.
@@ -96,13 +100,18 @@ const QUICK_STEPS: usize = 20;
 ///
 /// # Errors
 /// A program that is missing or fails otherwise than by diverging.
-pub fn run(task: &Task<'_>) -> Result<Report> {
+pub fn run(task: Task<'_>) -> Result<Report> {
     let data = fs::canonicalize(task.data).map_err(Error::io("read", task.data))?;
-    let mut results = vec![];
-    for algorithm in Algorithm::all() {
+    if let Some(name) = task.only.iter().find(|name| Algorithm::all().into_iter().all(|a| a.name() != **name)) {
+        let known = Algorithm::all().into_iter().map(|a| a.name()).collect::<Vec<_>>().join(", ");
+        return Err(Error::Unknown { kind: "optimizer", name: name.clone(), known });
+    }
+    let wanted = |name: &str| task.only.is_empty() || task.only.iter().any(|only| only == name);
+    let mut results: Vec<Outcome> = task.before.iter().filter(|outcome| !wanted(&outcome.algorithm)).cloned().collect();
+    for algorithm in Algorithm::all().into_iter().filter(|algorithm| wanted(algorithm.name())) {
         let mut runs = vec![];
         for lr in rates(&algorithm) {
-            let run = train(task, &data, &algorithm, lr)?;
+            let run = train(&task, &data, &algorithm, lr)?;
             let loss = run.val_loss.map_or_else(|| "diverged".to_owned(), |loss| format!("loss {loss:.4}"));
             eprintln!("    {:<14} lr {lr:<6} {:6.1} s, {loss}", algorithm.name(), run.seconds);
             runs.push(run);

@@ -41,6 +41,14 @@ impl Optimizer {
         Ok(parts)
     }
 
+    /// Whether every parameter is updated by elements, so that any part of it can be anywhere.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn works_by_elements<M: Module>(&self, module: &M) -> Result<bool, OptimError> {
+        Ok(trainable(module)?.values().all(|(info, _)| self.is_element_wise(info)))
+    }
+
     fn is_element_wise(&self, info: &ParamInfo) -> bool {
         let to = self.rules.assign(info);
         to.adaptive.is_none() && to.algorithm.rule().is_element_wise(to.kind)

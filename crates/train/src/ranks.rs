@@ -7,10 +7,12 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_models::Staged;
+use firebox_models::decoder::Decoder;
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, CommError, Communicator, Degrees, Mesh, Pending, ReduceOp};
@@ -61,11 +63,49 @@ pub struct Layout {
     pub pp: usize,
     /// In which order they work.
     pub schedule: Schedule,
+    /// Ranks that divide each matrix.
+    pub tp: usize,
+    /// Whether they divide the tokens between the matrices as well (sequence parallel).
+    pub sequence_parallel: bool,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward }
+        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward, tp: 1, sequence_parallel: false }
+    }
+}
+
+/// The groups in which a rank takes part.
+#[derive(Debug)]
+pub struct Axes {
+    /// Those that have other data.
+    dp: Communicator,
+    /// Those that have other stages.
+    pp: Communicator,
+    /// Those that have other parts of the matrices.
+    pub tp: Communicator,
+}
+
+impl Layout {
+    /// The groups of a rank of `world`.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
+    pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
+        let (n, Self { pp, tp, .. }) = (world.size(), *self);
+        let of_model = pp * tp;
+        if of_model == 0 || !n.is_multiple_of(of_model) {
+            let (expected, got) = (format!("degrees whose product divides the {n} ranks"), format!("pp {pp}, tp {tp}"));
+            return Err(TrainError::Input { what: "ranks", expected, got });
+        }
+        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ..Degrees::default() };
+        let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
+            what: "ranks",
+            expected: "a mesh".into(),
+            got: error.to_string(),
+        })?;
+        let [dp, pp, tp] = [Axis::Dp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp, pp, tp })
     }
 }
 
@@ -87,12 +127,17 @@ pub struct Ranks {
     layout: Layout,
     /// Those that have the other stages, where they are divided.
     pipe: Option<Pipe>,
+    /// Those that have the other parts of the matrices.
+    tp: Communicator,
+    /// Names and shapes of the state of the whole model.
+    state_shapes: Shapes,
     /// Whose sum of gradients is what, by rank.
     parts: Vec<Parts>,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
     /// Number of elements.
     lengths: BTreeMap<String, usize>,
+    shapes: BTreeMap<String, Vec<usize>>,
 }
 
 /// This rank's place in a pipeline.
@@ -103,8 +148,6 @@ pub struct Pipe {
     /// For the usual number of micro-batches.
     pipeline: Pipeline,
     schedule: Schedule,
-    /// Names and shapes of the state of the whole model.
-    shapes: Shapes,
 }
 
 impl Pipe {
@@ -126,24 +169,23 @@ impl Pipe {
 }
 
 impl Ranks {
-    /// For the ranks of `world`, each of which has the same model, for so many micro-batches in a step; and what of the model is this rank's.
+    /// For the ranks of `world`, each of which has the same model or a part of its matrices, for so many micro-batches in a step; and what of the model is
+    /// this rank's. `state_shapes` are those of the whole model.
     ///
     /// # Errors
     /// [`TrainError::Input`] for what cannot be divided so; [`TrainError::Comm`].
     pub fn new<M: Staged>(
         world: Communicator,
+        axes: Axes,
         layout: Layout,
         model: M,
         optimizer: &Optimizer,
-        micro_batches: usize,
+        (micro_batches, state_shapes): (usize, Shapes),
     ) -> Result<(Self, M), TrainError> {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
-        let Layout { zero, pp, schedule } = layout;
-        let n = world.size();
-        if pp == 0 || !n.is_multiple_of(pp) {
-            return fail("pp", format!("a divisor of the {n} ranks"), pp.to_string());
-        }
-        let copies = n / pp;
+        let Layout { zero, pp, schedule, .. } = layout;
+        let (n, copies) = (world.size(), axes.dp.size());
+        let Axes { dp: comm, pp: group, tp } = axes;
         let even = pp == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
@@ -155,16 +197,9 @@ impl Ranks {
         }
         let infos: Vec<ParamInfo> =
             firebox_optim::parameters(&model)?.into_iter().filter(|info| info.trainable).collect();
-        let (comm, pipe, model) = if pp == 1 {
-            (world.clone(), None, model)
+        let (pipe, model) = if pp == 1 {
+            (None, model)
         } else {
-            let degrees = Degrees { dp_shard: copies, pp, ..Degrees::default() };
-            let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
-                what: "ranks",
-                expected: "a mesh".into(),
-                got: error.to_string(),
-            })?;
-            let (comm, group) = (mesh.group(Axis::Dp).clone(), mesh.group(Axis::Pp).clone());
             let pipeline = Pipeline::new(&model, schedule, pp, micro_batches / copies)?;
             let shared =
                 infos.iter().find(|info| (0..pp).filter(|&rank| pipeline.holds(&model, rank, &info.name)).count() > 1);
@@ -172,13 +207,12 @@ impl Ranks {
                 let got = format!("{}, which stages on several ranks use", info.name);
                 return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
             }
-            let shapes = optimizer.whole_state_shapes(&model)?;
             let model = pipeline.part(model, group.rank())?;
-            (comm, Some(Pipe { group, pipeline, schedule, shapes }), model)
+            (Some(Pipe { group, pipeline, schedule }), model)
         };
         let n_stages = pipe.as_ref().map_or(model.n_stages(), |pipe| pipe.pipeline.plan().stages());
         let mut stages = vec![vec![]; n_stages];
-        let mut lengths = BTreeMap::new();
+        let (mut lengths, mut shapes) = (BTreeMap::new(), BTreeMap::new());
         for info in infos {
             let stage = match &pipe {
                 None => model.first_stage(&info.name),
@@ -188,11 +222,12 @@ impl Ranks {
                 Some(_) => continue,
             };
             lengths.insert(info.name.clone(), info.elements());
+            shapes.insert(info.name.clone(), info.shape);
             stages[stage].push(info.name);
         }
         stages.iter_mut().for_each(|names| names.sort());
         let parts = optimizer.divide(&model, comm.size())?;
-        Ok((Self { world, comm, layout, pipe, parts, stages, lengths }, model))
+        Ok((Self { world, comm, layout, pipe, tp, state_shapes, parts, stages, lengths, shapes }, model))
     }
 
     /// The number of this rank among those that have data of their own.
@@ -203,11 +238,6 @@ impl Ranks {
     /// How many have data of their own.
     pub fn size(&self) -> usize {
         self.comm.size()
-    }
-
-    /// Whether this is the rank that writes and speaks.
-    pub fn is_first(&self) -> bool {
-        self.world.rank() == 0
     }
 
     /// What is divided.
@@ -226,39 +256,57 @@ impl Ranks {
     }
 
     /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
-    ///
-    /// # Errors
-    /// [`TrainError::Optim`].
-    pub fn divided_state<M: Module>(&self, model: &M, optimizer: &Optimizer) -> Result<Option<Shapes>, TrainError> {
-        match &self.pipe {
-            Some(pipe) => Ok(Some(pipe.shapes.clone())),
-            None if self.zero() == Zero::States => Ok(Some(optimizer.whole_state_shapes(model)?)),
-            None => Ok(None),
-        }
+    pub fn divided_state(&self) -> Option<&Shapes> {
+        let divided = self.pipe.is_some() || self.zero() == Zero::States || self.tp.size() > 1;
+        divided.then_some(&self.state_shapes)
     }
 
     /// The squared norms of gradients on which clipping rests, over all ranks.
     ///
     /// # Errors
     /// [`TrainError::Optim`], [`TrainError::Comm`].
-    pub fn squares<M: Module>(
-        &self,
-        model: &M,
-        optimizer: &Optimizer,
-        grads: &NamedGrads,
-    ) -> Result<Vec<f64>, TrainError> {
-        let Some(pipe) = &self.pipe else {
-            let squares = optimizer.squares(model, grads)?;
-            return Ok(if self.zero() == Zero::States { sums(&self.comm, &squares)? } else { squares });
-        };
-        // What several ranks have is counted once.
-        let owned = grads.iter().filter(|(name, _)| self.lengths.contains_key(*name));
-        let owned: NamedGrads = owned.map(|(name, grad)| (name.to_owned(), grad.clone())).collect();
+    pub fn squares(&self, model: &Decoder, optimizer: &Optimizer, grads: &NamedGrads) -> Result<Vec<f64>, TrainError> {
+        let owned = grads.iter().filter_map(|(name, grad)| Some((name.to_owned(), self.counted(model, name, grad)?)));
+        let owned: NamedGrads = owned.collect();
         let mut squares = optimizer.squares(model, &owned)?;
         if self.zero() == Zero::States {
             squares = sums(&self.comm, &squares)?;
         }
-        Ok(sums(&pipe.group, &squares)?)
+        for group in [self.pipe.as_ref().map(|pipe| &pipe.group), Some(&self.tp)].into_iter().flatten() {
+            if group.size() > 1 {
+                squares = sums(group, &squares)?;
+            }
+        }
+        Ok(squares)
+    }
+
+    /// What of a gradient no rank before has: a sum over all ranks counts it here. The rest of it is zero.
+    fn counted(&self, model: &Decoder, name: &str, grad: &Tensor<1>) -> Option<Tensor<1>> {
+        let shape = self.shapes.get(name)?;
+        let (rank, size) = (self.tp.rank(), self.tp.size());
+        if size == 1 {
+            return Some(grad.clone());
+        }
+        let first = self.state_parts().and_then(|parts| Some(parts.get(name)?.start)).unwrap_or(0);
+        let n = grad.dims()[0];
+        let mut counted: Vec<Range<usize>> = vec![];
+        for run in model.config().placement(name, size).counted(shape, rank, size) {
+            let (start, end) = (run.start.max(first), run.end.min(first + n));
+            if start < end {
+                counted.push(start - first..end - first);
+            }
+        }
+        match counted.iter().map(Range::len).sum::<usize>() {
+            0 => None,
+            all if all == n => Some(grad.clone()),
+            _ => {
+                let (values, mut kept) = (to_host(grad.clone()), vec![0.0; n]);
+                for run in counted {
+                    kept[run.clone()].copy_from_slice(&values[run]);
+                }
+                Some(Tensor::from_data(TensorData::new(kept, [n]), &grad.device()))
+            }
+        }
     }
 
     /// Whether any rank says yes.
@@ -385,15 +433,28 @@ impl Ranks {
     ///
     /// # Errors
     /// See [`any`](Self::any).
-    pub fn state_tensor(&self, optimizer: &Optimizer, name: &str, elements: usize) -> Result<Vec<f32>, CommError> {
+    pub fn state_tensor(
+        &self,
+        model: &Decoder,
+        optimizer: &Optimizer,
+        name: &str,
+        elements: usize,
+    ) -> Result<Vec<f32>, CommError> {
         let mut all = vec![0.0; elements];
-        let owned = name.rsplit_once('.').is_some_and(|(param, _)| self.lengths.contains_key(param));
-        if owned || self.pipe.is_none() {
+        let (param, kind) = name.rsplit_once('.').unwrap_or((name, ""));
+        let owned = self.lengths.contains_key(param);
+        if owned {
+            // Of divided matrices each state has the shape of the part; counts are the same everywhere.
+            let cut = model.parallel().zip(self.shapes.get(param)).filter(|_| kind != "steps");
             // Ranks whose state is not divided have all the same.
             if self.zero() == Zero::States {
+                all = vec![0.0; if cut.is_some() { self.lengths[param] } else { elements }];
                 self.comm.all_gather(&optimizer.state_part(name), &mut all)?;
             } else {
                 all = optimizer.state_part(name);
+            }
+            if let Some((parallel, shape)) = cut {
+                all = parallel.gather(&model.config().placement(param, self.tp.size()), &all, shape)?;
             }
         }
         if let Some(pipe) = &self.pipe {

@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod faults;
 mod held_out;
+mod layout;
 mod persist;
 mod update;
 
@@ -15,7 +16,6 @@ use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
 use firebox_optim::{Average, Optimizer};
-use firebox_parallel::Communicator;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -25,9 +25,9 @@ use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::noise::NoiseScale;
 use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
-use crate::ranks::{Layout, Ranks, Zero};
+use crate::ranks::Ranks;
 use crate::recipe::Recipe;
-use crate::watch::{OnSpike, Watch};
+use crate::watch::Watch;
 
 pub use held_out::prompt_ids;
 
@@ -153,56 +153,6 @@ impl<'a> Trainer<'a> {
             #[cfg(test)]
             fault: None,
         })
-    }
-
-    /// The same run as one of the ranks of `world`, each of which has made the same trainer, divided as `layout` says. The parameters are those of one rank, bit for
-    /// bit; where the optimizer's state or the model is divided, but for the last digit of the gradients' norm.
-    ///
-    /// # Errors
-    /// [`TrainError::Input`] for what ranks cannot do together.
-    pub fn with_ranks(mut self, world: Communicator, layout: Layout) -> Result<Self, TrainError> {
-        let fail = |what, expected: &str, got: String| Err(TrainError::Input { what, expected: expected.into(), got });
-        let Recipe { memory, watch, train, average, .. } = &self.recipe;
-        if memory.optimizer_in_backward {
-            return fail("memory.optimizer_in_backward", "false with several ranks", "true".into());
-        }
-        if watch.noise_scale_every > 0 {
-            return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
-        }
-        let divided = layout.pp > 1 || layout.zero == Zero::States;
-        if divided && self.optimizer.averages() {
-            let got = format!("zero {}, pp {}", u8::from(layout.zero), layout.pp);
-            return fail("ranks", "zero 0 and pp 1 with schedule_free, whose averages are needed as a whole", got);
-        }
-        if layout.pp > 1 {
-            let whole = "pp 1: it needs the whole model on each rank";
-            if average.is_some() {
-                return fail("average", whole, format!("pp {}", layout.pp));
-            }
-            if watch.on_spike == OnSpike::Rollback {
-                return fail("watch.on_spike = \"rollback\"", whole, format!("pp {}", layout.pp));
-            }
-            if self.optimizer.curvature_is_due(0) {
-                return fail("optimizer.kind = \"sophia\"", whole, format!("pp {}", layout.pp));
-            }
-        }
-        let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
-        let Some(model) = self.model.take() else { return Ok(self) };
-        let (ranks, model) = Ranks::new(world, layout, model, &self.optimizer, micro_batches)?;
-        if layout.pp > 1 {
-            self.optimizer.forget_others(&model)?;
-        }
-        if let Some(parts) = ranks.state_parts() {
-            self.optimizer.shard(&model, parts)?;
-        }
-        self.model = Some(model);
-        self.ranks = Some(ranks);
-        Ok(self)
-    }
-
-    /// Whether this is the rank that writes and speaks.
-    fn is_first_rank(&self) -> bool {
-        self.ranks.as_ref().is_none_or(Ranks::is_first)
     }
 
     /// The model, as it is.

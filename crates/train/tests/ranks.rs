@@ -191,16 +191,55 @@ fn pipelines_and_copies_of_them_take_the_steps_of_one_rank() {
     }
 }
 
+/// Ranks, those that divide matrices, whether tokens too, those of a pipeline, and what copies divide.
+const GRIDS: [(usize, usize, bool, usize, u8); 6] = [
+    (2, 2, false, 1, 0),
+    (4, 4, true, 1, 0),
+    (4, 2, true, 1, 2),
+    (4, 2, false, 2, 0),
+    (8, 2, true, 2, 0),
+    (8, 4, false, 1, 2),
+];
+
+#[test]
+fn divided_matrices_beside_every_other_axis_take_the_steps_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for tied in ["model.tied=true", "model.tied=false"] {
+        let extra = [tied, "model.n_layers=4", "model.dropout=0", "eval.sample_tokens=4"];
+        let one = dir.path().join(format!("one-{tied}"));
+        let loss = train(0, 0, &one, &dataset, &extra, None);
+        for (ranks, tp, sequence_parallel, pp, zero) in GRIDS {
+            let name = format!("{tied}-{ranks}-tp{tp}-{sequence_parallel}-pp{pp}-zero{zero}");
+            let many = dir.path().join(&name);
+            let layout = Layout { tp, sequence_parallel, pp, ..data(zero) };
+            let divided = train_as(ranks, layout, &many, &dataset, &extra, None);
+            println!("{name}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
+            assert!((divided / loss - 1.0).abs() < 1e-5, "{name}: {divided}, one rank {loss}");
+            assert!(apart(&one, &many) < 1e-4, "{name}: {}", apart(&one, &many));
+            let half = |run: &Path| run.join("checkpoints/step-5");
+            let back = train(0, 0, &many.join("back"), &dataset, &extra, Some(&half(&many)));
+            let forth = train_as(ranks, layout, &many.join("forth"), &dataset, &extra, Some(&half(&one)));
+            for (what, again) in [("back", back), ("forth", forth)] {
+                assert!((again / loss - 1.0).abs() < 1e-5, "{name}, {what}: {again}, one rank {loss}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_ranks_cannot_do_is_said_before_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
     let pipe = |zero, pp| Layout { pp, ..data(zero) };
+    let matrices = |tp, sequence_parallel| Layout { tp, sequence_parallel, ..data(0) };
     for (ranks, layout, extra, says) in [
         (9, data(0), &[][..], "9 ranks, 8 micro-batches"),
         (2, data(0), &["watch.noise_scale_every=2"], "watch.noise_scale_every"),
         (2, data(2), &["optimizer.kind=schedule_free"], "schedule_free"),
-        (3, pipe(0, 2), &[], "a divisor of the 3 ranks"),
+        (3, pipe(0, 2), &[], "divides the 3 ranks"),
+        (2, matrices(2, false), &["optimizer.kind=muon"], "whole matrices"),
+        (8, matrices(8, false), &["model.n_heads=2", "model.n_kv_heads=1"], "n_kv_heads"),
         (6, pipe(0, 2), &[], "multiples of the 3 pipelines"),
         (4, pipe(2, 2), &["model.tied=true"], "model.tied = false"),
         (2, pipe(0, 2), &["optimizer.kind=sophia"], "sophia"),

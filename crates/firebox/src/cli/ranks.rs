@@ -28,6 +28,12 @@ pub struct RankArgs {
     /// In which order a pipeline works: afab, 1f1b, interleaved (2 stages a rank), zb-h1 or zb-v.
     #[arg(long, value_name = "NAME", default_value = "1f1b", value_parser = schedule)]
     schedule: Schedule,
+    /// Ranks that divide each matrix (tensor parallel): they talk twice in each block, so keep them on one machine.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    tp: u16,
+    /// Divide the tokens between the matrices as well (sequence parallel), with --tp.
+    #[arg(long)]
+    sequence_parallel: bool,
     /// Seconds that a rank waits for another before the run fails and names it.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
@@ -55,13 +61,19 @@ impl RankArgs {
         threads: usize,
         train: impl Fn(Option<(Communicator, Layout)>) -> Result<T, CliError> + Send + Sync + 'static,
     ) -> Result<T, CliError> {
-        let layout = Layout { zero: self.zero, pp: usize::from(self.pp), schedule: self.schedule };
+        let layout = Layout {
+            zero: self.zero,
+            pp: usize::from(self.pp),
+            schedule: self.schedule,
+            tp: usize::from(self.tp),
+            sequence_parallel: self.sequence_parallel,
+        };
         let timeout = Duration::from_secs(self.rank_timeout);
         #[cfg(feature = "mpi")]
         if under_mpirun() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = usize::from(self.ranks.unwrap_or(self.pp));
+        let ranks = self.ranks.map_or(layout.pp * layout.tp, usize::from);
         if ranks == 1 {
             return train(None);
         }

@@ -1,14 +1,18 @@
 //! The run's view of the held-out text: evaluations and samples.
 
+use std::collections::HashMap;
+
 use burn::module::Module;
 use firebox_data::Batch;
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
+use firebox_optim::values;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
 use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
 use crate::generate::{Sampling, generate};
+use crate::model_io::{set_parameters, to_host};
 use crate::observe::{EvalRecord, Event, Observer};
 use crate::ranks::{Pipe, Ranks};
 
@@ -103,16 +107,38 @@ impl Trainer<'_> {
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
-        match self.ranks.as_ref().and_then(|ranks| Some((ranks, ranks.pipe()?))) {
-            None => Ok(self.is_first_rank().then_some(model)),
-            Some((ranks, _)) if ranks.rank() > 0 => Ok(None),
-            Some((_, pipe)) => {
-                let pipeline = pipe.pipeline(&model, pipe.micro_batches())?;
-                let device = model.embed.weight.val().device();
-                let empty = Decoder::new(model.config(), self.recipe.seed, &device)?;
-                pipeline.gather(&model, empty, 0, &pipe.group)
+        let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
+        // The first copy of the model is enough.
+        if ranks.rank() > 0 {
+            return Ok(None);
+        }
+        let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
+        let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
+        let pipeline = pipe.pipeline(&model, pipe.micro_batches())?;
+        let empty = Decoder::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
+        pipeline.gather(&model, empty, 0, &pipe.group)
+    }
+
+    /// The parts of the matrices put together, on the first of the ranks that have divided them.
+    fn whole_matrices(&self, ranks: &Ranks, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+        let Some(parallel) = model.parallel() else { return Ok(Some(model)) };
+        let (config, size) = (model.config(), parallel.group().size());
+        let mut whole = HashMap::new();
+        for (info, part) in values(&model) {
+            // What other stages have is empty.
+            if info.elements() > 0 {
+                let placement = config.placement(&info.name, size);
+                whole.insert(info.name, parallel.gather(&placement, &to_host(part), &info.shape)?);
             }
         }
+        if parallel.group().rank() > 0 {
+            return Ok(None);
+        }
+        let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        if let Some(pipe) = ranks.pipe() {
+            made = pipe.pipeline(&model, pipe.micro_batches())?.part(made, pipe.group.rank())?;
+        }
+        Ok(Some(set_parameters(made, whole)))
     }
 
     fn sample(&self, model: &Decoder) -> Result<String, TrainError> {

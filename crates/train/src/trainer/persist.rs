@@ -126,14 +126,14 @@ impl<'a> Trainer<'a> {
     /// The optimizer's state, from all ranks where they have divided it.
     fn save_state(&self, writer: &mut Writer) -> Result<(), TrainError> {
         let (name, optimizer) = (self.state_file(), &self.optimizer);
-        let Some((ranks, shapes)) = self.divided_state()? else {
+        let Some((ranks, shapes)) = self.divided_state() else {
             return Ok(write_state(writer, &name, optimizer.state_shapes(), optimizer.state())?);
         };
         let mut failed = None;
         let tensors = shapes.iter().map(|(name, shape)| {
             let elements = shape.iter().product();
             let values = match &failed {
-                None => ranks.state_tensor(optimizer, name, elements),
+                None => ranks.state_tensor(self.model(), optimizer, name, elements),
                 Some(_) => Ok(vec![0.0; elements]),
             };
             let values = values.unwrap_or_else(|error| {
@@ -148,9 +148,9 @@ impl<'a> Trainer<'a> {
 
     /// What the other ranks do while the first one writes.
     fn help_to_save(&self) -> Result<(), TrainError> {
-        if let Some((ranks, shapes)) = self.divided_state()? {
-            for (name, shape) in &shapes {
-                ranks.state_tensor(&self.optimizer, name, shape.iter().product())?;
+        if let Some((ranks, shapes)) = self.divided_state() {
+            for (name, shape) in shapes {
+                ranks.state_tensor(self.model(), &self.optimizer, name, shape.iter().product())?;
             }
         }
         self.ranks.as_ref().map_or(Ok(()), Ranks::barrier)?;
@@ -158,11 +158,9 @@ impl<'a> Trainer<'a> {
     }
 
     /// The ranks, and the names and shapes of the optimizer's state, where it is divided; there is none before the first step.
-    fn divided_state(&self) -> Result<Option<(&Ranks, Shapes)>, TrainError> {
-        match self.ranks.as_ref().filter(|_| self.state.last_good > 0) {
-            Some(ranks) => Ok(ranks.divided_state(self.model(), &self.optimizer)?.map(|shapes| (ranks, shapes))),
-            None => Ok(None),
-        }
+    fn divided_state(&self) -> Option<(&Ranks, &Shapes)> {
+        let ranks = self.ranks.as_ref().filter(|_| self.state.last_good > 0)?;
+        Some((ranks, ranks.divided_state()?))
     }
 }
 
