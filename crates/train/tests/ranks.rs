@@ -1,7 +1,7 @@
 //! The same run on several ranks: the same numbers, and checkpoints that go on with any number of them.
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -151,6 +151,36 @@ fn checkpoints_go_on_with_other_numbers_of_ranks() {
     }
 }
 
+/// A run on one rank, for others to be compared with.
+struct OneRank<'a> {
+    dir: PathBuf,
+    dataset: &'a Arc<Dataset>,
+    extra: &'a [&'a str],
+    loss: f64,
+}
+
+impl<'a> OneRank<'a> {
+    fn new(dir: &Path, dataset: &'a Arc<Dataset>, extra: &'a [&'a str]) -> Self {
+        let loss = train(0, 0, &dir.join("one"), dataset, extra, None);
+        Self { dir: dir.to_path_buf(), dataset, extra, loss }
+    }
+
+    /// On ranks, on one rank from the middle of that, and on ranks from the middle of this.
+    fn assert_same(&self, name: &str, ranks: usize, layout: Layout) {
+        let Self { dataset, extra, loss, .. } = *self;
+        let (one, many) = (self.dir.join("one"), self.dir.join(name.replace([',', ' '], "")));
+        let half = |run: &Path| run.join("checkpoints/step-5");
+        let divided = train_as(ranks, layout, &many, dataset, extra, None);
+        println!("{name}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
+        assert!(apart(&one, &many) < 1e-4, "{name}: {}", apart(&one, &many));
+        let back = train(0, 0, &many.join("back"), dataset, extra, Some(&half(&many)));
+        let forth = train_as(ranks, layout, &many.join("forth"), dataset, extra, Some(&half(&one)));
+        for (what, got) in [("all the way", divided), ("back", back), ("forth", forth)] {
+            assert!((got / loss - 1.0).abs() < 1e-5, "{name}, {what}: {got}, one rank {loss}");
+        }
+    }
+}
+
 /// Ranks, those of a pipeline among them, what is divided, and the order of work.
 const PIPES: [(usize, usize, u8, Schedule); 6] = [
     (2, 2, 0, Schedule::OneForwardOneBackward),
@@ -167,26 +197,14 @@ fn pipelines_and_copies_of_them_take_the_steps_of_one_rank() {
     let dataset = dataset(dir.path());
     for tied in ["model.tied=true", "model.tied=false"] {
         let extra = [tied, "model.n_layers=4", "eval.sample_tokens=4"];
-        let one = dir.path().join(format!("one-{tied}"));
-        let loss = train(0, 0, &one, &dataset, &extra, None);
+        let one = OneRank::new(&dir.path().join(tied), &dataset, &extra);
         for (ranks, pp, zero, schedule) in PIPES {
             if zero > 0 && tied == "model.tied=true" {
                 continue;
             }
-            let name = format!("{tied}-{ranks}-{pp}-{zero}-{schedule}");
-            let many = dir.path().join(name.replace([',', ' '], ""));
             let layout = Layout { pp, schedule, ..data(zero) };
-            let divided = train_as(ranks, layout, &many, &dataset, &extra, None);
-            println!("{name}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
-            assert!((divided / loss - 1.0).abs() < 1e-5, "{name}: {divided}, one rank {loss}");
-            assert!(apart(&one, &many) < 1e-4, "{name}: {}", apart(&one, &many));
-            // On one rank from the middle of it, and the other way round.
-            let half = |run: &Path| run.join("checkpoints/step-5");
-            let back = train(0, 0, &many.join("back"), &dataset, &extra, Some(&half(&many)));
-            let forth = train_as(ranks, layout, &many.join("forth"), &dataset, &extra, Some(&half(&one)));
-            for (what, again) in [("back", back), ("forth", forth)] {
-                assert!((again / loss - 1.0).abs() < 1e-5, "{name}, {what}: {again}, one rank {loss}");
-            }
+            let name = format!("{tied}-{ranks}-{pp}-{zero}-{schedule}");
+            one.assert_same(&name, ranks, layout);
         }
     }
 }
@@ -207,22 +225,11 @@ fn divided_matrices_beside_every_other_axis_take_the_steps_of_one_rank() {
     let dataset = dataset(dir.path());
     for tied in ["model.tied=true", "model.tied=false"] {
         let extra = [tied, "model.n_layers=4", "model.dropout=0", "eval.sample_tokens=4"];
-        let one = dir.path().join(format!("one-{tied}"));
-        let loss = train(0, 0, &one, &dataset, &extra, None);
+        let one = OneRank::new(&dir.path().join(tied), &dataset, &extra);
         for (ranks, tp, sequence_parallel, pp, zero) in GRIDS {
-            let name = format!("{tied}-{ranks}-tp{tp}-{sequence_parallel}-pp{pp}-zero{zero}");
-            let many = dir.path().join(&name);
             let layout = Layout { tp, sequence_parallel, pp, ..data(zero) };
-            let divided = train_as(ranks, layout, &many, &dataset, &extra, None);
-            println!("{name}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
-            assert!((divided / loss - 1.0).abs() < 1e-5, "{name}: {divided}, one rank {loss}");
-            assert!(apart(&one, &many) < 1e-4, "{name}: {}", apart(&one, &many));
-            let half = |run: &Path| run.join("checkpoints/step-5");
-            let back = train(0, 0, &many.join("back"), &dataset, &extra, Some(&half(&many)));
-            let forth = train_as(ranks, layout, &many.join("forth"), &dataset, &extra, Some(&half(&one)));
-            for (what, again) in [("back", back), ("forth", forth)] {
-                assert!((again / loss - 1.0).abs() < 1e-5, "{name}, {what}: {again}, one rank {loss}");
-            }
+            let name = format!("{tied}-{ranks}-tp{tp}-{sequence_parallel}-pp{pp}-zero{zero}");
+            one.assert_same(&name, ranks, layout);
         }
     }
 }
