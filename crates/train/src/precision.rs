@@ -5,7 +5,7 @@ use std::fmt;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
 use firebox_tensor::device::is_fused;
-use firebox_tensor::ops::{Compute, to_bf16};
+use firebox_tensor::ops::{Compute, is_bf16, to_bf16};
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -151,7 +151,7 @@ impl PrecisionRecipe {
         struct Halve;
         impl ModuleMapper for Halve {
             fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                if D < 2 {
+                if D < 2 || is_bf16(&param.val()) {
                     return param;
                 }
                 let trainable = param.is_require_grad();

@@ -16,15 +16,13 @@ use firebox_models::decoder::Decoder;
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, CommError, Communicator, Degrees, Mesh, Pending, ReduceOp};
-use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
 
 /// What data-parallel ranks divide among themselves.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u8", into = "u8")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Zero {
     /// Nothing: each rank has all parameters, all gradients and the whole state of the optimizer.
     #[default]
@@ -135,8 +133,7 @@ pub struct Ranks {
     parts: Vec<Parts>,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
-    /// Number of elements.
-    lengths: BTreeMap<String, usize>,
+    /// The shapes of these.
     shapes: BTreeMap<String, Vec<usize>>,
 }
 
@@ -151,9 +148,9 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// The usual number of micro-batches.
-    pub fn micro_batches(&self) -> usize {
-        self.pipeline.plan().micro_batches
+    /// The pipeline for the usual number of micro-batches.
+    pub fn usual(&self) -> &Pipeline {
+        &self.pipeline
     }
 
     /// The pipeline for so many micro-batches.
@@ -212,7 +209,7 @@ impl Ranks {
         };
         let n_stages = pipe.as_ref().map_or(model.n_stages(), |pipe| pipe.pipeline.plan().stages());
         let mut stages = vec![vec![]; n_stages];
-        let (mut lengths, mut shapes) = (BTreeMap::new(), BTreeMap::new());
+        let mut shapes = BTreeMap::new();
         for info in infos {
             let stage = match &pipe {
                 None => model.first_stage(&info.name),
@@ -221,13 +218,12 @@ impl Ranks {
                 }
                 Some(_) => continue,
             };
-            lengths.insert(info.name.clone(), info.elements());
             shapes.insert(info.name.clone(), info.shape);
             stages[stage].push(info.name);
         }
         stages.iter_mut().for_each(|names| names.sort());
         let parts = optimizer.divide(&model, comm.size())?;
-        Ok((Self { world, comm, layout, pipe, tp, state_shapes, parts, stages, lengths, shapes }, model))
+        Ok((Self { world, comm, layout, pipe, tp, state_shapes, parts, stages, shapes }, model))
     }
 
     /// The number of this rank among those that have data of their own.
@@ -287,7 +283,8 @@ impl Ranks {
         if size == 1 {
             return Some(grad.clone());
         }
-        let first = self.state_parts().and_then(|parts| Some(parts.get(name)?.start)).unwrap_or(0);
+        let divided = self.zero() == Zero::States;
+        let first = self.parts[self.rank()].get(name).filter(|_| divided).map_or(0, |part| part.start);
         let n = grad.dims()[0];
         let mut counted: Vec<Range<usize>> = vec![];
         for run in model.config().placement(name, size).counted(shape, rank, size) {
@@ -361,7 +358,7 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn finish(&self, exchange: Exchange<'_>, device: &Device) -> Result<NamedGrads, CommError> {
-        let sum = exchange.finish()?;
+        let mut sum = exchange.finish()?;
         let tensor = |values: Vec<f32>| {
             let n = values.len();
             Tensor::from_data(TensorData::new(values, [n]), device)
@@ -370,7 +367,7 @@ impl Ranks {
             return Ok(sum.into_iter().map(|(name, values)| (name, tensor(values))).collect());
         }
         let names: Vec<String> = self.stages.iter().flatten().cloned().collect();
-        let whole = self.gathered(&names, |name| sum.get(name).cloned().unwrap_or_default())?;
+        let whole = self.gathered(&names, |name| sum.remove(name).unwrap_or_default())?;
         Ok(whole.into_iter().map(|(name, values)| (name, tensor(values))).collect())
     }
 
@@ -383,7 +380,7 @@ impl Ranks {
             return Ok(module);
         }
         let mine = &self.parts[self.rank()];
-        let names: Vec<String> = self.lengths.keys().cloned().collect();
+        let names: Vec<String> = self.shapes.keys().cloned().collect();
         let updated: BTreeMap<String, Tensor<1>> =
             values(&module).into_iter().map(|(info, values)| (info.name, values)).collect();
         let part = |name: &str| match (mine.get(name), updated.get(name)) {
@@ -395,25 +392,30 @@ impl Ranks {
         Ok(set_parameters(module, whole.into_iter().collect()))
     }
 
+    /// The number of elements of a parameter whose gradient is completed here.
+    fn elements(&self, name: &str) -> usize {
+        self.shapes[name].iter().product()
+    }
+
     /// Whole parameters' worth of what each rank has in parts.
     fn gathered(
         &self,
         names: &[String],
-        part: impl Fn(&str) -> Vec<f32>,
+        mut part: impl FnMut(&str) -> Vec<f32>,
     ) -> Result<Vec<(String, Vec<f32>)>, CommError> {
         let mut whole = Vec::with_capacity(names.len());
         let mut first = 0;
         while first < names.len() {
             let (mut last, mut elements) = (first, 0);
             while last < names.len() && (last == first || elements < BUCKET) {
-                elements += self.lengths[&names[last]];
+                elements += self.elements(&names[last]);
                 last += 1;
             }
             let names = &names[first..last];
             let data: Vec<f32> = names.iter().flat_map(|name| part(name)).collect();
             let mut all = vec![0f32; elements];
             self.comm.all_gather(&data, &mut all)?;
-            let mut out: Vec<Vec<f32>> = names.iter().map(|name| vec![0.0; self.lengths[name]]).collect();
+            let mut out: Vec<Vec<f32>> = names.iter().map(|name| vec![0.0; self.elements(name)]).collect();
             let mut at = 0;
             for parts in &self.parts {
                 for (name, out) in names.iter().zip(&mut out) {
@@ -442,13 +444,13 @@ impl Ranks {
     ) -> Result<Vec<f32>, CommError> {
         let mut all = vec![0.0; elements];
         let (param, kind) = name.rsplit_once('.').unwrap_or((name, ""));
-        let owned = self.lengths.contains_key(param);
+        let owned = self.shapes.contains_key(param);
         if owned {
             // Of divided matrices each state has the shape of the part; counts are the same everywhere.
             let cut = model.parallel().zip(self.shapes.get(param)).filter(|_| kind != "steps");
             // Ranks whose state is not divided have all the same.
             if self.zero() == Zero::States {
-                all = vec![0.0; if cut.is_some() { self.lengths[param] } else { elements }];
+                all = vec![0.0; if cut.is_some() { self.elements(param) } else { elements }];
                 self.comm.all_gather(&optimizer.state_part(name), &mut all)?;
             } else {
                 all = optimizer.state_part(name);

@@ -22,8 +22,7 @@ impl Trainer<'_> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
-        let model = self.averaged()?;
-        let model = model.valid();
+        let model = self.averaged()?.valid();
         let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
         let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
         let record = EvalRecord {
@@ -80,7 +79,7 @@ impl Trainer<'_> {
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
         const AT_ONCE: usize = 8;
-        let pipeline = pipe.pipeline(model, pipe.micro_batches())?;
+        let pipeline = pipe.usual();
         let (mut total, mut mine) = (0, vec![]);
         let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
         let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
@@ -114,7 +113,7 @@ impl Trainer<'_> {
         }
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
-        let pipeline = pipe.pipeline(&model, pipe.micro_batches())?;
+        let pipeline = pipe.usual();
         let empty = Decoder::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
         pipeline.gather(&model, empty, 0, &pipe.group)
     }
@@ -136,7 +135,7 @@ impl Trainer<'_> {
         }
         let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
         if let Some(pipe) = ranks.pipe() {
-            made = pipe.pipeline(&model, pipe.micro_batches())?.part(made, pipe.group.rank())?;
+            made = pipe.usual().part(made, pipe.group.rank())?;
         }
         Ok(Some(set_parameters(made, whole)))
     }
