@@ -5,8 +5,11 @@
 //! part of them that is that rank's; it adds what it gets to its part of the sum in the order of the micro-batches. So the sum has the same bits as on one rank,
 //! which goes through the micro-batches in this order, whatever the number of ranks; and nobody holds a sum of all gradients.
 
+mod exchange;
+mod layout;
+
 use std::borrow::Cow;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::module::Module;
@@ -15,103 +18,16 @@ use firebox_models::Staged;
 use firebox_models::decoder::Decoder;
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
-use firebox_parallel::{Axis, CommError, Communicator, Degrees, Mesh, Pending, ReduceOp};
+use firebox_parallel::{CommError, Communicator, ReduceOp};
 
 use crate::TrainError;
 use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
-
-/// What data-parallel ranks divide among themselves.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Zero {
-    /// Nothing: each rank has all parameters, all gradients and the whole state of the optimizer.
-    #[default]
-    None,
-    /// The optimizer's state, and with it the sum of gradients (ZeRO-1 and ZeRO-2, which differ in nothing here: no rank ever holds more of a sum than its part).
-    States,
-}
-
-impl TryFrom<u8> for Zero {
-    type Error = String;
-
-    fn try_from(level: u8) -> Result<Self, String> {
-        match level {
-            0 => Ok(Self::None),
-            1 | 2 => Ok(Self::States),
-            _ => Err(format!("expected 0 (nothing is divided), 1 or 2 (optimizer state and gradients), got {level}")),
-        }
-    }
-}
-
-impl From<Zero> for u8 {
-    fn from(zero: Zero) -> Self {
-        match zero {
-            Zero::None => 0,
-            Zero::States => 2,
-        }
-    }
-}
-
-/// How ranks divide a run.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Layout {
-    /// What those divide that have data of their own.
-    pub zero: Zero,
-    /// Ranks that divide the model's stages; the others have copies of them.
-    pub pp: usize,
-    /// In which order they work.
-    pub schedule: Schedule,
-    /// Ranks that divide each matrix.
-    pub tp: usize,
-    /// Whether they divide the tokens between the matrices as well (sequence parallel).
-    pub sequence_parallel: bool,
-}
-
-impl Default for Layout {
-    fn default() -> Self {
-        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward, tp: 1, sequence_parallel: false }
-    }
-}
-
-/// The groups in which a rank takes part.
-#[derive(Debug)]
-pub struct Axes {
-    /// Those that have other data.
-    dp: Communicator,
-    /// Those that have other stages.
-    pp: Communicator,
-    /// Those that have other parts of the matrices.
-    pub tp: Communicator,
-}
-
-impl Layout {
-    /// The groups of a rank of `world`.
-    ///
-    /// # Errors
-    /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
-    pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { pp, tp, .. }) = (world.size(), *self);
-        let of_model = pp * tp;
-        if of_model == 0 || !n.is_multiple_of(of_model) {
-            let (expected, got) = (format!("degrees whose product divides the {n} ranks"), format!("pp {pp}, tp {tp}"));
-            return Err(TrainError::Input { what: "ranks", expected, got });
-        }
-        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ..Degrees::default() };
-        let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
-            what: "ranks",
-            expected: "a mesh".into(),
-            got: error.to_string(),
-        })?;
-        let [dp, pp, tp] = [Axis::Dp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp, pp, tp })
-    }
-}
+pub use exchange::Exchange;
+pub use layout::{Axes, Layout, Zero};
 
 /// Names and shapes of tensors.
 pub type Shapes = Vec<(String, Vec<usize>)>;
-
-/// Gradients of stages under way, at most: each is a copy.
-const UNDER_WAY: usize = 2;
 
 /// Elements of parameters that are gathered at once.
 const BUCKET: usize = 4 << 20;
@@ -469,7 +385,7 @@ impl Ranks {
 
     /// Begins to add up the gradients of a step.
     pub fn exchange(&self) -> Exchange<'_> {
-        Exchange { ranks: self, sum: BTreeMap::new(), under_way: VecDeque::new() }
+        Exchange::new(self)
     }
 }
 
@@ -481,79 +397,4 @@ fn sums(group: &Communicator, here: &[f64]) -> Result<Vec<f64>, CommError> {
     let of_rank = |rank: usize| &all[rank * bits.len()..][..bits.len()];
     let sum = |i: usize| (0..group.size()).map(|rank| f64::from_bits(of_rank(rank)[i] as u64)).sum();
     Ok((0..bits.len()).map(sum).collect())
-}
-
-/// What comes from the other ranks, and how much of each.
-type Sent = Pending<(Vec<f32>, Vec<usize>)>;
-
-/// The gradients of one step on their way between the ranks.
-#[derive(Debug)]
-pub struct Exchange<'a> {
-    ranks: &'a Ranks,
-    sum: BTreeMap<String, Vec<f32>>,
-    under_way: VecDeque<(usize, Sent)>,
-}
-
-impl Exchange<'_> {
-    /// Takes the gradients of a stage, those of one micro-batch; `None` where this rank has no micro-batch while others have one. All ranks make the
-    /// same calls.
-    ///
-    /// # Errors
-    /// [`TrainError::Comm`]; [`TrainError::Input`] for a parameter without a gradient, which the ranks could not agree on.
-    pub fn stage(&mut self, stage: usize, grads: Option<NamedGrads>) -> Result<(), TrainError> {
-        let Ranks { comm, parts, stages, .. } = self.ranks;
-        let (mut data, mut counts) = (vec![], vec![0; comm.size()]);
-        if let Some(mut grads) = grads {
-            let mut whole = BTreeMap::new();
-            for name in &stages[stage] {
-                let grad = grads.remove(name).ok_or_else(|| TrainError::Input {
-                    what: "ranks",
-                    expected: "a model whose trainable parameters all take part in the loss".into(),
-                    got: format!("no gradient of {name}"),
-                })?;
-                whole.insert(name, to_host(grad));
-            }
-            for (parts, count) in parts.iter().zip(&mut counts) {
-                for (name, values) in &whole {
-                    if let Some(part) = parts.get(*name) {
-                        data.extend_from_slice(&values[part.clone()]);
-                        *count += part.len();
-                    }
-                }
-            }
-        }
-        self.under_way.push_back((stage, comm.start_all_to_all(data, counts)?));
-        while self.under_way.len() > UNDER_WAY {
-            self.take()?;
-        }
-        Ok(())
-    }
-
-    /// Waits for the oldest, and adds up what came.
-    fn take(&mut self) -> Result<(), CommError> {
-        let Some((stage, pending)) = self.under_way.pop_front() else { return Ok(()) };
-        let (data, counts) = pending.wait()?;
-        let mine = &self.ranks.parts[self.ranks.rank()];
-        let mut rest = &data[..];
-        // In the order of the ranks, which is that of their micro-batches.
-        for _ in counts.iter().filter(|&&count| count > 0) {
-            for name in &self.ranks.stages[stage] {
-                let Some(part) = mine.get(name) else { continue };
-                let (values, others) = rest.split_at(part.len());
-                rest = others;
-                match self.sum.get_mut(name) {
-                    None => drop(self.sum.insert(name.clone(), values.to_vec())),
-                    Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, x)| *sum += x),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<BTreeMap<String, Vec<f32>>, CommError> {
-        while !self.under_way.is_empty() {
-            self.take()?;
-        }
-        Ok(self.sum)
-    }
 }
