@@ -1,6 +1,6 @@
 //! Decoders in checkpoints: parameters under Hugging Face's names, their shape, their tokenizer.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
@@ -10,7 +10,7 @@ use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
 use firebox_models::decoder::{Decoder, DecoderConfig};
 
 use crate::TrainError;
-use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, Writer, encode_f32, resolve};
+use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
 
 /// A model and the tokenizer it was trained with.
 #[derive(Debug)]
@@ -58,12 +58,12 @@ fn not_json(reason: &str) -> HfError {
     HfError::Key { key: "(file)".into(), expected: "JSON", got: reason.into() }
 }
 
-/// The model with the parameters of a file that [`save_parameters`] wrote.
+/// The model with the parameters of a file of a checkpoint.
 ///
 /// # Errors
 /// [`CheckpointError`]: tensors that do not fit, all at once.
 pub(crate) fn load_parameters(model: Decoder, file: &TensorFile) -> Result<Decoder, TrainError> {
-    let entries = Family::of(model.config()).entries(model.config());
+    let entries = entries(model.config());
     from_entries(model, &entries, file)
 }
 
@@ -97,43 +97,20 @@ fn check_shapes(entries: &[Entry], file: &TensorFile) -> Result<(), CheckpointEr
     report.into_result(file.path())
 }
 
-/// Writes `config.json`, `model.safetensors` and `tokenizer.json`.
-///
-/// # Errors
-/// [`CheckpointError`], a full disk among others.
-pub fn save(writer: &mut Writer, model: &Decoder, tokenizer: &Tokenizer) -> Result<(), CheckpointError> {
-    let config: &DecoderConfig = model.config();
-    let family = Family::of(config);
-    writer.json("config.json", &family.config_json(config))?;
-    writer.bytes("tokenizer.json", tokenizer.json().as_bytes())?;
-    save_parameters(writer, "model.safetensors", model)
+/// The parameters of a model of this shape, and the tensors of a file that they become: under Hugging Face's names where the architecture has them.
+pub(crate) fn entries(config: &DecoderConfig) -> Vec<Entry> {
+    Family::of(config).entries(config)
 }
 
-/// Writes the parameters under Hugging Face's names.
-///
-/// # Errors
-/// As [`save`].
-pub(crate) fn save_parameters(writer: &mut Writer, name: &str, model: &Decoder) -> Result<(), CheckpointError> {
-    let config: &DecoderConfig = model.config();
-    let family = Family::of(config);
-    let params: HashMap<String, Tensor<1>> = parameters(model).into_iter().collect();
-    let entries = family.entries(config);
-    let pieces: Vec<_> = entries.iter().flat_map(|e| e.pieces.iter().map(move |p| (e, p))).collect();
-    let specs: Vec<TensorSpec> = pieces.iter().map(|(_, p)| TensorSpec::f32(p.name.clone(), p.shape.clone())).collect();
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    // One parameter is on the host at a time, however many tensors it is stored as.
-    let mut current: Option<(&str, Vec<f32>)> = None;
-    let data = pieces.iter().map(move |(entry, piece)| {
-        if current.as_ref().is_none_or(|(name, _)| *name != entry.param) {
-            let values = params.get(&entry.param).cloned().map(to_host).unwrap_or_default();
-            current = Some((&entry.param, values));
-        }
-        let values = current.as_ref().map_or(&[][..], |(_, values)| values);
-        encode_f32(&entry.split(values, piece), safetensors::Dtype::F32)
-            .map(|bytes| bytes.into_owned())
-            .unwrap_or_default()
-    });
-    writer.tensors(name, &metadata, &specs, data)
+/// Names and shapes of the tensors that a parameter becomes.
+pub(crate) fn specs(entry: &Entry) -> Vec<TensorSpec> {
+    entry.pieces.iter().map(|piece| TensorSpec::f32(piece.name.clone(), piece.shape.clone())).collect()
+}
+
+/// The bytes of these tensors, from the parameter's values.
+pub(crate) fn encoded(entry: &Entry, values: &[f32]) -> Vec<Vec<u8>> {
+    let piece = |piece| bytemuck::cast_slice(&entry.split(values, piece)).to_vec();
+    entry.pieces.iter().map(piece).collect()
 }
 
 /// The float parameters by path, flat and without gradients.

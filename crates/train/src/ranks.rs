@@ -5,12 +5,14 @@
 //! part of them that is that rank's; it adds what it gets to its part of the sum in the order of the micro-batches. So the sum has the same bits as on one rank,
 //! which goes through the micro-batches in this order, whatever the number of ranks; and nobody holds a sum of all gradients.
 
+mod collect;
 mod exchange;
 mod layout;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -23,6 +25,7 @@ use firebox_parallel::{CommError, Communicator, ReduceOp};
 use crate::TrainError;
 use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
+pub use collect::{Collect, Parted};
 pub use exchange::Exchange;
 pub use layout::{Axes, Layout, Zero};
 
@@ -45,6 +48,7 @@ pub struct Ranks {
     tp: Communicator,
     /// Names and shapes of the state of the whole model.
     state_shapes: Shapes,
+    collect: Arc<Collect>,
     /// Whose sum of gradients is what, by rank.
     parts: Vec<Parts>,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
@@ -139,7 +143,8 @@ impl Ranks {
         }
         stages.iter_mut().for_each(|names| names.sort());
         let parts = optimizer.divide(&model, comm.size())?;
-        Ok((Self { world, comm, layout, pipe, tp, state_shapes, parts, stages, shapes }, model))
+        let collect = Arc::new(Collect::new(&world, &layout, &model, pipe.as_ref())?);
+        Ok((Self { world, comm, layout, pipe, tp, state_shapes, collect, parts, stages, shapes }, model))
     }
 
     /// The number of this rank among those that have data of their own.
@@ -230,14 +235,6 @@ impl Ranks {
         let mut flag = [u32::from(here)];
         self.world.all_reduce(&mut flag, ReduceOp::Max)?;
         Ok(flag[0] != 0)
-    }
-
-    /// Waits for all ranks.
-    ///
-    /// # Errors
-    /// See [`any`](Self::any).
-    pub fn barrier(&self) -> Result<(), CommError> {
-        self.world.barrier()
     }
 
     /// Of `total` items that the ranks have in turns, all, from this rank's.
@@ -347,40 +344,9 @@ impl Ranks {
         Ok(whole)
     }
 
-    /// A tensor of the optimizer's state, of `elements` elements, from the parts of the ranks.
-    ///
-    /// # Errors
-    /// See [`any`](Self::any).
-    pub fn state_tensor(
-        &self,
-        model: &Decoder,
-        optimizer: &Optimizer,
-        name: &str,
-        elements: usize,
-    ) -> Result<Vec<f32>, CommError> {
-        let mut all = vec![0.0; elements];
-        let (param, kind) = name.rsplit_once('.').unwrap_or((name, ""));
-        let owned = self.shapes.contains_key(param);
-        if owned {
-            // Of divided matrices each state has the shape of the part; counts are the same everywhere.
-            let cut = model.parallel().zip(self.shapes.get(param)).filter(|_| kind != "steps");
-            // Ranks whose state is not divided have all the same.
-            if self.zero() == Zero::States {
-                all = vec![0.0; if cut.is_some() { self.elements(param) } else { elements }];
-                self.comm.all_gather(&optimizer.state_part(name), &mut all)?;
-            } else {
-                all = optimizer.state_part(name);
-            }
-            if let Some((parallel, shape)) = cut {
-                all = parallel.gather(&model.config().placement(param, self.tp.size()), &all, shape)?;
-            }
-        }
-        if let Some(pipe) = &self.pipe {
-            let here = if owned { std::mem::take(&mut all) } else { vec![] };
-            all = vec![0.0; elements];
-            pipe.group.all_gather(&here, &mut all)?;
-        }
-        Ok(all)
+    /// The same ranks, to put tensors together beside the steps.
+    pub fn collect(&self) -> Arc<Collect> {
+        self.collect.clone()
     }
 
     /// Begins to add up the gradients of a step.

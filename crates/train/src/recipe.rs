@@ -241,11 +241,13 @@ pub struct CheckpointRecipe {
     pub keep_last: usize,
     /// And the one with the lowest validation loss.
     pub keep_best: bool,
+    /// Written while the steps go on, from a copy in memory.
+    pub background: bool,
 }
 
 impl Default for CheckpointRecipe {
     fn default() -> Self {
-        Self { every: 100, keep_last: 2, keep_best: true }
+        Self { every: 100, keep_last: 2, keep_best: true, background: true }
     }
 }
 

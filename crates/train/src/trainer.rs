@@ -5,6 +5,7 @@ mod faults;
 mod held_out;
 mod layout;
 mod persist;
+mod save;
 mod update;
 
 use std::path::{Path, PathBuf};
@@ -97,6 +98,8 @@ pub struct Trainer<'a> {
     state: State,
     /// Those that train together, if it is more than one.
     ranks: Option<Ranks>,
+    /// The checkpoint that is being written.
+    saving: Option<save::Saving>,
     #[cfg(test)]
     fault: Option<faults::Fault>,
 }
@@ -148,6 +151,7 @@ impl<'a> Trainer<'a> {
             token_bytes: dataset.tokenizer.token_bytes(),
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             ranks: None,
+            saving: None,
             dataset,
             recipe,
             #[cfg(test)]
@@ -221,6 +225,7 @@ impl<'a> Trainer<'a> {
                 stopped = "interrupted";
                 break;
             }
+            self.saved(false, observer)?;
             let step_started = Instant::now();
             let lr = self.recipe.schedule.lr_at(self.recipe.peak_lr(), self.state.step, self.recipe.train.steps);
             let done = self.step(lr, observer)?;
@@ -256,7 +261,7 @@ impl<'a> Trainer<'a> {
                 }
             }
             if !last && is_due(step, self.recipe.checkpoint.every) {
-                self.save(observer)?;
+                self.save(false, observer)?;
                 pace = Pace::start(self.state.tokens);
             }
         }
@@ -266,7 +271,7 @@ impl<'a> Trainer<'a> {
             self.evaluate(None, observer)?;
         }
         self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
-        self.save(observer)?;
+        self.save(true, observer)?;
         let tokens_here = self.state.tokens - first_tokens;
         let tokens_per_s = if training_s > 0.0 { tokens_here as f64 / training_s } else { 0.0 };
         let summary = Summary {

@@ -109,6 +109,22 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
     }
 }
 
+/// Parameters and states of a checkpoint that is written beside the steps are those of its own step, whoever writes which piece.
+#[test]
+fn checkpoints_are_the_same_written_beside_the_steps_and_between_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let extra = ["checkpoint={ every = 1, keep_last = 9, background = false }"];
+    let (between, beside) = (dir.path().join("between"), dir.path().join("beside"));
+    train(0, 0, &between, &dataset, &extra, None);
+    train(3, 0, &beside, &dataset, &["checkpoint={ every = 1, keep_last = 9 }"], None);
+    for step in 2..=10 {
+        for file in ["model.safetensors", "optimizer/adamw.safetensors"] {
+            assert!(bytes(&between, step, file) == bytes(&beside, step, file), "step {step}: {file} differs");
+        }
+    }
+}
+
 #[test]
 fn divided_states_take_the_same_steps() {
     let dir = tempfile::tempdir().unwrap();

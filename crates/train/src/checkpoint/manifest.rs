@@ -2,19 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::error::CheckpointError;
+use super::pieces::{Hash, PORTION};
 
 /// The name of the manifest in a checkpoint folder.
 pub const MANIFEST: &str = "manifest.json";
 
 const FORMAT: &str = "firebox-checkpoint";
-const VERSION: u32 = 1;
+/// 2: files may have pieces.
+const VERSION: u32 = 2;
 /// Room for a hundred thousand files; a larger manifest is refused before it is read.
 const MAX_MANIFEST: u64 = 16 << 20;
 /// Stands for the checksum while the checksum is computed.
@@ -25,8 +28,79 @@ const NO_CHECKSUM: &str = "00000000000000000000000000000000000000000000000000000
 pub(super) struct FileEntry {
     /// Bytes.
     pub(super) size: u64,
-    /// SHA-256 of the content, 64 lower-case hexadecimal digits.
+    /// SHA-256 of the content, 64 lower-case hexadecimal digits; of a file in pieces, that of their hashes, one after the other.
     pub(super) sha256: String,
+    /// The pieces, in order, where there is more than one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pieces: Vec<PieceEntry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PieceEntry {
+    /// Bytes.
+    size: u64,
+    /// SHA-256 of these bytes.
+    sha256: String,
+}
+
+impl FileEntry {
+    /// A file that consists of pieces of these sizes and hashes.
+    pub(super) fn new(pieces: impl IntoIterator<Item = (u64, Hash)>) -> Self {
+        let pieces: Vec<_> = pieces.into_iter().collect();
+        let size = pieces.iter().map(|(size, _)| size).sum();
+        if let [(_, hash)] = pieces.as_slice() {
+            return Self { size, sha256: hex(hash), pieces: vec![] };
+        }
+        let mut all = Sha256::new();
+        pieces.iter().for_each(|(_, hash)| all.update(hash));
+        let entry = |(size, hash): &(u64, Hash)| PieceEntry { size: *size, sha256: hex(hash) };
+        Self { size, sha256: hex(&all.finalize()), pieces: pieces.iter().map(entry).collect() }
+    }
+
+    /// Where each piece begins, and its size and hash.
+    fn pieces(&self) -> Vec<(u64, u64, &str)> {
+        if self.pieces.is_empty() {
+            return vec![(0, self.size, &self.sha256)];
+        }
+        let starts = self.pieces.iter().scan(0u64, |at, piece| {
+            let start = *at;
+            *at = at.saturating_add(piece.size);
+            Some((start, piece.size, piece.sha256.as_str()))
+        });
+        starts.collect()
+    }
+
+    /// Whether the pieces are all of the file.
+    fn is_whole(&self) -> bool {
+        let last = self.pieces().last().map(|(start, size, _)| start.saturating_add(*size));
+        last == Some(self.size)
+    }
+
+    /// Compares a file of the right size with the hashes.
+    fn check(&self, path: &Path) -> Result<(), CheckpointError> {
+        // What takes long with a large file: on all threads.
+        self.pieces().into_par_iter().try_for_each(|(start, size, sha256)| {
+            let read = || {
+                let mut file = File::open(path)?;
+                file.seek(SeekFrom::Start(start))?;
+                hash(file.take(size))
+            };
+            check_hash(path, sha256, read().map_err(CheckpointError::io("read", path))?)
+        })
+    }
+
+    /// Compares the content of a file with the hashes.
+    pub(super) fn check_bytes(&self, path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let torn = |got| CheckpointError::torn(path, format!("{} bytes", self.size), format!("{got} bytes"));
+        if bytes.len() as u64 != self.size {
+            return Err(torn(bytes.len()));
+        }
+        self.pieces().into_iter().try_for_each(|(start, size, sha256)| {
+            let piece = &bytes[start as usize..(start + size) as usize];
+            check_hash(path, sha256, hex(&Sha256::digest(piece)))
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,10 +128,14 @@ impl Manifest {
     pub(super) fn new(step: u64, metric: Option<f64>, files: BTreeMap<String, FileEntry>) -> Self {
         // JSON has no NaN or infinity, and neither can be a best value.
         let metric = metric.filter(|m| m.is_finite());
-        let mut manifest =
-            Self { format: FORMAT.into(), version: VERSION, step, metric, files, sha256: NO_CHECKSUM.into() };
-        manifest.sha256 = hex(&Sha256::digest(manifest.text()));
-        manifest
+        Self { format: FORMAT.into(), version: VERSION, step, metric, files, sha256: String::new() }.sealed()
+    }
+
+    /// With the checksum of its text.
+    fn sealed(mut self) -> Self {
+        self.sha256 = NO_CHECKSUM.into();
+        self.sha256 = hex(&Sha256::digest(self.text()));
+        self
     }
 
     /// The one text of this manifest: reading accepts no other, so that a change of any byte is seen.
@@ -97,17 +175,20 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(text)
             .map_err(|error| CheckpointError::torn(path, "a manifest", format!("text that is none ({error})")))?;
-        if manifest.format != FORMAT || manifest.version != VERSION {
+        if manifest.format != FORMAT || !(1..=VERSION).contains(&manifest.version) {
             return Err(CheckpointError::WrongKind {
                 path: path.to_owned(),
                 expected: format!("the format {FORMAT} {VERSION}"),
                 got: format!("{} {}", manifest.format, manifest.version),
             });
         }
-        for name in manifest.files.keys() {
+        for (name, entry) in &manifest.files {
             check_name(path, name)?;
+            if !entry.is_whole() {
+                return Err(CheckpointError::torn(path, format!("pieces of {name} that are all of it"), "others"));
+            }
         }
-        let right = Self::new(manifest.step, manifest.metric, manifest.files.clone());
+        let right = manifest.clone().sealed();
         if right.text() != text {
             return Err(CheckpointError::torn(
                 path,
@@ -143,9 +224,7 @@ impl Manifest {
         if hashes {
             for (name, entry) in &self.files {
                 let path = &dir.join(name);
-                let file = File::open(path).map_err(CheckpointError::io("read", path))?;
-                let (_, sha256) = hash(file).map_err(CheckpointError::io("read", path))?;
-                check_hash(path, entry, sha256)?;
+                entry.check(path)?;
             }
         }
         Ok(())
@@ -174,25 +253,21 @@ fn no_manifest(dir: &Path) -> CheckpointError {
     CheckpointError::WrongKind { path: dir.to_owned(), expected: "a checkpoint folder".into(), got: got.into() }
 }
 
-pub(super) fn check_hash(path: &Path, entry: &FileEntry, sha256: String) -> Result<(), CheckpointError> {
-    if sha256 == entry.sha256 {
+fn check_hash(path: &Path, expected: &str, got: String) -> Result<(), CheckpointError> {
+    if got == expected {
         return Ok(());
     }
-    Err(CheckpointError::torn(path, format!("content with SHA-256 {}", entry.sha256), sha256))
+    Err(CheckpointError::torn(path, format!("content with SHA-256 {expected}"), got))
 }
 
-/// Reads to the end: how many bytes there were, and their SHA-256.
-fn hash(mut from: impl io::Read) -> io::Result<(u64, String)> {
+/// Reads to the end: the SHA-256 of what there was.
+fn hash(mut from: impl io::Read) -> io::Result<String> {
     let mut hasher = Sha256::new();
-    let mut size = 0;
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; PORTION];
     loop {
         match from.read(&mut buffer) {
-            Ok(0) => return Ok((size, hex(&hasher.finalize()))),
-            Ok(n) => {
-                hasher.update(&buffer[..n]);
-                size += n as u64;
-            }
+            Ok(0) => return Ok(hex(&hasher.finalize())),
+            Ok(n) => hasher.update(&buffer[..n]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -233,7 +308,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Manifest {
-        let entry = |size| FileEntry { size, sha256: hex(&Sha256::digest(b"x")) };
+        let entry = |size| FileEntry::new([(size, Sha256::digest(b"x").into())]);
         let files = [("model.safetensors".to_owned(), entry(1)), ("optimizer/adamw.safetensors".to_owned(), entry(7))];
         Manifest::new(u64::MAX, Some(0.1 + 0.2), files.into())
     }

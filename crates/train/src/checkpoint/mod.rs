@@ -10,7 +10,7 @@
 //!     tokenizer.json           the tokenizer
 //!     optimizer/*.safetensors  the optimizer's state
 //!     state.json               step, seeds, loader position, schedule, recipe hash
-//!     manifest.json            size and SHA-256 of every file above, the step, the metric, a checksum of itself
+//!     manifest.json            size and SHA-256 of every file above (large ones by pieces), the step, the metric, a checksum of itself
 //!   .step-2000.tmp-4711/       being written by process 4711 (its folder is locked while that process lives)
 //!   .step-1000.old-4711.0/     the former step-1000, for the moment between the two renames that replace it
 //!   .step-500.gone-4711.1/     being deleted
@@ -73,6 +73,7 @@
 mod error;
 mod folder;
 mod manifest;
+mod pieces;
 mod reader;
 mod report;
 mod retain;
@@ -81,6 +82,7 @@ mod writer;
 
 pub use error::CheckpointError;
 pub use manifest::MANIFEST;
+pub(crate) use pieces::{Hash, PieceWriter, TensorPlan};
 pub use reader::{Checkpoint, Found, Skipped, Verify, find_best, find_latest, resolve};
 pub use report::{LoadReport, WrongShape};
 pub use retain::{Pruned, prune};

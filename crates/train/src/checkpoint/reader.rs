@@ -7,11 +7,10 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
-use sha2::{Digest as _, Sha256};
 
 use super::error::CheckpointError;
 use super::folder::{self, Entry, Kind};
-use super::manifest::{FileEntry, MANIFEST, Manifest, check_hash, hex};
+use super::manifest::{FileEntry, MANIFEST, Manifest};
 use super::report::nearest;
 use super::tensors::TensorFile;
 
@@ -113,7 +112,7 @@ impl Checkpoint {
         let mut bytes = Vec::new();
         // No more than the manifest says, whatever has become of the file since it was checked.
         file.take(entry.size.saturating_add(1)).read_to_end(&mut bytes).map_err(CheckpointError::io("read", &path))?;
-        check_hash(&path, entry, hex(&Sha256::digest(&bytes)))?;
+        entry.check_bytes(&path, &bytes)?;
         Ok(bytes)
     }
 

@@ -10,12 +10,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::error::{CheckpointError, is_full};
 use super::folder;
-use super::manifest::{FileEntry, MANIFEST, Manifest, check_name, hex};
-use super::tensors::{TensorSpec, header};
-
-/// Writes and hashes go in pieces of this size: large enough for the disk, small enough to be still in the cache when
-/// the hash has read it.
-const PIECE: usize = 1 << 20;
+use super::manifest::{FileEntry, MANIFEST, Manifest, check_name};
+use super::pieces::{Hash, PORTION, PieceWriter, TensorPlan};
+use super::tensors::TensorSpec;
 
 /// Writes one checkpoint. Nothing of it is visible until [`finish`](Self::finish) returns; dropped before that, or
 /// after any error, it leaves nothing behind.
@@ -88,28 +85,80 @@ impl Writer {
         I: IntoIterator,
         I::Item: AsRef<[u8]>,
     {
-        self.file(name, |sink| {
-            let (header, size) = header(&sink.path, metadata, specs)?;
-            *sink.expected = size;
-            sink.write(&header)?;
-            let mut data = data.into_iter();
-            for (i, spec) in specs.iter().enumerate() {
-                let wrong = |got| CheckpointError::invalid("write", &sink.path, format!("the bytes of {spec:?}"), got);
-                let bytes =
-                    data.next().ok_or_else(|| wrong(format!("the end after {i} of {} tensors", specs.len())))?;
-                let bytes = bytes.as_ref();
-                if Some(bytes.len()) != spec.n_bytes() {
-                    return Err(wrong(format!("{} bytes", bytes.len())));
-                }
-                sink.write(bytes)?;
-            }
-            match data.next() {
-                None => Ok(()),
-                Some(_) => {
-                    Err(CheckpointError::invalid("write", &sink.path, format!("{} tensors", specs.len()), "more"))
-                }
-            }
-        })
+        let result = self.try_tensors(name, metadata, specs, data);
+        self.settle(result)
+    }
+
+    fn try_tensors<I>(
+        &mut self,
+        name: &str,
+        metadata: &BTreeMap<String, String>,
+        specs: &[TensorSpec],
+        data: I,
+    ) -> Result<(), CheckpointError>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<[u8]>,
+    {
+        let path = self.place(name)?;
+        let plan = TensorPlan::new(path, metadata, specs.to_vec(), specs.iter().map(|_| 1))?;
+        self.current = plan.size();
+        let file = create(plan.path())?;
+        let (mut pieces, mut data) = (PieceWriter::new(&plan, file), data.into_iter());
+        let hashes = (0..plan.pieces().len()).map(|i| pieces.write(i, &mut data)).collect::<Result<Vec<_>, _>>()?;
+        if data.next().is_some() {
+            return Err(CheckpointError::invalid("write", plan.path(), format!("{} tensors", specs.len()), "more"));
+        }
+        pieces.finish()?;
+        self.note(name, FileEntry::new(plan.sizes().zip(hashes)));
+        Ok(())
+    }
+
+    /// Creates a safetensors file for others to write its pieces; [`tensors_written`](Self::tensors_written) follows.
+    ///
+    /// # Errors
+    ///
+    /// If the disk fails.
+    pub(crate) fn create_tensors(&mut self, name: &str, plan: &TensorPlan) -> Result<(), CheckpointError> {
+        self.current = plan.size();
+        let result = self.place(name).and_then(|path| create(&path));
+        self.settle(result.map(drop))
+    }
+
+    /// Notes that all pieces of a safetensors file are on the disk, and their hashes.
+    ///
+    /// # Errors
+    ///
+    /// If the file is not of the size that the pieces have together.
+    pub(crate) fn tensors_written(
+        &mut self,
+        name: &str,
+        plan: &TensorPlan,
+        hashes: impl IntoIterator<Item = Hash>,
+    ) -> Result<(), CheckpointError> {
+        let size = fs::metadata(plan.path()).map(|found| found.len()).map_err(CheckpointError::io("read", plan.path()));
+        let result = size.and_then(|size| match size == plan.size() {
+            true => Ok(()),
+            false => Err(CheckpointError::torn(
+                plan.path(),
+                format!("{} bytes, written by all ranks on the same disk", plan.size()),
+                format!("{size} bytes"),
+            )),
+        });
+        self.settle(result)?;
+        self.note(name, FileEntry::new(plan.sizes().zip(hashes)));
+        Ok(())
+    }
+
+    /// After an error with a piece: nothing is left behind, and a full disk is explained.
+    pub(crate) fn failed(&mut self, error: CheckpointError) -> CheckpointError {
+        self.abandon();
+        explain_full(error, &self.dir, self.step, self.written + self.current)
+    }
+
+    /// The folder in which files wait until the checkpoint is finished.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.temp
     }
 
     /// Writes `value` as JSON that people can read. Note that JSON has no NaN or infinity: they become `null`.
@@ -153,7 +202,7 @@ impl Writer {
         self.file(name, |sink| {
             let mut file = File::open(from).map_err(CheckpointError::open("copy", from, "a file"))?;
             *sink.expected = file.metadata().map_err(CheckpointError::io("copy", from))?.len();
-            let mut buffer = vec![0; PIECE];
+            let mut buffer = vec![0; PORTION];
             loop {
                 match file.read(&mut buffer) {
                     Ok(0) => return Ok(()),
@@ -220,6 +269,17 @@ impl Writer {
         name: &str,
         fill: impl FnOnce(&mut Sink<'_>) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
+        let path = self.place(name)?;
+        self.current = 0;
+        let mut sink = Sink::create(path, &mut self.current)?;
+        fill(&mut sink)?;
+        let entry = sink.close()?;
+        self.note(name, entry);
+        Ok(())
+    }
+
+    /// Where a new file of this name goes.
+    fn place(&self, name: &str) -> Result<PathBuf, CheckpointError> {
         self.check_open()?;
         check_name(&self.temp, name)?;
         let path = self.temp.join(name);
@@ -229,14 +289,13 @@ impl Writer {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(CheckpointError::io("create the folder", parent))?;
         }
-        self.current = 0;
-        let mut sink = Sink::create(path, &mut self.current)?;
-        fill(&mut sink)?;
-        let entry = sink.close()?;
+        Ok(path)
+    }
+
+    fn note(&mut self, name: &str, entry: FileEntry) {
         self.written += entry.size;
         self.current = 0;
         self.files.insert(name.to_owned(), entry);
-        Ok(())
     }
 
     fn check_open(&self) -> Result<(), CheckpointError> {
@@ -249,10 +308,7 @@ impl Writer {
 
     /// After an error: removes the folder at once, so that its space is free for whatever comes next.
     fn settle<T>(&mut self, result: Result<T, CheckpointError>) -> Result<T, CheckpointError> {
-        result.map_err(|error| {
-            self.abandon();
-            explain_full(error, &self.dir, self.step, self.written + self.current)
-        })
+        result.map_err(|error| self.failed(error))
     }
 
     fn abandon(&mut self) {
@@ -283,6 +339,10 @@ fn explain_full(error: CheckpointError, dir: &Path, step: u64, needed: u64) -> C
     }
 }
 
+fn create(path: &Path) -> Result<File, CheckpointError> {
+    File::create_new(path).map_err(CheckpointError::io("create", path))
+}
+
 /// A file that is hashed while it is written.
 struct Sink<'a> {
     path: PathBuf,
@@ -295,12 +355,12 @@ struct Sink<'a> {
 
 impl<'a> Sink<'a> {
     fn create(path: PathBuf, expected: &'a mut u64) -> Result<Self, CheckpointError> {
-        let file = File::create_new(&path).map_err(CheckpointError::io("create", &path))?;
-        Ok(Self { path, file: BufWriter::with_capacity(PIECE, file), hasher: Sha256::new(), size: 0, expected })
+        let file = create(&path)?;
+        Ok(Self { path, file: BufWriter::with_capacity(PORTION, file), hasher: Sha256::new(), size: 0, expected })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        for piece in bytes.chunks(PIECE) {
+        for piece in bytes.chunks(PORTION) {
             self.hasher.update(piece);
             self.file.write_all(piece).map_err(CheckpointError::io("write", &self.path))?;
             self.size += piece.len() as u64;
@@ -312,6 +372,6 @@ impl<'a> Sink<'a> {
     fn close(mut self) -> Result<FileEntry, CheckpointError> {
         self.file.flush().map_err(CheckpointError::io("write", &self.path))?;
         self.file.get_ref().sync_all().map_err(CheckpointError::io("flush", &self.path))?;
-        Ok(FileEntry { size: self.size, sha256: hex(&self.hasher.finalize()) })
+        Ok(FileEntry::new([(self.size, self.hasher.finalize().into())]))
     }
 }

@@ -1,4 +1,4 @@
-//! The run's part on disk: checkpoints, and how a run goes on from one.
+//! How a run goes on from a checkpoint.
 
 use std::path::Path;
 
@@ -7,12 +7,12 @@ use firebox_data::Dataset;
 use firebox_models::decoder::Decoder;
 use firebox_optim::StateTensor;
 
+use super::save::{AVERAGE_STATE, TRAINED};
 use super::{State, Trainer};
 use crate::TrainError;
-use crate::checkpoint::{Checkpoint, CheckpointError, TensorFile, TensorSpec, Writer, encode_f32, prune, resolve};
+use crate::checkpoint::{Checkpoint, TensorFile, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
-use crate::ranks::{Ranks, Shapes};
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -68,7 +68,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The optimizer's state in a checkpoint.
-    fn state_file(&self) -> String {
+    pub(super) fn state_file(&self) -> String {
         format!("optimizer/{}.safetensors", self.optimizer.algorithm().name())
     }
 
@@ -78,6 +78,9 @@ impl<'a> Trainer<'a> {
         let step = self.state.step;
         let back = self.recipe.watch.on_spike == OnSpike::Rollback
             && self.state.watch.rollbacks < self.recipe.watch.max_rollbacks;
+        if back {
+            self.saved(true, observer)?;
+        }
         let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
         let Some(found) = found else { return Ok(false) };
         let device = self.model().embed.weight.val().device();
@@ -96,80 +99,7 @@ impl<'a> Trainer<'a> {
         observer.on_event(&Event::Skipped { step, reason: &reason })?;
         Ok(true)
     }
-
-    /// Writes a checkpoint and removes those that the recipe does not keep.
-    pub(super) fn save(&self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        let Some(model) = self.whole(self.averaged()?)? else { return self.help_to_save() };
-        let dir = self.dir.join("checkpoints");
-        let mut writer = Writer::create(&dir, self.state.step)?;
-        model_io::save(&mut writer, &model, &self.dataset.tokenizer)?;
-        drop(model);
-        if self.optimizer.averages() {
-            model_io::save_parameters(&mut writer, TRAINED, self.model())?;
-        }
-        self.save_state(&mut writer)?;
-        if let Some(average) = &self.average {
-            write_state(&mut writer, AVERAGE_STATE, average.state_shapes(), average.state())?;
-            model_io::save_parameters(&mut writer, AVERAGE, &average.apply(self.model().clone()))?;
-        }
-        writer.json("state.json", &self.state)?;
-        let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
-        let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
-        prune(&dir, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.keep_best)?;
-        observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
-        if let Some(ranks) = &self.ranks {
-            ranks.barrier()?;
-        }
-        Ok(())
-    }
-
-    /// The optimizer's state, from all ranks where they have divided it.
-    fn save_state(&self, writer: &mut Writer) -> Result<(), TrainError> {
-        let (name, optimizer) = (self.state_file(), &self.optimizer);
-        let Some((ranks, shapes)) = self.divided_state() else {
-            return Ok(write_state(writer, &name, optimizer.state_shapes(), optimizer.state())?);
-        };
-        let mut failed = None;
-        let tensors = shapes.iter().map(|(name, shape)| {
-            let elements = shape.iter().product();
-            let values = match &failed {
-                None => ranks.state_tensor(self.model(), optimizer, name, elements),
-                Some(_) => Ok(vec![0.0; elements]),
-            };
-            let values = values.unwrap_or_else(|error| {
-                failed = Some(error);
-                vec![0.0; elements]
-            });
-            StateTensor { name: name.clone(), shape: shape.clone(), values }
-        });
-        write_state(writer, &name, shapes.iter().cloned(), tensors)?;
-        failed.map_or(Ok(()), |error| Err(error.into()))
-    }
-
-    /// What the other ranks do while the first one writes.
-    fn help_to_save(&self) -> Result<(), TrainError> {
-        if let Some((ranks, shapes)) = self.divided_state() {
-            for (name, shape) in shapes {
-                ranks.state_tensor(self.model(), &self.optimizer, name, shape.iter().product())?;
-            }
-        }
-        self.ranks.as_ref().map_or(Ok(()), Ranks::barrier)?;
-        Ok(())
-    }
-
-    /// The ranks, and the names and shapes of the optimizer's state, where it is divided; there is none before the first step.
-    fn divided_state(&self) -> Option<(&Ranks, &Shapes)> {
-        let ranks = self.ranks.as_ref().filter(|_| self.state.last_good > 0)?;
-        Some((ranks, ranks.divided_state()?))
-    }
 }
-
-/// The parameters that are trained, where they are others than those of `model.safetensors`.
-const TRAINED: &str = "trained.safetensors";
-
-/// The averaged parameters under Hugging Face's names, and what the average remembers.
-const AVERAGE: &str = "average/model.safetensors";
-const AVERAGE_STATE: &str = "average/state.safetensors";
 
 /// The model with the parameters that are trained.
 fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
@@ -185,18 +115,4 @@ fn state_tensors(file: &TensorFile) -> impl Iterator<Item = Result<StateTensor, 
         let (shape, values) = (file.shape(name)?.to_vec(), file.f32(name)?);
         Ok(StateTensor { name: name.to_owned(), shape, values })
     })
-}
-
-/// Writes tensors one at a time.
-fn write_state(
-    writer: &mut Writer,
-    name: &str,
-    shapes: impl Iterator<Item = (String, Vec<usize>)>,
-    tensors: impl Iterator<Item = StateTensor>,
-) -> Result<(), CheckpointError> {
-    let specs: Vec<TensorSpec> = shapes.map(|(name, shape)| TensorSpec::f32(name, shape)).collect();
-    let encode = |tensor: StateTensor| {
-        encode_f32(&tensor.values, safetensors::Dtype::F32).map(|bytes| bytes.into_owned()).unwrap_or_default()
-    };
-    writer.tensors(name, &Default::default(), &specs, tensors.map(encode))
 }

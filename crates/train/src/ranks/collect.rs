@@ -1,0 +1,115 @@
+//! Tensors that ranks have in parts, put together on the rank that writes them.
+
+use std::collections::BTreeMap;
+
+use firebox_models::{Placement, Staged};
+use firebox_optim::parameters;
+use firebox_parallel::{CommError, Communicator};
+
+use super::{Axes, Layout, Pipe};
+use crate::TrainError;
+
+/// The ranks of a run, in groups of their own: what they put together here goes on beside the steps.
+#[derive(Debug)]
+pub struct Collect {
+    /// All of them.
+    pub world: Communicator,
+    axes: Axes,
+    /// The rank of a pipeline that counts as the one that has a parameter, where stages are divided.
+    owners: BTreeMap<String, usize>,
+}
+
+/// A tensor of which ranks may have parts.
+#[derive(Debug)]
+pub struct Parted<'a> {
+    /// The parameter it belongs to.
+    pub param: &'a str,
+    /// The shape of the whole.
+    pub shape: &'a [usize],
+    /// How the ranks that divide matrices divide it.
+    pub placement: Placement,
+    /// Whether those divide it that have data of their own: then their parts follow one another.
+    pub by_data: bool,
+}
+
+impl Collect {
+    /// For a whole model, with the pipeline that will divide it. All ranks of `world` must call it.
+    ///
+    /// # Errors
+    /// [`TrainError::Comm`]; [`TrainError::Optim`] if two parameters have one path.
+    pub(super) fn new<M: Staged>(
+        world: &Communicator,
+        layout: &Layout,
+        model: &M,
+        pipe: Option<&Pipe>,
+    ) -> Result<Self, TrainError> {
+        // PANIC: a split gives a group to each rank that has a color.
+        let world = world.split(Some(0), 0)?.expect("a rank with a color is in a group");
+        let names = parameters(model)?.into_iter().map(|info| info.name);
+        let owner = |name: String| Some((pipe?.usual().owner(model, &name), name));
+        let owners = names.filter_map(owner).map(|(owner, name)| (name, owner)).collect();
+        Ok(Self { axes: layout.axes(&world)?, world, owners })
+    }
+
+    /// Where a rank stands: among those that have data of their own, in its pipeline, among those that divide matrices.
+    fn coordinates(&self, rank: usize) -> [usize; 3] {
+        let [pp, tp] = [&self.axes.pp, &self.axes.tp].map(Communicator::size);
+        [rank / (pp * tp), rank / tp % pp, rank % tp]
+    }
+
+    /// The whole of a tensor, on rank `root` alone. `mine` gives what this rank has, and is asked for it only if it is needed. All ranks must call it.
+    ///
+    /// # Errors
+    /// [`CommError`]: ranks that are lost, late, or do something else.
+    pub fn to(
+        &self,
+        root: usize,
+        tensor: &Parted<'_>,
+        mine: impl FnOnce() -> Vec<f32>,
+    ) -> Result<Option<Vec<f32>>, CommError> {
+        let Axes { dp, pp, tp } = &self.axes;
+        let [to_dp, to_pp, to_tp] = self.coordinates(root);
+        let owner = self.owners.get(tensor.param).copied().unwrap_or(0);
+        let mut values = None;
+        if pp.size() == 1 || owner == pp.rank() {
+            if tensor.by_data {
+                values = gather(dp, mine(), to_dp)?.map(|parts| parts.concat());
+            } else if dp.rank() == to_dp && (tp.rank() == to_tp || !tensor.placement.is_replicated()) {
+                values = Some(mine());
+            }
+            if let (Some(part), false) = (&mut values, tensor.placement.is_replicated()) {
+                values = gather(tp, std::mem::take(part), to_tp)?
+                    .map(|parts| tensor.placement.unshard(&parts, tensor.shape));
+            }
+        }
+        if owner == to_pp || pp.size() == 1 || (dp.rank(), tp.rank()) != (to_dp, to_tp) {
+            return Ok(values.filter(|_| self.world.rank() == root));
+        }
+        match values {
+            Some(values) if owner == pp.rank() => pp.send(values, to_pp, TAG).map(|()| None),
+            _ if pp.rank() == to_pp => pp.recv(owner, TAG).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Of messages of this kind.
+const TAG: u32 = 0;
+
+/// What each rank of a group has, on one of them.
+fn gather(group: &Communicator, mine: Vec<f32>, to: usize) -> Result<Option<Vec<Vec<f32>>>, CommError> {
+    if group.size() == 1 {
+        return Ok(Some(vec![mine]));
+    }
+    let mut counts = vec![0; group.size()];
+    counts[to] = mine.len();
+    let (all, counts) = group.all_to_all(&mine, &counts)?;
+    let mut rest = all.as_slice();
+    let parts = counts.iter().map(|&count| {
+        let (part, others) = rest.split_at(count);
+        rest = others;
+        part.to_vec()
+    });
+    let parts = parts.collect();
+    Ok((group.rank() == to).then_some(parts))
+}

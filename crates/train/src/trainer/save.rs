@@ -1,0 +1,317 @@
+//! Checkpoints: what a run was like after a step, written by all ranks, beside the steps that follow.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use burn::tensor::Tensor;
+use firebox_models::Placement;
+use firebox_models::decoder::Decoder;
+use firebox_models::decoder::hf::{Entry, Family};
+use firebox_optim::{Average, Optimizer, StateTensor};
+use firebox_parallel::ReduceOp;
+use firebox_tensor::threads;
+
+use super::{State, Trainer};
+use crate::TrainError;
+use crate::checkpoint::{CheckpointError, Hash, PieceWriter, TensorPlan, TensorSpec, Writer, prune};
+use crate::model_io::{encoded, entries, parameters, specs, to_host};
+use crate::observe::{Event, Observer};
+use crate::ranks::{Collect, Parted, Shapes};
+use crate::recipe::CheckpointRecipe;
+
+/// The parameters that are trained, where they are others than those of `model.safetensors`.
+pub(super) const TRAINED: &str = "trained.safetensors";
+
+/// The averaged parameters under Hugging Face's names, and what the average remembers.
+const AVERAGE: &str = "average/model.safetensors";
+pub(super) const AVERAGE_STATE: &str = "average/state.safetensors";
+
+impl Trainer<'_> {
+    /// Writes a checkpoint and removes those that the recipe does not keep. Unless it is the last act of the run, it is written while the steps go on, if the recipe
+    /// says so; until the next one, its errors come with any step.
+    pub(super) fn save(&mut self, last: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        self.saved(true, observer)?;
+        let snapshot = self.snapshot()?;
+        if last || !self.recipe.checkpoint.background {
+            if let Some(path) = snapshot.write()? {
+                observer.on_event(&Event::CheckpointSaved { step: self.state.step, path: &path })?;
+            }
+            return Ok(());
+        }
+        let write = move || {
+            // The cores are the steps'.
+            let _threads = threads::for_rank(1);
+            snapshot.write()
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
+        let thread = thread.map_err(TrainError::io("start a thread to write", &self.dir))?;
+        self.saving = Some(Saving { step: self.state.step, thread: Some(thread) });
+        Ok(())
+    }
+
+    /// Hears of the checkpoint that is being written, if it is done or `wait` is set.
+    pub(super) fn saved(&mut self, wait: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if !wait && self.saving.as_ref().is_none_or(|saving| !saving.is_finished()) {
+            return Ok(());
+        }
+        let Some(mut saving) = self.saving.take() else { return Ok(()) };
+        if let Some(path) = saving.wait()? {
+            observer.on_event(&Event::CheckpointSaved { step: saving.step, path: &path })?;
+        }
+        Ok(())
+    }
+
+    /// The run as it is. It shares the memory of parameters and states until a step changes them.
+    fn snapshot(&self) -> Result<Snapshot, TrainError> {
+        let ranks = self.ranks.as_ref();
+        // There is no state before the first step.
+        let divided = ranks.and_then(|ranks| ranks.divided_state()).filter(|_| self.state.last_good > 0);
+        Ok(Snapshot {
+            dir: self.dir.join("checkpoints"),
+            keep: self.recipe.checkpoint.clone(),
+            model: self.averaged()?,
+            trained: self.optimizer.averages().then(|| self.model().clone()),
+            average: self.average.as_ref().map(|average| (average.clone(), average.apply(self.model().clone()))),
+            optimizer: self.optimizer.clone(),
+            state_file: self.state_file(),
+            state_shapes: divided.cloned().unwrap_or_else(|| self.optimizer.state_shapes().collect()),
+            states_by_data: ranks.is_some_and(|ranks| ranks.state_parts().is_some()),
+            state: self.state.clone(),
+            tokenizer: self.dataset.tokenizer.json().into(),
+            collect: ranks.map(|ranks| ranks.collect()),
+        })
+    }
+}
+
+/// A checkpoint that is being written. Dropped, it waits: what has been begun is finished.
+#[derive(Debug)]
+pub(super) struct Saving {
+    step: u64,
+    thread: Option<JoinHandle<Result<Option<PathBuf>, TrainError>>>,
+}
+
+impl Saving {
+    fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn wait(&mut self) -> Result<Option<PathBuf>, TrainError> {
+        match self.thread.take().map(JoinHandle::join) {
+            None => Ok(None),
+            Some(Ok(result)) => result,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        // The run has failed for another reason, and says that one.
+        drop(self.thread.take().map(JoinHandle::join));
+    }
+}
+
+/// All that a checkpoint holds.
+struct Snapshot {
+    dir: PathBuf,
+    keep: CheckpointRecipe,
+    /// Of this and the other modules and states, this rank's part.
+    model: Decoder,
+    trained: Option<Decoder>,
+    average: Option<(Average, Decoder)>,
+    optimizer: Optimizer,
+    state_file: String,
+    /// Of the whole state.
+    state_shapes: Shapes,
+    /// Whether those that have data of their own have parts of the state.
+    states_by_data: bool,
+    state: State,
+    tokenizer: String,
+    collect: Option<Arc<Collect>>,
+}
+
+/// A tensor of a run, and those of a file that it becomes.
+struct Item<'a> {
+    tensor: Parted<'a>,
+    specs: Vec<TensorSpec>,
+    /// What this rank has of it.
+    mine: Box<dyn Fn() -> Vec<f32> + 'a>,
+    /// The bytes of the file's tensors.
+    encode: Box<dyn Fn(Vec<f32>) -> Vec<Vec<u8>> + 'a>,
+}
+
+impl Snapshot {
+    /// Writes it, each rank a part. The first one gets the folder.
+    fn write(self) -> Result<Option<PathBuf>, TrainError> {
+        let first = self.collect.as_ref().is_none_or(|collect| collect.world.rank() == 0);
+        let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
+        let folder = self.folder(writer.as_ref())?;
+        let to = &mut (writer.as_mut(), folder.as_path());
+        self.put_model(to, "model.safetensors", &self.model)?;
+        if let Some(trained) = &self.trained {
+            self.put_model(to, TRAINED, trained)?;
+        }
+        let state = &self.state_shapes;
+        let optimizer = |name: &str| self.optimizer.state_part(name);
+        self.put_state(to, &self.state_file, state, self.states_by_data, &optimizer)?;
+        if let Some((average, model)) = &self.average {
+            // Each rank has all of it.
+            let shapes: Shapes = average.state_shapes().collect();
+            let tensors: HashMap<String, Vec<f32>> =
+                average.state().map(|StateTensor { name, values, .. }| (name, values)).collect();
+            let tensor = |name: &str| tensors.get(name).cloned().unwrap_or_default();
+            self.put_state(to, AVERAGE_STATE, &shapes, false, &tensor)?;
+            self.put_model(to, AVERAGE, model)?;
+        }
+        let finished = match writer {
+            Some(writer) => Some(self.finish(writer)?),
+            None => None,
+        };
+        if let Some(collect) = &self.collect {
+            // Nobody goes on from it before it is there.
+            collect.world.barrier()?;
+        }
+        Ok(finished)
+    }
+
+    /// The small files, which one rank writes, and the end.
+    fn finish(&self, mut writer: Writer) -> Result<PathBuf, CheckpointError> {
+        let config = self.model.config();
+        writer.json("config.json", &Family::of(config).config_json(config))?;
+        writer.bytes("tokenizer.json", self.tokenizer.as_bytes())?;
+        writer.json("state.json", &self.state)?;
+        let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
+        let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
+        prune(&self.dir, self.keep.keep_last, self.keep.keep_best)?;
+        Ok(path)
+    }
+
+    /// Where the files go, as the first rank says.
+    fn folder(&self, writer: Option<&Writer>) -> Result<PathBuf, TrainError> {
+        let own = writer.map(|writer| writer.folder().to_path_buf()).unwrap_or_default();
+        let Some(collect) = &self.collect else { return Ok(own) };
+        // The folders above it are each rank's own business: on another machine they may be mounted elsewhere.
+        let name = own.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut len = [name.len() as u32];
+        collect.world.broadcast(&mut len, 0)?;
+        let mut bytes = name.into_bytes();
+        bytes.resize(len[0] as usize, 0);
+        collect.world.broadcast(&mut bytes, 0)?;
+        Ok(self.dir.join(String::from_utf8_lossy(&bytes).as_ref()))
+    }
+
+    fn put_model(&self, to: &mut To<'_>, name: &str, model: &Decoder) -> Result<(), TrainError> {
+        let config = model.config();
+        let entries: Vec<Entry> = entries(config);
+        let params: HashMap<String, Tensor<1>> = parameters(model).into_iter().collect();
+        let items = entries.iter().map(|entry| {
+            let values = params.get(&entry.param).cloned();
+            Item {
+                tensor: Parted {
+                    param: &entry.param,
+                    shape: &entry.shape,
+                    placement: self.placement(&entry.param),
+                    by_data: false,
+                },
+                specs: specs(entry),
+                mine: Box::new(move || values.clone().map(to_host).unwrap_or_default()),
+                encode: Box::new(|values| encoded(entry, &values)),
+            }
+        });
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        self.put(to, name, &metadata, &items.collect::<Vec<_>>())
+    }
+
+    fn put_state(
+        &self,
+        to: &mut To<'_>,
+        name: &str,
+        shapes: &Shapes,
+        by_data: bool,
+        part: &dyn Fn(&str) -> Vec<f32>,
+    ) -> Result<(), TrainError> {
+        let items = shapes.iter().map(|(name, shape)| {
+            let (param, kind) = name.rsplit_once('.').unwrap_or((name, ""));
+            // Of divided matrices each state has the shape of the part; counts are the same everywhere.
+            let placement = if kind == "steps" { Placement::replicated() } else { self.placement(param) };
+            Item {
+                tensor: Parted { param, shape, placement, by_data },
+                specs: vec![TensorSpec::f32(name.clone(), shape.clone())],
+                mine: Box::new(|| part(name)),
+                encode: Box::new(|values| vec![bytemuck::cast_slice(&values).to_vec()]),
+            }
+        });
+        self.put(to, name, &BTreeMap::new(), &items.collect::<Vec<_>>())
+    }
+
+    /// How the ranks that divide matrices divide a parameter.
+    fn placement(&self, param: &str) -> Placement {
+        match self.model.parallel() {
+            Some(parallel) => self.model.config().placement(param, parallel.group().size()),
+            None => Placement::replicated(),
+        }
+    }
+
+    /// Writes a file of tensors: its pieces go to the ranks in turns, and are put together, encoded and written there.
+    fn put(
+        &self,
+        (writer, folder): &mut To<'_>,
+        name: &str,
+        metadata: &BTreeMap<String, String>,
+        items: &[Item<'_>],
+    ) -> Result<(), TrainError> {
+        let specs = items.iter().flat_map(|item| item.specs.iter().cloned()).collect();
+        let plan = TensorPlan::new(folder.join(name), metadata, specs, items.iter().map(|item| item.specs.len()))?;
+        if let Some(writer) = writer {
+            writer.create_tensors(name, &plan)?;
+        }
+        let world = self.collect.as_ref().map(|collect| &collect.world);
+        let (rank, n) = world.map_or((0, 1), |world| (world.rank(), world.size()));
+        if let Some(world) = world {
+            world.barrier()?;
+        }
+        let pieces: Vec<_> = plan.pieces().collect();
+        let mut hashes = vec![Hash::default(); pieces.len()];
+        let mut failed = |error| match writer.as_mut() {
+            Some(writer) => writer.failed(error),
+            None => error,
+        };
+        let mut file = None;
+        for (round, pieces) in pieces.chunks(n).enumerate() {
+            let mut bytes = vec![];
+            for (to, items) in pieces.iter().map(|units| &items[units.clone()]).enumerate() {
+                for item in items {
+                    let whole = match &self.collect {
+                        Some(collect) => collect.to(to, &item.tensor, &item.mine)?,
+                        None => Some((item.mine)()),
+                    };
+                    bytes.extend(whole.into_iter().flat_map(&item.encode));
+                }
+            }
+            if rank < pieces.len() {
+                let file = match &mut file {
+                    Some(file) => file,
+                    None => file.insert(PieceWriter::open(&plan).map_err(&mut failed)?),
+                };
+                let piece = round * n + rank;
+                hashes[piece] = file.write(piece, &mut bytes.into_iter()).map_err(&mut failed)?;
+            }
+        }
+        if let Some(file) = file {
+            file.finish().map_err(failed)?;
+        }
+        if let Some(world) = world {
+            // Of each, all ranks but one have zeros.
+            world.all_reduce(hashes.as_flattened_mut(), ReduceOp::Max)?;
+        }
+        if let Some(writer) = writer {
+            writer.tensors_written(name, &plan, hashes)?;
+        }
+        Ok(())
+    }
+}
+
+/// The rank that creates and finishes files has a writer; all know the folder.
+type To<'a> = (Option<&'a mut Writer>, &'a Path);
