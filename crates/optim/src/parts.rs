@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::module::Module;
+use burn::tensor::Tensor;
+use firebox_tensor::ops::{is_bf16, to_bf16_from, to_f32};
 
 use crate::algorithm::Slot;
-use crate::optimizer::{Optimizer, STEPS, state_name, trainable};
-use crate::{OptimError, ParamInfo};
+use crate::optimizer::{Optimizer, STEPS, Step, rounding, rows, state_name, trainable};
+use crate::{Clipping, NamedGrads, OptimError, ParamInfo};
 
 /// Which elements of each parameter an optimizer has; those that it has nothing of are not in it.
 pub type Parts = BTreeMap<String, Range<usize>>;
@@ -62,6 +64,38 @@ impl Optimizer {
     pub fn shard<M: Module>(&mut self, module: &M, parts: Parts) -> Result<(), OptimError> {
         self.parts = Some(parts);
         self.keep_parts(module)
+    }
+
+    /// One [clipped step](Self::step_clipped) of parts that are in no module: `values` has each of them, flat and without autodiff, and `module` says no more
+    /// than names and shapes. A parameter that nobody has made yet is not made.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_parts<M: Module>(
+        &mut self,
+        lr: f64,
+        clipping: &Clipping,
+        module: &M,
+        values: &mut BTreeMap<String, Tensor<1>>,
+        grads: &mut NamedGrads,
+    ) -> Result<(), OptimError> {
+        self.validate_lr(lr)?;
+        let trainable = trainable(module)?;
+        self.check_gradients(&trainable, grads)?;
+        self.prepare(&trainable);
+        let step = Step { lr, grad_scale: 1.0, clipping };
+        for (name, grad) in std::mem::take(grads) {
+            let found = values.remove(&name).zip(self.state.get_mut(&name)).zip(trainable.get(&name));
+            let Some(((value, state), (info, _))) = found else { continue };
+            let (half, seed) = (is_bf16(&value), rounding(state));
+            let mut value = step.take((self.rules.assign(info), rows(info)), to_f32(value), grad, state);
+            if half {
+                let first = self.parts.as_ref().and_then(|parts| parts.get(&name)).map_or(0, |part| part.start);
+                value = to_bf16_from(value, seed, first);
+            }
+            values.insert(name, value);
+        }
+        Ok(())
     }
 
     /// The parts, if it does not have all.

@@ -14,6 +14,9 @@ use firebox_train::checkpoint::{Checkpoint, TensorFile};
 use firebox_train::observe::{Observers, RunInfo};
 use firebox_train::{Layout, Recipe, Trainer, Zero};
 
+#[path = "ranks/zero.rs"]
+mod zero;
+
 fn recipe(extra: &[&str]) -> Recipe {
     let base = [
         "data={ tokenizer = \"char\", val_split = \"tail\", val_fraction = 0.1, isolate_documents = true }",

@@ -4,17 +4,18 @@ use std::collections::HashMap;
 
 use burn::module::Module;
 use firebox_data::Batch;
-use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
 use firebox_optim::values;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
+use crate::engine::loss_by_stage;
 use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::model_io::{set_parameters, to_host};
 use crate::observe::{EvalRecord, Event, Observer};
-use crate::ranks::{Pipe, Ranks};
+use crate::ranks::{Pipe, Ranks, Shards};
 
 impl Trainer<'_> {
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
@@ -22,7 +23,8 @@ impl Trainer<'_> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
-        let model = self.averaged()?.valid();
+        let model = self.averaged()?;
+        let model = if self.shards.is_some() { model } else { model.valid() };
         let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
         let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
         let record = EvalRecord {
@@ -59,6 +61,9 @@ impl Trainer<'_> {
         };
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
+        }
+        if let Some(shards) = &self.shards {
+            return self.evaluated_by_stage(ranks, shards, batches);
         }
         let mut total = 0;
         let mine = batches.filter(|_| {
@@ -104,13 +109,44 @@ impl Trainer<'_> {
         Ok(Tally::evaluation(&all))
     }
 
+    /// The same where ranks have divided the parameters: they bring each stage together for as many batches as there are ranks.
+    fn evaluated_by_stage(
+        &self,
+        ranks: &Ranks,
+        shards: &Shards<Decoder>,
+        mut batches: impl Iterator<Item = Batch>,
+    ) -> Result<Evaluation, TrainError> {
+        let (mut total, mut mine) = (0, vec![]);
+        loop {
+            let round: Vec<Batch> = batches.by_ref().take(ranks.size()).collect();
+            if round.is_empty() {
+                break;
+            }
+            total += round.len();
+            let batch = round.into_iter().nth(ranks.rank()).map(|batch| {
+                let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
+                (tally, token_batch(batch, targets))
+            });
+            let tokens = batch.as_ref().map(|(_, tokens)| tokens);
+            let loss = loss_by_stage(self.model().n_stages(), tokens, &mut shards.gather(ranks))?;
+            if let Some((tally, loss)) = batch.map(|(tally, _)| tally).zip(loss) {
+                mine.push(tally.with_loss(f64::from(to_host(loss)[0])).into());
+            }
+        }
+        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        Ok(Tally::evaluation(&all))
+    }
+
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
-        if ranks.rank() > 0 {
-            return Ok(None);
-        }
+        let model = match &self.shards {
+            Some(shards) if ranks.is_first_copy() => shards.whole(ranks)?,
+            Some(_) => None,
+            None => Some(model).filter(|_| ranks.rank() == 0),
+        };
+        let Some(model) = model else { return Ok(None) };
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();

@@ -8,8 +8,9 @@ use firebox_parallel::Communicator;
 
 use super::Trainer;
 use crate::TrainError;
+use crate::engine::Recompute;
 use crate::model_io::{set_parameters, to_host};
-use crate::ranks::{Layout, Ranks, Zero};
+use crate::ranks::{Layout, Ranks, Shards, Zero};
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -28,7 +29,7 @@ impl Trainer<'_> {
         if watch.noise_scale_every > 0 {
             return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
         }
-        let divided = layout.pp * layout.tp > 1 || layout.zero == Zero::States;
+        let divided = layout.pp * layout.tp > 1 || layout.zero.divides();
         if divided && self.optimizer.averages() {
             let got = format!("zero {}, pp {}, tp {}", u8::from(layout.zero), layout.pp, layout.tp);
             return fail(
@@ -37,9 +38,14 @@ impl Trainer<'_> {
                 got,
             );
         }
-        if layout.pp * layout.tp > 1 {
-            let whole = "pp 1 and tp 1: it needs the whole model on each rank";
-            let got = format!("pp {}, tp {}", layout.pp, layout.tp);
+        if layout.pp > 1 && layout.zero == Zero::Parameters {
+            let expected = "0, 1 or 2 with pp: a pipeline uses its stages for one micro-batch after the other, and would bring each together for \
+                            every one of them";
+            return fail("zero", expected, "3".into());
+        }
+        if layout.pp * layout.tp > 1 || layout.zero == Zero::Parameters {
+            let whole = "pp 1, tp 1 and zero 0, 1 or 2: it needs the whole model on each rank";
+            let got = format!("pp {}, tp {}, zero {}", layout.pp, layout.tp, u8::from(layout.zero));
             if average.is_some() {
                 return fail("average", whole, got);
             }
@@ -63,7 +69,13 @@ impl Trainer<'_> {
         if let Some(parts) = ranks.state_parts() {
             self.optimizer.shard(&model, parts)?;
         }
-        self.model = Some(model);
+        self.model = Some(if layout.zero == Zero::Parameters {
+            self.engine.recompute = Recompute::Blocks;
+            let shards = Shards::take(model, &ranks.state_parts().unwrap_or_default(), &self.recipe.precision)?;
+            self.shards.insert(shards).shapes().clone()
+        } else {
+            model
+        });
         self.ranks = Some(ranks);
         Ok(self)
     }
