@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use firebox_tensor::ops::Precision;
 
-use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
+use crate::algorithm::{Algorithm, Geometry, MAX_STEPS, ParamState, Slot};
 use crate::clip::{Clip, Clipping};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
 use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
@@ -340,16 +340,19 @@ impl Optimizer {
         M: Module,
         E: From<OptimError>,
     {
+        // Made with the first tensor of its parameter, and cut to this rank's part with the last.
         struct Waiting {
-            state: ParamState,
+            state: Option<ParamState>,
             missing: Vec<&'static str>,
+            assigned: Assigned,
+            shape: Vec<usize>,
             device: Device,
         }
         let wait = |(name, (info, device)): (String, (ParamInfo, Device))| {
-            let Assigned { kind, algorithm, .. } = self.rules.assign(&info);
-            let state = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, &name, &device);
-            let missing = state.slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
-            (name, Waiting { state, missing, device })
+            let (assigned, shape) = (self.rules.assign(&info), info.shape);
+            let slots = assigned.algorithm.rule().slots(Geometry { kind: assigned.kind, shape: &shape });
+            let missing = slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
+            (name, Waiting { state: None, missing, assigned, shape, device })
         };
         let mut waiting: BTreeMap<String, Waiting> = trainable(module)?.into_iter().map(wait).collect();
         let (mut found, mut missing, mut unused, mut wrong) = (false, vec![], vec![], vec![]);
@@ -357,10 +360,15 @@ impl Optimizer {
             let tensor = tensor?;
             let known = tensor.name.rsplit_once('.').and_then(|(param, kind)| Some((waiting.get_mut(param)?, kind)));
             let steps = Slot::unsigned(STEPS, &[1]);
-            let Some((Waiting { state, missing, device }, kind)) = known else {
+            let Some((waiting, kind)) = known else {
                 unused.push(tensor.name);
                 continue;
             };
+            let Waiting { state, missing, assigned: Assigned { algorithm, kind: of, .. }, shape, device } = waiting;
+            let param = tensor.name.rsplit_once('.').map_or("", |(param, _)| param).to_owned();
+            let state = state.get_or_insert_with(|| {
+                ParamState::with_precision(algorithm, *of, shape, self.precision, &param, device)
+            });
             match state.slots.iter().position(|slot| slot.name == kind) {
                 Some(i) => match problem(&tensor, &state.slots[i]) {
                     Some(problem) => wrong.push(problem),
@@ -377,6 +385,10 @@ impl Optimizer {
             }
             missing.retain(|name| *name != kind);
             found = true;
+            if let (true, Some(parts)) = (missing.is_empty(), &self.parts) {
+                let part = parts.get(&param).cloned().unwrap_or(0..0);
+                waiting.state = waiting.state.take().map(|state| state.part(&part, &waiting.device));
+            }
         }
 
         // Nothing at all is the state before the first step; anything else must be whole.
@@ -384,7 +396,7 @@ impl Optimizer {
         let mut state = BTreeMap::new();
         for (name, waiting) in waiting.into_iter().filter(|_| !fresh) {
             missing.extend(waiting.missing.iter().map(|kind| state_name(&name, kind)));
-            state.insert(name, waiting.state);
+            state.extend(waiting.state.map(|state| (name, state)));
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
             self.state = state;

@@ -154,7 +154,7 @@ pub(crate) struct FloatParam<'a> {
 }
 
 /// Whether a parameter requires gradients. Values that have not been made yet stay so.
-fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+pub fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
     if param.is_initialized() {
         return param.is_require_grad();
     }

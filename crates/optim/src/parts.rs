@@ -162,7 +162,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::module::Param;
     use burn::tensor::{Device, Tensor, TensorData};
-    use firebox_tensor::ops::Precision;
+    use firebox_tensor::ops::{Precision, to_bf16};
 
     use super::*;
     use crate::{AdamWConfig, Algorithm, DecayRule, MuonConfig, NamedGrads, StateTensor, values};
@@ -254,6 +254,50 @@ mod tests {
                     again.shard(&net(), parts.clone()).unwrap();
                     again.load_state::<_, OptimError>(&net(), state.iter().cloned().map(Ok)).unwrap();
                     assert_eq!(again.state().collect::<Vec<_>>(), optimizer.state().collect::<Vec<_>>());
+                }
+            }
+        }
+    }
+
+    /// Parts that are in no module take the steps that they take in one, in f32 and in bfloat16, where the rounding depends on the place.
+    #[test]
+    fn parts_in_no_module_take_the_same_steps() {
+        let half = |param: Param<Tensor<2>>| {
+            Param::from_tensor(Tensor::from_inner(to_bf16(param.val().inner(), None)).require_grad())
+        };
+        for (bf16, ranks) in [(false, 3), (true, 2), (true, 4)] {
+            let start = || match net() {
+                Net { weight, head, gain } if bf16 => Net { weight: half(weight), head: half(head), gain },
+                net => net,
+            };
+            let make = || Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
+            let mut whole = make();
+            let mut model = start();
+            let mut held: Vec<(Optimizer, Parts, BTreeMap<String, Tensor<1>>)> = vec![];
+            for parts in make().divide(&net(), ranks).unwrap() {
+                let mut optimizer = make();
+                optimizer.shard(&net(), parts.clone()).unwrap();
+                let cut = |(info, x): (ParamInfo, Tensor<1>)| {
+                    let part = x.slice([parts.get(&info.name)?.clone()]);
+                    let half = bf16 && info.shape.len() > 1;
+                    Some((info.name, if half { to_bf16(part, None) } else { part }))
+                };
+                let values = values(&start()).into_iter().filter_map(cut).collect();
+                held.push((optimizer, parts, values));
+            }
+            for step in 0..3 {
+                model = whole.step(1e-2, model, &mut grads(None, step as f32)).unwrap();
+                let want: BTreeMap<String, Vec<f32>> = flat(&model).into_iter().collect();
+                for (optimizer, parts, values) in &mut held {
+                    let mut grads = grads(Some(parts), step as f32);
+                    optimizer.step_parts(1e-2, &Clipping::none(), &net(), values, &mut grads).unwrap();
+                    assert!(grads.is_empty());
+                    for (name, part) in parts.iter() {
+                        let value = values[name].clone();
+                        assert_eq!(is_bf16(&value), bf16 && name != "gain");
+                        let got: Vec<f32> = to_f32(value).to_data().iter::<f32>().collect();
+                        assert_eq!(got, want[name][part.clone()], "{name} {part:?}, step {step}");
+                    }
                 }
             }
         }
