@@ -23,7 +23,7 @@ use crate::model_io::to_host;
 
 pub use recipe::{MemoryRecipe, Offload, Recompute};
 use spill::Spill;
-pub(crate) use stages::{StageSource, loss_by_stage};
+pub(crate) use stages::{StageSource, losses_by_stage};
 
 /// How forward and backward use memory.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -1,11 +1,11 @@
 //! Passes through a model whose parameters are never all there: those of a stage come before it and are dropped after it.
 
-use burn::tensor::Tensor;
 use firebox_models::{Flow, Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 
 use super::{Engine, first_stage};
 use crate::TrainError;
+use crate::model_io::to_host;
 
 /// Brings the parameters of stages.
 pub(crate) trait StageSource<M> {
@@ -58,19 +58,20 @@ impl Engine {
     }
 }
 
-/// The loss `[1]` of a batch as in evaluation. Without a batch, `source` hears the same.
+/// The losses of batches as in evaluation, each stage for all of them. Without any, `source` hears the same.
 ///
 /// # Errors
 /// Those of `source`.
-pub(crate) fn loss_by_stage<M: Staged>(
+pub(crate) fn losses_by_stage<M: Staged>(
     n_stages: usize,
-    batch: Option<&TokenBatch>,
+    batches: &[TokenBatch],
     source: &mut dyn StageSource<M>,
-) -> Result<Option<Tensor<1>>, TrainError> {
-    let mut flow = batch.map(|_| Flow::Start);
+) -> Result<Vec<f64>, TrainError> {
+    let mut flows = vec![Flow::Start; batches.len()];
     for i in 0..n_stages {
         let plain = source.bring(i, false, Some(i + 1).filter(|&next| next < n_stages))?;
-        flow = flow.zip(batch).map(|(flow, batch)| plain.forward_stage(i, flow, batch, None));
+        let stage = |(flow, batch)| plain.forward_stage(i, flow, batch, None);
+        flows = flows.into_iter().zip(batches).map(stage).collect();
     }
-    Ok(flow.map(Flow::loss))
+    Ok(flows.into_iter().map(|flow| f64::from(to_host(flow.loss())[0])).collect())
 }

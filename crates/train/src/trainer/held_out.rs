@@ -10,12 +10,15 @@ use firebox_optim::values;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
-use crate::engine::loss_by_stage;
+use crate::engine::losses_by_stage;
 use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::model_io::{set_parameters, to_host};
 use crate::observe::{EvalRecord, Event, Observer};
 use crate::ranks::{Pipe, Ranks, Shards};
+
+/// Batches that a rank evaluates at once, where it has not the whole model.
+const AT_ONCE: usize = 8;
 
 impl Trainer<'_> {
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
@@ -83,7 +86,6 @@ impl Trainer<'_> {
         model: &Decoder,
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
-        const AT_ONCE: usize = 8;
         let pipeline = pipe.usual();
         let (mut total, mut mine) = (0, vec![]);
         let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
@@ -109,7 +111,7 @@ impl Trainer<'_> {
         Ok(Tally::evaluation(&all))
     }
 
-    /// The same where ranks have divided the parameters: they bring each stage together for as many batches as there are ranks.
+    /// The same where ranks have divided the parameters: they bring each stage together for a few batches of each.
     fn evaluated_by_stage(
         &self,
         ranks: &Ranks,
@@ -118,20 +120,18 @@ impl Trainer<'_> {
     ) -> Result<Evaluation, TrainError> {
         let (mut total, mut mine) = (0, vec![]);
         loop {
-            let round: Vec<Batch> = batches.by_ref().take(ranks.size()).collect();
+            let round: Vec<Batch> = batches.by_ref().take(AT_ONCE * ranks.size()).collect();
             if round.is_empty() {
                 break;
             }
             total += round.len();
-            let batch = round.into_iter().nth(ranks.rank()).map(|batch| {
+            let of_rank = round.into_iter().skip(ranks.rank()).step_by(ranks.size()).map(|batch| {
                 let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
                 (tally, token_batch(batch, targets))
             });
-            let tokens = batch.as_ref().map(|(_, tokens)| tokens);
-            let loss = loss_by_stage(self.model().n_stages(), tokens, &mut shards.gather(ranks))?;
-            if let Some((tally, loss)) = batch.map(|(tally, _)| tally).zip(loss) {
-                mine.push(tally.with_loss(f64::from(to_host(loss)[0])).into());
-            }
+            let (tallies, tokens): (Vec<Tally>, Vec<TokenBatch>) = of_rank.unzip();
+            let losses = losses_by_stage(self.model().n_stages(), &tokens, &mut shards.gather(ranks))?;
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
         }
         let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))

@@ -10,25 +10,23 @@ fn copies(zero: u8, dp_replicate: usize) -> Layout {
 fn divided_parameters_have_the_bits_of_one_rank() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
+    const ALL: [(usize, u8, usize); 10] =
+        [(8, 3, 2), (4, 3, 1), (1, 3, 1), (2, 3, 1), (3, 3, 1), (8, 3, 1), (8, 3, 4), (4, 2, 2), (8, 2, 2), (6, 1, 3)];
     // Without clipping there is no sum over the ranks that could differ in its last bit.
-    for (name, extra, file) in [
-        ("tied", &["optimizer.clip=0", "model.tied=true", "eval.sample_tokens=4"][..], "adamw"),
-        ("untied", &["optimizer.clip=0", "model.tied=false", "memory={ recompute = 2, offload = \"disk\" }"], "adamw"),
-        ("muon", &["optimizer.clip=0", "optimizer.kind=muon"], "muon"),
+    for (name, extra, file, layouts) in [
+        ("tied", &["optimizer.clip=0", "model.tied=true", "eval.sample_tokens=4"][..], "adamw", &ALL[..]),
+        (
+            "untied",
+            &["optimizer.clip=0", "model.tied=false", "memory={ recompute = 2, offload = \"disk\" }"],
+            "adamw",
+            &ALL[..2],
+        ),
+        ("muon", &["optimizer.clip=0", "optimizer.kind=muon"], "muon", &ALL[..2]),
     ] {
         let one = dir.path().join(name);
         let loss = train(0, 0, &one, &dataset, extra, None);
-        for (ranks, layout) in [
-            (2, data(3)),
-            (3, data(3)),
-            (4, data(3)),
-            (8, data(3)),
-            (4, copies(2, 2)),
-            (8, copies(2, 2)),
-            (8, copies(3, 2)),
-            (8, copies(3, 4)),
-            (6, copies(1, 3)),
-        ] {
+        for &(ranks, zero, dp_replicate) in layouts {
+            let layout = copies(zero, dp_replicate);
             let what =
                 format!("{name} on {ranks} ranks, zero {}, {} copies", u8::from(layout.zero), layout.dp_replicate);
             let many = dir.path().join(&what);
