@@ -188,6 +188,9 @@ fn flags() {
         &[
             ("train tiny --data docs.jsonl --backend abacus", &["abacus"]),
             ("train tiny --data docs.jsonl --nonsense", &["--nonsense"]),
+            ("train tiny --data docs.jsonl --ranks 2 --zero 4", &["--zero", "3 (parameters too)"]),
+            ("train tiny --data docs.jsonl --ranks 2 --dp-replicate 2", &["dp-replicate", "zero 1, 2 or 3"]),
+            ("train tiny --data docs.jsonl --ranks 4 --zero 3 --pp 2", &["0, 1 or 2 with pp"]),
             ("train tiny --depth 3", &["--depth"]),
             ("train --depth 0 --data docs.jsonl", &["--depth", "at least 1"]),
             ("train tiny --seed -1", &["-1"]),

@@ -37,7 +37,9 @@ impl NamedGrads {
                 self.path.pop();
             }
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                if param.is_require_grad()
+                // Values that were never made took no part.
+                if param.is_initialized()
+                    && param.is_require_grad()
                     && let Some(grad) = param.grad_remove(self.grads)
                 {
                     let elements = grad.shape().num_elements();
@@ -84,7 +86,7 @@ impl NamedGrads {
                 self.path.pop();
             }
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                if self.deferred.is_empty() || !param.is_require_grad() {
+                if self.deferred.is_empty() || !param.is_initialized() || !param.is_require_grad() {
                     return;
                 }
                 let name = self.path.join(".");

@@ -79,7 +79,7 @@ pub use error::OptimError;
 pub use grads::NamedGrads;
 pub use groups::{Group, GroupConfig, Groups};
 pub use optimizer::{Optimizer, StateTensor};
-pub use params::{DecayRule, ParamInfo, ParamKind, parameters, values};
+pub use params::{DecayRule, ParamInfo, ParamKind, is_trainable, parameters, values};
 pub use parts::Parts;
 pub use scaling::{BatchScaling, ScalingRule};
 pub use schedule::{Anneal, DecayShape, Schedule};

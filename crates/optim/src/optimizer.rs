@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use firebox_tensor::ops::Precision;
 
-use crate::algorithm::{Algorithm, MAX_STEPS, ParamState, Slot};
+use crate::algorithm::{Algorithm, Geometry, MAX_STEPS, ParamState, Slot};
 use crate::clip::{Clip, Clipping};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
 use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
@@ -186,32 +186,22 @@ impl Optimizer {
         let trainable = trainable(&module)?;
         self.check_gradients(&trainable, grads)?;
         self.prepare(&trainable);
+        let step = Step { lr, grad_scale, clipping };
         let with_gradient = trainable.into_iter().filter(|(name, _)| grads.get(name).is_some());
-        let assigned: BTreeMap<String, (Assigned, usize)> = with_gradient
-            .map(|(name, (info, _))| {
-                let rows = if info.shape.len() < 2 { 1 } else { info.shape[0].max(1) };
-                (name, (self.rules.assign(&info), rows))
-            })
-            .collect();
+        let assigned: BTreeMap<String, (Assigned, usize)> =
+            with_gradient.map(|(name, (info, _))| (name, (self.rules.assign(&info), rows(&info)))).collect();
 
         let (state, parts) = (&mut self.state, &self.parts);
         Ok(map_trainable(module, &|name| assigned.contains_key(name), &mut |name, _, param| {
             let found = grads.remove(name).zip(state.get_mut(name)).zip(assigned.get(name));
-            let Some(((grad, state), &(to, rows))) = found else { return param.into() };
-            let grad = match to.adaptive {
-                Some(adaptive) => adaptive.clip(grad, clipping.scale, &param, rows),
-                None => grad,
-            };
-            let scale = grad_scale * clipping.factor(to.clip);
-            // Another one than that of the state.
-            let seed = Some(state.seed().rotate_left(16));
-            let step = |param| to.algorithm.step(lr * to.lr_scale, to.weight_decay, scale, param, grad, state);
+            let Some(((grad, state), &to)) = found else { return param.into() };
+            let seed = Some(rounding(state));
             let values = match parts.as_ref().and_then(|parts| parts.get(name)) {
                 Some(part) if part.len() < param.dims()[0] => {
-                    let updated = step(param.clone().slice([part.clone()]));
+                    let updated = step.take(to, param.clone().slice([part.clone()]), grad, state);
                     param.slice_assign([part.clone()], updated)
                 }
-                _ => step(param),
+                _ => step.take(to, param, grad, state),
             };
             New { values, seed }
         }))
@@ -266,7 +256,7 @@ impl Optimizer {
         }))
     }
 
-    fn check_gradients(
+    pub(crate) fn check_gradients(
         &self,
         trainable: &BTreeMap<String, (ParamInfo, Device)>,
         grads: &NamedGrads,
@@ -291,7 +281,7 @@ impl Optimizer {
     }
 
     /// Makes the state of parameters that have none.
-    fn prepare(&mut self, trainable: &BTreeMap<String, (ParamInfo, Device)>) {
+    pub(crate) fn prepare(&mut self, trainable: &BTreeMap<String, (ParamInfo, Device)>) {
         for (name, (info, device)) in trainable {
             // Made for parameters without a gradient too, so that a state is either empty or complete.
             if self.state.contains_key(name) {
@@ -350,16 +340,19 @@ impl Optimizer {
         M: Module,
         E: From<OptimError>,
     {
+        // Made with the first tensor of its parameter, and cut to this rank's part with the last.
         struct Waiting {
-            state: ParamState,
+            state: Option<ParamState>,
             missing: Vec<&'static str>,
+            assigned: Assigned,
+            shape: Vec<usize>,
             device: Device,
         }
         let wait = |(name, (info, device)): (String, (ParamInfo, Device))| {
-            let Assigned { kind, algorithm, .. } = self.rules.assign(&info);
-            let state = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, &name, &device);
-            let missing = state.slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
-            (name, Waiting { state, missing, device })
+            let (assigned, shape) = (self.rules.assign(&info), info.shape);
+            let slots = assigned.algorithm.rule().slots(Geometry { kind: assigned.kind, shape: &shape });
+            let missing = slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
+            (name, Waiting { state: None, missing, assigned, shape, device })
         };
         let mut waiting: BTreeMap<String, Waiting> = trainable(module)?.into_iter().map(wait).collect();
         let (mut found, mut missing, mut unused, mut wrong) = (false, vec![], vec![], vec![]);
@@ -367,10 +360,15 @@ impl Optimizer {
             let tensor = tensor?;
             let known = tensor.name.rsplit_once('.').and_then(|(param, kind)| Some((waiting.get_mut(param)?, kind)));
             let steps = Slot::unsigned(STEPS, &[1]);
-            let Some((Waiting { state, missing, device }, kind)) = known else {
+            let Some((waiting, kind)) = known else {
                 unused.push(tensor.name);
                 continue;
             };
+            let Waiting { state, missing, assigned: Assigned { algorithm, kind: of, .. }, shape, device } = waiting;
+            let param = tensor.name.rsplit_once('.').map_or("", |(param, _)| param).to_owned();
+            let state = state.get_or_insert_with(|| {
+                ParamState::with_precision(algorithm, *of, shape, self.precision, &param, device)
+            });
             match state.slots.iter().position(|slot| slot.name == kind) {
                 Some(i) => match problem(&tensor, &state.slots[i]) {
                     Some(problem) => wrong.push(problem),
@@ -387,6 +385,10 @@ impl Optimizer {
             }
             missing.retain(|name| *name != kind);
             found = true;
+            if let (true, Some(parts)) = (missing.is_empty(), &self.parts) {
+                let part = parts.get(&param).cloned().unwrap_or(0..0);
+                waiting.state = waiting.state.take().map(|state| state.part(&part, &waiting.device));
+            }
         }
 
         // Nothing at all is the state before the first step; anything else must be whole.
@@ -394,7 +396,7 @@ impl Optimizer {
         let mut state = BTreeMap::new();
         for (name, waiting) in waiting.into_iter().filter(|_| !fresh) {
             missing.extend(waiting.missing.iter().map(|kind| state_name(&name, kind)));
-            state.insert(name, waiting.state);
+            state.extend(waiting.state.map(|state| (name, state)));
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
             self.state = state;
@@ -404,6 +406,41 @@ impl Optimizer {
             Err(OptimError::State { missing, unused, wrong }.into())
         }
     }
+}
+
+/// What a step is for every parameter.
+pub(crate) struct Step<'a> {
+    pub lr: f64,
+    pub grad_scale: f64,
+    pub clipping: &'a Clipping,
+}
+
+impl Step<'_> {
+    /// Of one parameter of so many rows, or of a part of it; flat.
+    pub fn take(
+        &self,
+        (to, rows): (Assigned, usize),
+        param: Tensor<1>,
+        grad: Tensor<1>,
+        state: &mut ParamState,
+    ) -> Tensor<1> {
+        let grad = match to.adaptive {
+            Some(adaptive) => adaptive.clip(grad, self.clipping.scale, &param, rows),
+            None => grad,
+        };
+        let scale = self.grad_scale * self.clipping.factor(to.clip);
+        to.algorithm.step(self.lr * to.lr_scale, to.weight_decay, scale, param, grad, state)
+    }
+}
+
+/// Of whose norms adaptive clipping speaks.
+pub(crate) fn rows(info: &ParamInfo) -> usize {
+    if info.shape.len() < 2 { 1 } else { info.shape[0].max(1) }
+}
+
+/// By what a parameter in bfloat16 is rounded after the next step: another seed than that of the state.
+pub(crate) fn rounding(state: &ParamState) -> u32 {
+    state.seed().rotate_left(16)
 }
 
 /// The name of the count of steps in a saved state.

@@ -153,6 +153,16 @@ pub(crate) struct FloatParam<'a> {
     pub device: &'a Device,
 }
 
+/// Whether a parameter requires gradients. Values that have not been made yet stay so.
+pub fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    if param.is_initialized() {
+        return param.is_require_grad();
+    }
+    // The setting alone is not public: it is what a tensor gets that is loaded.
+    let nothing = Tensor::zeros([0; D], &param.lazy_device());
+    param.clone().transform_for_load(nothing, param.id).is_require_grad()
+}
+
 /// Calls `f` with the path and a description of every float parameter.
 pub(crate) fn visit_floats<M: Module>(module: &M, f: &mut dyn FnMut(&str, FloatParam<'_>)) {
     struct Visitor<'a> {
@@ -170,7 +180,7 @@ pub(crate) fn visit_floats<M: Module>(module: &M, f: &mut dyn FnMut(&str, FloatP
             let shape = param.lazy_shape().to_vec();
             (self.f)(
                 &self.path.join("."),
-                FloatParam { shape, trainable: param.is_require_grad(), device: &param.lazy_device() },
+                FloatParam { shape, trainable: is_trainable(param), device: &param.lazy_device() },
             );
         }
     }
@@ -215,7 +225,7 @@ pub(crate) fn map_trainable<M: Module>(
         }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             let name = self.path.join(".");
-            if !param.is_require_grad() || !(self.wanted)(&name) {
+            if !(self.wanted)(&name) || !is_trainable(&param) {
                 return param;
             }
             let (id, tensor, mapper) = param.consume();

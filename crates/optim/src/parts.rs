@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::module::Module;
+use burn::tensor::Tensor;
+use firebox_tensor::ops::{is_bf16, to_bf16_from, to_f32};
 
 use crate::algorithm::Slot;
-use crate::optimizer::{Optimizer, STEPS, state_name, trainable};
-use crate::{OptimError, ParamInfo};
+use crate::optimizer::{Optimizer, STEPS, Step, rounding, rows, state_name, trainable};
+use crate::{Clipping, NamedGrads, OptimError, ParamInfo};
 
 /// Which elements of each parameter an optimizer has; those that it has nothing of are not in it.
 pub type Parts = BTreeMap<String, Range<usize>>;
@@ -62,6 +64,38 @@ impl Optimizer {
     pub fn shard<M: Module>(&mut self, module: &M, parts: Parts) -> Result<(), OptimError> {
         self.parts = Some(parts);
         self.keep_parts(module)
+    }
+
+    /// One [clipped step](Self::step_clipped) of parts that are in no module: `values` has each of them, flat and without autodiff, and `module` says no more
+    /// than names and shapes. A parameter that nobody has made yet is not made.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_parts<M: Module>(
+        &mut self,
+        lr: f64,
+        clipping: &Clipping,
+        module: &M,
+        values: &mut BTreeMap<String, Tensor<1>>,
+        grads: &mut NamedGrads,
+    ) -> Result<(), OptimError> {
+        self.validate_lr(lr)?;
+        let trainable = trainable(module)?;
+        self.check_gradients(&trainable, grads)?;
+        self.prepare(&trainable);
+        let step = Step { lr, grad_scale: 1.0, clipping };
+        for (name, grad) in std::mem::take(grads) {
+            let found = values.remove(&name).zip(self.state.get_mut(&name)).zip(trainable.get(&name));
+            let Some(((value, state), (info, _))) = found else { continue };
+            let (half, seed) = (is_bf16(&value), rounding(state));
+            let mut value = step.take((self.rules.assign(info), rows(info)), to_f32(value), grad, state);
+            if half {
+                let first = self.parts.as_ref().and_then(|parts| parts.get(&name)).map_or(0, |part| part.start);
+                value = to_bf16_from(value, seed, first);
+            }
+            values.insert(name, value);
+        }
+        Ok(())
     }
 
     /// The parts, if it does not have all.
@@ -128,7 +162,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use burn::module::Param;
     use burn::tensor::{Device, Tensor, TensorData};
-    use firebox_tensor::ops::Precision;
+    use firebox_tensor::ops::{Precision, to_bf16};
 
     use super::*;
     use crate::{AdamWConfig, Algorithm, DecayRule, MuonConfig, NamedGrads, StateTensor, values};
@@ -220,6 +254,50 @@ mod tests {
                     again.shard(&net(), parts.clone()).unwrap();
                     again.load_state::<_, OptimError>(&net(), state.iter().cloned().map(Ok)).unwrap();
                     assert_eq!(again.state().collect::<Vec<_>>(), optimizer.state().collect::<Vec<_>>());
+                }
+            }
+        }
+    }
+
+    /// Parts that are in no module take the steps that they take in one, in f32 and in bfloat16, where the rounding depends on the place.
+    #[test]
+    fn parts_in_no_module_take_the_same_steps() {
+        let half = |param: Param<Tensor<2>>| {
+            Param::from_tensor(Tensor::from_inner(to_bf16(param.val().inner(), None)).require_grad())
+        };
+        for (bf16, ranks) in [(false, 3), (true, 2), (true, 4)] {
+            let start = || match net() {
+                Net { weight, head, gain } if bf16 => Net { weight: half(weight), head: half(head), gain },
+                net => net,
+            };
+            let make = || Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
+            let mut whole = make();
+            let mut model = start();
+            let mut held: Vec<(Optimizer, Parts, BTreeMap<String, Tensor<1>>)> = vec![];
+            for parts in make().divide(&net(), ranks).unwrap() {
+                let mut optimizer = make();
+                optimizer.shard(&net(), parts.clone()).unwrap();
+                let cut = |(info, x): (ParamInfo, Tensor<1>)| {
+                    let part = x.slice([parts.get(&info.name)?.clone()]);
+                    let half = bf16 && info.shape.len() > 1;
+                    Some((info.name, if half { to_bf16(part, None) } else { part }))
+                };
+                let values = values(&start()).into_iter().filter_map(cut).collect();
+                held.push((optimizer, parts, values));
+            }
+            for step in 0..3 {
+                model = whole.step(1e-2, model, &mut grads(None, step as f32)).unwrap();
+                let want: BTreeMap<String, Vec<f32>> = flat(&model).into_iter().collect();
+                for (optimizer, parts, values) in &mut held {
+                    let mut grads = grads(Some(parts), step as f32);
+                    optimizer.step_parts(1e-2, &Clipping::none(), &net(), values, &mut grads).unwrap();
+                    assert!(grads.is_empty());
+                    for (name, part) in parts.iter() {
+                        let value = values[name].clone();
+                        assert_eq!(is_bf16(&value), bf16 && name != "gain");
+                        let got: Vec<f32> = to_f32(value).to_data().iter::<f32>().collect();
+                        assert_eq!(got, want[name][part.clone()], "{name} {part:?}, step {step}");
+                    }
                 }
             }
         }

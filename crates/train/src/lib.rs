@@ -61,5 +61,5 @@ pub use optimizer_recipe::OptimizerRecipe;
 pub use precision::{ComputeType, LossScale, LossScaling, ParamType, PrecisionRecipe};
 pub use ranks::{Layout, Zero};
 pub use recipe::Recipe;
-pub use trainer::{LastEval, State, Trainer, prompt_ids};
+pub use trainer::{Held, LastEval, State, Trainer, prompt_ids};
 pub use watch::{OnSpike, Watch, WatchRecipe};

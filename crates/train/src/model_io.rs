@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
 use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
 use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_optim::{ParamInfo, is_trainable};
+use firebox_tensor::ops::to_f32;
 
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
@@ -32,7 +35,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainErro
         let config_path = path.join("config.json");
         let text = std::fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
         let json = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
-        let model = from_file(&json, &TensorFile::open(path)?, device)?;
+        let model = from_file(&json, TensorFile::open(path)?, device)?;
         let tokenizer = path.join("tokenizer.json");
         let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
         return Ok(Loaded { model, tokenizer });
@@ -46,7 +49,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainErro
 /// As [`load`].
 pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
     let json: serde_json::Value = checkpoint.read_json("config.json")?;
-    let model = from_file(&json, &checkpoint.tensors("model.safetensors")?, device)?;
+    let model = from_file(&json, checkpoint.tensors("model.safetensors")?, device)?;
     let tokenizer = match checkpoint.contains("tokenizer.json") {
         true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
         false => None,
@@ -62,29 +65,38 @@ fn not_json(reason: &str) -> HfError {
 ///
 /// # Errors
 /// [`CheckpointError`]: tensors that do not fit, all at once.
-pub(crate) fn load_parameters(model: Decoder, file: &TensorFile) -> Result<Decoder, TrainError> {
+pub(crate) fn load_parameters(model: Decoder, file: TensorFile) -> Result<Decoder, TrainError> {
     let entries = entries(model.config());
-    from_entries(model, &entries, file)
+    from_entries(model, entries, file)
 }
 
-fn from_file(json: &serde_json::Value, file: &TensorFile, device: &Device) -> Result<Decoder, TrainError> {
+fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Result<Decoder, TrainError> {
     let (family, config) = parse_config(json)?;
     let entries = family.entries(&config);
     // The initial values are replaced before they are made.
-    from_entries(Decoder::new(&config, 0, device)?, &entries, file)
+    from_entries(Decoder::new(&config, 0, device)?, entries, file)
 }
 
-fn from_entries(model: Decoder, entries: &[Entry], file: &TensorFile) -> Result<Decoder, TrainError> {
-    check_shapes(entries, file)?;
-    let mut values = HashMap::new();
-    for entry in entries {
-        let mut param = vec![0f32; entry.shape.iter().product()];
-        for piece in &entry.pieces {
-            entry.join(&mut param, piece, &file.f32(&piece.name)?);
-        }
-        values.insert(entry.param.clone(), param);
+/// Parameters are read when they are first used: a rank that needs a part of the model reads no more.
+fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+    check_shapes(&entries, &file)?;
+    for piece in entries.iter().flat_map(|entry| &entry.pieces) {
+        file.check_floats(&piece.name)?;
     }
-    Ok(set_parameters(model, values))
+    let file = Arc::new(file);
+    let read = |entry: Entry| {
+        let (name, file) = (entry.param.clone(), file.clone());
+        let values = move || {
+            let mut param = vec![0f32; entry.shape.iter().product()];
+            for piece in &entry.pieces {
+                // It is there and has floats: that was checked, and the file is mapped.
+                entry.join(&mut param, piece, &file.f32(&piece.name).unwrap_or_default());
+            }
+            param
+        };
+        (name, Box::new(values) as Later)
+    };
+    Ok(set_later(model, entries.into_iter().map(read).collect()))
 }
 
 /// Everything missing, unused and misshapen at once. Buffers that GPT-2's files carry besides parameters are no surprise.
@@ -136,6 +148,63 @@ pub(crate) fn set_parameters<M: Module>(module: M, values: HashMap<String, Vec<f
             let data = TensorData::new(values, param.lazy_shape().to_vec());
             let (id, device) = (param.id, param.lazy_device());
             param.transform_for_load(Tensor::from_data(data, &device), id)
+        }
+    }
+    module.map(&mut Mapper { path: vec![], values })
+}
+
+/// Values that are made or read when they are needed, by whom has them alone.
+pub(crate) type Later = Box<dyn FnOnce() -> Vec<f32> + Send + Sync>;
+
+/// The float parameters of a module by path, none of which is made before its values are asked for. With the module gone, each is alone.
+pub(crate) fn later<M: Module>(module: &M) -> Vec<(ParamInfo, Later)> {
+    struct Visitor {
+        path: Vec<String>,
+        found: Vec<(ParamInfo, Later)>,
+    }
+    impl ModuleVisitor for Visitor {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let (name, shape) = (self.path.join("."), param.lazy_shape().to_vec());
+            let (info, param) = (ParamInfo { name, shape, trainable: is_trainable(param) }, param.clone());
+            let values = move || {
+                let value = param.into_value();
+                to_host(to_f32(if value.device().is_autodiff() { value.inner() } else { value }))
+            };
+            self.found.push((info, Box::new(values)));
+        }
+    }
+    let mut visitor = Visitor { path: vec![], found: vec![] };
+    module.visit(&mut visitor);
+    visitor.found
+}
+
+/// [`set_parameters`] with values that are asked for when a parameter is used.
+pub(crate) fn set_later<M: Module>(module: M, values: HashMap<String, Later>) -> M {
+    struct Mapper {
+        path: Vec<String>,
+        values: HashMap<String, Later>,
+    }
+    impl ModuleMapper for Mapper {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Some(values) = self.values.remove(&self.path.join(".")) else { return param };
+            let (shape, trainable) = (param.lazy_shape(), is_trainable(&param));
+            let dims = shape.to_vec();
+            let init = move |device: &Device, require_grad: bool| {
+                Tensor::from_data(TensorData::new(values(), dims), device).set_require_grad(require_grad)
+            };
+            Param::uninitialized(param.id, init, param.lazy_device(), trainable, shape)
         }
     }
     module.map(&mut Mapper { path: vec![], values })

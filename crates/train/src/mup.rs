@@ -1,11 +1,10 @@
 //! Maximal update parametrization: hyperparameters that stay good as the width grows.
 
-use burn::tensor::Tensor;
 use firebox_models::decoder::{Decoder, DecoderConfig};
 use firebox_optim::{Algorithm, GroupConfig, ParamInfo, ParamKind};
 
 use crate::Recipe;
-use crate::model_io::{set_parameters, to_host};
+use crate::model_io::{Later, later, set_later};
 use crate::recipe::RecipeError;
 
 /// μP for Adam (Yang et al., <https://arxiv.org/abs/2203.03466>, table 3): against a model of the base width, m times narrower,
@@ -69,17 +68,17 @@ impl Mup {
 
     /// Initial values, of a model whose weights all have the standard deviation of its blocks' (`init_std`, scaled to the width already).
     pub fn initial(self, model: Decoder) -> Decoder {
-        let scaled = |(info, values): (ParamInfo, Tensor<1>)| {
+        let scaled = |(info, values): (ParamInfo, Later)| {
             let factor = match ParamKind::of(&info.name, &info.shape) {
                 ParamKind::Embedding => self.times.sqrt(),
                 ParamKind::Head => self.times.sqrt().recip(),
                 ParamKind::Matrix | ParamKind::Vector => return None,
             };
-            let values = to_host(values).into_iter().map(|x| (f64::from(x) * factor) as f32);
-            Some((info.name, values.collect()))
+            let scaled = move || values().into_iter().map(|x| (f64::from(x) * factor) as f32).collect();
+            Some((info.name, Box::new(scaled) as Later))
         };
-        let values = firebox_optim::values(&model).into_iter().filter_map(scaled).collect();
-        set_parameters(model, values)
+        let values = later(&model).into_iter().filter_map(scaled).collect();
+        set_later(model, values)
     }
 }
 
@@ -93,7 +92,7 @@ mod tests {
 
     use super::*;
     use crate::coordinates::{BASE_WIDTH, coordinate_check, coordinate_recipe, start};
-    use crate::model_io::parameters;
+    use crate::model_io::{parameters, to_host};
 
     fn recipe(width: usize, mup: bool, more: &[&str]) -> Recipe {
         let more: Vec<String> = more.iter().map(ToString::to_string).collect();

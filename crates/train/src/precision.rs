@@ -146,21 +146,23 @@ impl PrecisionRecipe {
         Err(TrainError::Input { what: "precision.compute", expected, got: format!("{dtype:?}") })
     }
 
-    /// The module with its parameters in the type in which they are held: those of two dimensions or more.
+    /// The module with its parameters in the type in which they are held: those of two dimensions or more. Those that have not been made yet are not made.
     pub(crate) fn hold<M: Module>(&self, module: M) -> M {
         struct Halve;
         impl ModuleMapper for Halve {
             fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                if D < 2 || is_bf16(&param.val()) {
+                if D < 2 {
+                    return param;
+                }
+                if !param.is_initialized() {
+                    return param.init_mapper(halve);
+                }
+                if is_bf16(&param.val()) {
                     return param;
                 }
                 let trainable = param.is_require_grad();
                 let (id, tensor, mapper) = param.consume();
-                let held = match tensor.device().is_autodiff() {
-                    true => Tensor::from_inner(to_bf16(tensor.inner(), None)).set_require_grad(trainable),
-                    false => to_bf16(tensor, None),
-                };
-                Param::from_mapped_value(id, held, mapper)
+                Param::from_mapped_value(id, halve(tensor).set_require_grad(trainable), mapper)
             }
         }
         match self.params {
@@ -218,6 +220,14 @@ pub struct LossScale {
 impl Default for LossScale {
     fn default() -> Self {
         Self { factor: 1.0, good_steps: 0 }
+    }
+}
+
+/// In bfloat16, without gradients.
+fn halve<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    match tensor.device().is_autodiff() {
+        true => Tensor::from_inner(to_bf16(tensor.inner(), None)),
+        false => to_bf16(tensor, None),
     }
 }
 

@@ -8,6 +8,7 @@
 mod collect;
 mod exchange;
 mod layout;
+mod shards;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ use crate::model_io::{set_parameters, to_host};
 pub use collect::{Collect, Parted};
 pub use exchange::Exchange;
 pub use layout::{Axes, Layout, Zero};
+pub use shards::{Shards, bytes};
 
 /// Names and shapes of tensors.
 pub type Shapes = Vec<(String, Vec<usize>)>;
@@ -41,6 +43,10 @@ pub struct Ranks {
     world: Communicator,
     /// Those that have the same stages, and other data.
     comm: Communicator,
+    /// Of these, those that divide what [`Zero`] says.
+    shard: Communicator,
+    /// And those that have copies of this rank's part of it.
+    replicas: Communicator,
     layout: Layout,
     /// Those that have the other stages, where they are divided.
     pipe: Option<Pipe>,
@@ -49,8 +55,10 @@ pub struct Ranks {
     /// Names and shapes of the state of the whole model.
     state_shapes: Shapes,
     collect: Arc<Collect>,
-    /// Whose sum of gradients is what, by rank.
+    /// What of parameters, gradients and state is whose, by the ranks of `shard`.
     parts: Vec<Parts>,
+    /// Who adds up what of the gradients, by the ranks of `comm`.
+    sums: Vec<Parts>,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
     /// The shapes of these.
@@ -102,7 +110,7 @@ impl Ranks {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Layout { zero, pp, schedule, .. } = layout;
         let (n, copies) = (world.size(), axes.dp.size());
-        let Axes { dp: comm, pp: group, tp } = axes;
+        let Axes { dp: comm, shard, replicas, pp: group, tp } = axes;
         let even = pp == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
@@ -120,7 +128,7 @@ impl Ranks {
             let pipeline = Pipeline::new(&model, schedule, pp, micro_batches / copies)?;
             let shared =
                 infos.iter().find(|info| (0..pp).filter(|&rank| pipeline.holds(&model, rank, &info.name)).count() > 1);
-            if let (Zero::States, Some(info)) = (zero, shared) {
+            if let (true, Some(info)) = (zero.divides(), shared) {
                 let got = format!("{}, which stages on several ranks use", info.name);
                 return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
             }
@@ -142,9 +150,13 @@ impl Ranks {
             stages[stage].push(info.name);
         }
         stages.iter_mut().for_each(|names| names.sort());
-        let parts = optimizer.divide(&model, comm.size())?;
+        let parts = optimizer.divide(&model, shard.size())?;
+        let sums = (0..replicas.size()).flat_map(|i| parts.iter().map(move |parts| (i, parts)));
+        let sums = sums.map(|(i, parts)| of_copy(parts, i, replicas.size())).collect();
         let collect = Arc::new(Collect::new(&world, &layout, &model, pipe.as_ref())?);
-        Ok((Self { world, comm, layout, pipe, tp, state_shapes, collect, parts, stages, shapes }, model))
+        let ranks =
+            Self { world, comm, shard, replicas, layout, pipe, tp, state_shapes, collect, parts, sums, stages, shapes };
+        Ok((ranks, model))
     }
 
     /// The number of this rank among those that have data of their own.
@@ -155,6 +167,11 @@ impl Ranks {
     /// How many have data of their own.
     pub fn size(&self) -> usize {
         self.comm.size()
+    }
+
+    /// Whether this rank has a part of the first copy of what is divided.
+    pub fn is_first_copy(&self) -> bool {
+        self.replicas.rank() == 0
     }
 
     /// What is divided.
@@ -169,12 +186,16 @@ impl Ranks {
 
     /// The part of the optimizer's state that is this rank's, if it is divided.
     pub fn state_parts(&self) -> Option<Parts> {
-        (self.zero() == Zero::States).then(|| self.parts[self.rank()].clone())
+        self.zero().divides().then(|| self.mine().clone())
+    }
+
+    fn mine(&self) -> &Parts {
+        &self.parts[self.shard.rank()]
     }
 
     /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
     pub fn divided_state(&self) -> Option<&Shapes> {
-        let divided = self.pipe.is_some() || self.zero() == Zero::States || self.tp.size() > 1;
+        let divided = self.pipe.is_some() || self.zero().divides() || self.tp.size() > 1;
         divided.then_some(&self.state_shapes)
     }
 
@@ -186,8 +207,8 @@ impl Ranks {
         let owned = grads.iter().filter_map(|(name, grad)| Some((name.to_owned(), self.counted(model, name, grad)?)));
         let owned: NamedGrads = owned.collect();
         let mut squares = optimizer.squares(model, &owned)?;
-        if self.zero() == Zero::States {
-            squares = sums(&self.comm, &squares)?;
+        if self.zero().divides() {
+            squares = sums(&self.shard, &squares)?;
         }
         for group in [self.pipe.as_ref().map(|pipe| &pipe.group), Some(&self.tp)].into_iter().flatten() {
             if group.size() > 1 {
@@ -204,8 +225,8 @@ impl Ranks {
         if size == 1 {
             return Some(grad.clone());
         }
-        let divided = self.zero() == Zero::States;
-        let first = self.parts[self.rank()].get(name).filter(|_| divided).map_or(0, |part| part.start);
+        let divided = self.zero().divides();
+        let first = self.mine().get(name).filter(|_| divided).map_or(0, |part| part.start);
         let n = grad.dims()[0];
         let mut counted: Vec<Range<usize>> = vec![];
         for run in model.config().placement(name, size).counted(shape, rank, size) {
@@ -276,12 +297,21 @@ impl Ranks {
             let n = values.len();
             Tensor::from_data(TensorData::new(values, [n]), device)
         };
-        if self.zero() == Zero::States {
-            return Ok(sum.into_iter().map(|(name, values)| (name, tensor(values))).collect());
-        }
         let names: Vec<String> = self.stages.iter().flatten().cloned().collect();
-        let whole = self.gathered(&names, |name| sum.remove(name).unwrap_or_default())?;
-        Ok(whole.into_iter().map(|(name, values)| (name, tensor(values))).collect())
+        let added = |name: &str| sum.remove(name).unwrap_or_default();
+        let sum: Vec<(String, Vec<f32>)> = if !self.zero().divides() {
+            gathered(&self.comm, &self.sums, &names, |name| self.elements(name), added)?
+        } else if self.replicas.size() == 1 {
+            sum.into_iter().collect()
+        } else {
+            let mine = self.mine();
+            let names: Vec<String> = names.into_iter().filter(|name| mine.contains_key(name)).collect();
+            let ranges = mine.iter().map(|(name, part)| (name.clone(), 0..part.len())).collect();
+            let n = self.replicas.size();
+            let copies: Vec<Parts> = (0..n).map(|i| of_copy(&ranges, i, n)).collect();
+            gathered(&self.replicas, &copies, &names, |name| mine[name].len(), added)?
+        };
+        Ok(sum.into_iter().map(|(name, values)| (name, tensor(values))).collect())
     }
 
     /// The module with the parameters that the ranks have updated, each its parts. Nothing is to be done where each updates all.
@@ -289,10 +319,10 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn gather_parameters<M: Module>(&self, module: M) -> Result<M, CommError> {
-        if self.zero() == Zero::None || self.size() == 1 {
+        if !self.zero().divides() || self.shard.size() == 1 {
             return Ok(module);
         }
-        let mine = &self.parts[self.rank()];
+        let mine = self.mine();
         let names: Vec<String> = self.shapes.keys().cloned().collect();
         let updated: BTreeMap<String, Tensor<1>> =
             values(&module).into_iter().map(|(info, values)| (info.name, values)).collect();
@@ -300,7 +330,7 @@ impl Ranks {
             (Some(part), Some(values)) => to_host(values.clone().slice([part.clone()])),
             _ => vec![],
         };
-        let whole = self.gathered(&names, part)?;
+        let whole = gathered(&self.shard, &self.parts, &names, |name| self.elements(name), part)?;
         drop(updated);
         Ok(set_parameters(module, whole.into_iter().collect()))
     }
@@ -308,40 +338,6 @@ impl Ranks {
     /// The number of elements of a parameter whose gradient is completed here.
     fn elements(&self, name: &str) -> usize {
         self.shapes[name].iter().product()
-    }
-
-    /// Whole parameters' worth of what each rank has in parts.
-    fn gathered(
-        &self,
-        names: &[String],
-        mut part: impl FnMut(&str) -> Vec<f32>,
-    ) -> Result<Vec<(String, Vec<f32>)>, CommError> {
-        let mut whole = Vec::with_capacity(names.len());
-        let mut first = 0;
-        while first < names.len() {
-            let (mut last, mut elements) = (first, 0);
-            while last < names.len() && (last == first || elements < BUCKET) {
-                elements += self.elements(&names[last]);
-                last += 1;
-            }
-            let names = &names[first..last];
-            let data: Vec<f32> = names.iter().flat_map(|name| part(name)).collect();
-            let mut all = vec![0f32; elements];
-            self.comm.all_gather(&data, &mut all)?;
-            let mut out: Vec<Vec<f32>> = names.iter().map(|name| vec![0.0; self.elements(name)]).collect();
-            let mut at = 0;
-            for parts in &self.parts {
-                for (name, out) in names.iter().zip(&mut out) {
-                    if let Some(part) = parts.get(name) {
-                        out[part.clone()].copy_from_slice(&all[at..at + part.len()]);
-                        at += part.len();
-                    }
-                }
-            }
-            whole.extend(names.iter().cloned().zip(out));
-            first = last;
-        }
-        Ok(whole)
     }
 
     /// The same ranks, to put tensors together beside the steps.
@@ -353,6 +349,54 @@ impl Ranks {
     pub fn exchange(&self) -> Exchange<'_> {
         Exchange::new(self)
     }
+}
+
+/// What of each part the `i`-th of `n` ranks adds up that have the same parts.
+fn of_copy(parts: &Parts, i: usize, n: usize) -> Parts {
+    let cut = |part: &Range<usize>| part.start + part.len() * i / n..part.start + part.len() * (i + 1) / n;
+    parts.iter().map(|(name, part)| (name.clone(), cut(part))).filter(|(_, part)| !part.is_empty()).collect()
+}
+
+/// What each rank of a group has `parts` of, put together on all of them, each of `len` elements; `part` is what this rank has.
+fn gathered(
+    group: &Communicator,
+    parts: &[Parts],
+    names: &[String],
+    len: impl Fn(&str) -> usize,
+    mut part: impl FnMut(&str) -> Vec<f32>,
+) -> Result<Vec<(String, Vec<f32>)>, CommError> {
+    let mut whole = Vec::with_capacity(names.len());
+    let mut first = 0;
+    while first < names.len() {
+        let (mut last, mut elements) = (first, 0);
+        while last < names.len() && (last == first || elements < BUCKET) {
+            elements += len(&names[last]);
+            last += 1;
+        }
+        let names = &names[first..last];
+        let data: Vec<f32> = names.iter().flat_map(|name| part(name)).collect();
+        let mut all = vec![0f32; elements];
+        group.all_gather(&data, &mut all)?;
+        whole.extend(together(names, parts, &len, &all));
+        first = last;
+    }
+    Ok(whole)
+}
+
+/// Takes apart what an all-gather of parts gives: those of the first rank, name by name, then those of the next.
+fn together(names: &[String], parts: &[Parts], len: impl Fn(&str) -> usize, all: &[f32]) -> Vec<(String, Vec<f32>)> {
+    let mut out: Vec<(String, Vec<f32>)> = names.iter().map(|name| (name.clone(), vec![0.0; len(name)])).collect();
+    let mut rest = all;
+    for parts in parts {
+        for (name, out) in &mut out {
+            if let Some(part) = parts.get(name) {
+                let (values, others) = rest.split_at(part.len());
+                out[part.clone()].copy_from_slice(values);
+                rest = others;
+            }
+        }
+    }
+    out
 }
 
 /// Sums up what each rank of a group has, in the order of the ranks.

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod faults;
+mod held;
 mod held_out;
 mod layout;
 mod persist;
@@ -26,10 +27,11 @@ use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::noise::NoiseScale;
 use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
-use crate::ranks::Ranks;
+use crate::ranks::{Ranks, Shards};
 use crate::recipe::Recipe;
 use crate::watch::Watch;
 
+pub use held::Held;
 pub use held_out::prompt_ids;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
@@ -100,6 +102,10 @@ pub struct Trainer<'a> {
     ranks: Option<Ranks>,
     /// The checkpoint that is being written.
     saving: Option<save::Saving>,
+    /// This rank's parts of the parameters, where `model` has none of their values.
+    shards: Option<Shards<Decoder>>,
+    /// Bytes of the gradients of the last step, all micro-batches added up.
+    gradient_bytes: usize,
     #[cfg(test)]
     fault: Option<faults::Fault>,
 }
@@ -152,6 +158,8 @@ impl<'a> Trainer<'a> {
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             ranks: None,
             saving: None,
+            shards: None,
+            gradient_bytes: 0,
             dataset,
             recipe,
             #[cfg(test)]
@@ -159,7 +167,7 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// The model, as it is.
+    /// The model, as it is. Where ranks divide its parameters, it has their names and shapes alone, and panics where one is read.
     pub fn model(&self) -> &Decoder {
         // PANIC: `model` is empty only while the optimizer has it; where that fails, the run is over.
         self.model.as_ref().expect("a model between steps")

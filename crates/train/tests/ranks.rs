@@ -14,6 +14,9 @@ use firebox_train::checkpoint::{Checkpoint, TensorFile};
 use firebox_train::observe::{Observers, RunInfo};
 use firebox_train::{Layout, Recipe, Trainer, Zero};
 
+#[path = "ranks/zero.rs"]
+mod zero;
+
 fn recipe(extra: &[&str]) -> Recipe {
     let base = [
         "data={ tokenizer = \"char\", val_split = \"tail\", val_fraction = 0.1, isolate_documents = true }",
@@ -59,11 +62,14 @@ fn train_as(
         let device = Backend::NdArray.device().unwrap();
         let checkpoint = from.as_ref().map(|from| Checkpoint::open(from).unwrap());
         let mut trainer = match &checkpoint {
-            Some(at) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, at).unwrap(),
+            Some(at) => Trainer::open(recipe.clone(), &dir, &dataset, &device, at).unwrap(),
             None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None).unwrap(),
         };
         if let Some(comm) = comm {
             trainer = trainer.with_ranks(comm, layout)?;
+        }
+        if let Some(at) = &checkpoint {
+            trainer.restore(at).unwrap();
         }
         trainer.run(&RunInfo::default(), &mut Observers::new(), &AtomicBool::new(false))
     };

@@ -19,9 +19,13 @@ pub struct RankArgs {
     /// are its processes instead.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     ranks: Option<u16>,
-    /// What ranks divide among themselves (ZeRO): 0 nothing, 1 or 2 the optimizer's state and the sums of gradients.
+    /// What ranks divide among themselves (ZeRO): 0 nothing, 1 or 2 the optimizer's state and the sums of gradients, 3 the parameters too: those of a block are
+    /// brought together when it runs, and blocks are recomputed in backward.
     #[arg(long, value_name = "LEVEL", default_value = "0", value_parser = zero)]
     zero: Zero,
+    /// Copies of what --zero divides, for hybrid sharding: N groups of ranks each divide it among themselves. A divisor of the ranks.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    dp_replicate: u16,
     /// Ranks that divide the model: each has some of its blocks, and they work as a pipeline. The others have copies. A divisor of the ranks.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pp: u16,
@@ -40,7 +44,7 @@ pub struct RankArgs {
 }
 
 fn zero(text: &str) -> Result<Zero, String> {
-    Zero::try_from(text.parse::<u8>().map_err(|_| format!("expected 0, 1 or 2, got {text}"))?)
+    Zero::try_from(text.parse::<u8>().map_err(|_| format!("expected 0, 1, 2 or 3, got {text}"))?)
 }
 
 fn schedule(text: &str) -> Result<Schedule, String> {
@@ -63,6 +67,7 @@ impl RankArgs {
     ) -> Result<T, CliError> {
         let layout = Layout {
             zero: self.zero,
+            dp_replicate: usize::from(self.dp_replicate),
             pp: usize::from(self.pp),
             schedule: self.schedule,
             tp: usize::from(self.tp),
@@ -73,7 +78,7 @@ impl RankArgs {
         if under_mpirun() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = self.ranks.map_or(layout.pp * layout.tp, usize::from);
+        let ranks = self.ranks.map_or(layout.dp_replicate * layout.pp * layout.tp, usize::from);
         if ranks == 1 {
             return train(None);
         }

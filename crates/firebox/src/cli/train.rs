@@ -10,10 +10,11 @@ use firebox::parallel::Communicator;
 use firebox::tensor::device::Backend;
 use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
+use firebox::train::engine::Recompute;
 use firebox::train::observe::compare::gzip_xz;
 use firebox::train::observe::{Event, Observer, Observers, Summary};
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer};
+use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer, Zero};
 
 use super::prepare::DataArgs;
 use super::ranks::{RankArgs, speaks};
@@ -118,15 +119,20 @@ impl Job {
         let Self { recipe, dir, found, dataset, .. } = self;
         let device = self.backend.device()?;
         let mut trainer = match found {
-            Some(checkpoint) => Trainer::resume(recipe.clone(), dir, dataset, &device, checkpoint)?,
+            Some(checkpoint) => Trainer::open(recipe.clone(), dir, dataset, &device, checkpoint)?,
             None => Trainer::new(recipe.clone(), dir, dataset, &device, None)?,
         };
         let (rank, size) = ranks.as_ref().map_or((0, 1), |(comm, _)| (comm.rank(), comm.size()));
+        let recomputed = ranks.as_ref().is_some_and(|(_, layout)| layout.zero == Zero::Parameters)
+            && recipe.memory.recompute != Recompute::Blocks;
         if rank == 0 {
             println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
         }
         if let Some((comm, layout)) = ranks {
             trainer = trainer.with_ranks(comm, layout)?;
+        }
+        if let Some(checkpoint) = found {
+            trainer.restore(checkpoint)?;
         }
         let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
         info.program = program();
@@ -136,6 +142,11 @@ impl Job {
         if size > 1 {
             let per_rank = (self.threads / size).max(1);
             println!("{size} ranks of {per_rank} compute thread{}", if per_rank == 1 { "" } else { "s" });
+            if recomputed {
+                println!(
+                    "blocks are computed again in backward, as with memory.recompute = \"blocks\": --zero 3 keeps no graph"
+                );
+            }
         }
         println!();
         if firebox::tensor::device::is_fused(&device) {

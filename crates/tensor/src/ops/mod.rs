@@ -37,7 +37,7 @@ pub use formula::{
 };
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, qk_norm, rms_norm};
-pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_f32, update, zeros_like};
+pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, update, zeros_like};
 pub use parallel_linear::{column_linear, row_linear};
 pub use seed::{carry_gradient, enter, seed};
 pub use sequence::{RopeTable, Sequence, rotate_half};

@@ -45,7 +45,7 @@ pub(super) trait FusedOptim: Backend {
     ) -> FloatTensor<Self>;
     fn fused_add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_release(x: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self>;
+    fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>, first: u32) -> FloatTensor<Self>;
     fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_zeros_like(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>);
@@ -112,11 +112,11 @@ macro_rules! host_backend {
                 drop(Self::values(x));
                 Self::tensor(vec![], &[0])
             }
-            fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>) -> FloatTensor<Self> {
+            fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>, first: u32) -> FloatTensor<Self> {
                 let shape = dims::<Self>(&x);
                 match Self::bits(x) {
                     Ok(bits) => Self::from_bits(bits.as_ref().to_vec(), &shape),
-                    Err(x) => Self::from_bits(bf16_of(Self::values(x).as_ref(), seed), &shape),
+                    Err(x) => Self::from_bits(bf16_of(Self::values(x).as_ref(), seed, first), &shape),
                 }
             }
             fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -322,8 +322,21 @@ pub fn release<const D: usize>(x: Tensor<D>) {
 /// # Panics
 /// If the tensor is on an autodiff device.
 pub fn to_bf16<const D: usize>(x: Tensor<D>, seed: Option<u32>) -> Tensor<D> {
+    as_bf16(x, seed, 0)
+}
+
+/// [`to_bf16`] of a part of a flat parameter that begins at its element `first`: the bits that the whole would have there.
+///
+/// # Panics
+/// If the tensor is on an autodiff device.
+pub fn to_bf16_from(x: Tensor<1>, seed: u32, first: usize) -> Tensor<1> {
+    // Elements are counted modulo 2^32.
+    as_bf16(x, Some(seed), first as u32)
+}
+
+fn as_bf16<const D: usize>(x: Tensor<D>, seed: Option<u32>, first: u32) -> Tensor<D> {
     if is_fused(&x.device()) {
-        return Tensor::from_dispatch(Dispatch::fused_to_bf16(x.into_dispatch(), seed));
+        return Tensor::from_dispatch(Dispatch::fused_to_bf16(x.into_dispatch(), seed, first));
     }
     x.cast(DType::BF16)
 }

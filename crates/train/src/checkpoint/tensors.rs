@@ -344,25 +344,31 @@ impl TensorFile {
         Ok(&shard.map[shard.start + from..shard.start + to])
     }
 
+    /// Checks that [`f32`](Self::f32) can read a tensor.
+    pub(crate) fn check_floats(&self, name: &str) -> Result<(), CheckpointError> {
+        let (shard, info) = self.find(name)?;
+        match info.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
+            other => Err(CheckpointError::WrongKind {
+                path: shard.path.clone(),
+                expected: format!("`{name}` in F32, F16 or BF16"),
+                got: format!("{other}"),
+            }),
+        }
+    }
+
     /// The elements of a tensor as 32-bit floats, row-major. F16 and BF16 convert exactly.
     ///
     /// # Errors
     ///
     /// If there is no such tensor, or its elements are neither F32, F16 nor BF16.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        self.check_floats(name)?;
         let bytes = self.bytes(name)?;
-        let (shard, info) = self.find(name)?;
-        Ok(match info.dtype {
-            Dtype::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        Ok(match self.dtype(name)? {
             Dtype::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
             Dtype::BF16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            other => {
-                return Err(CheckpointError::WrongKind {
-                    path: shard.path.clone(),
-                    expected: format!("`{name}` in F32, F16 or BF16"),
-                    got: format!("{other}"),
-                });
-            }
+            _ => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
         })
     }
 }

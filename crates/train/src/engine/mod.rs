@@ -8,6 +8,7 @@
 pub mod pipeline;
 mod recipe;
 mod spill;
+mod stages;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ use crate::model_io::to_host;
 
 pub use recipe::{MemoryRecipe, Offload, Recompute};
 use spill::Spill;
+pub(crate) use stages::{StageSource, losses_by_stage};
 
 /// How forward and backward use memory.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -95,53 +97,42 @@ impl Engine {
     ) -> Result<(Pass<'a>, Flow), TrainError> {
         let n = model.n_stages();
         let inside = stages.start > 0;
-        let first = if inside {
-            stages.start
-        } else {
-            let trainable = parameters(model)?.into_iter().filter(|info| info.trainable);
-            // The stages before it get no gradients.
-            trainable.map(|info| model.first_stage(&info.name)).min().unwrap_or(n)
-        };
-        let mut pass = Pass {
+        let first = if inside { stages.start } else { first_stage(model)? };
+        let mut pass = self.start(first, inside, batch, step)?;
+        // Shares the parameters' memory, for as long as this function runs.
+        let mut plain = None;
+        let mut flow = input;
+        for i in stages {
+            flow = if i >= first && self.recompute.keeps(i, n) {
+                pass.keep(model, i, flow)
+            } else {
+                pass.run(plain.get_or_insert_with(|| model.valid()), i, flow)?
+            };
+        }
+        Ok((pass, flow))
+    }
+
+    /// A pass that has run no stage yet.
+    fn start<'a>(&self, first: usize, inside: bool, batch: &'a TokenBatch, step: u64) -> Result<Pass<'a>, TrainError> {
+        Ok(Pass {
             batch,
             step,
             compute: self.compute,
             first,
             inside,
-            saved: Vec::with_capacity(stages.len()),
+            saved: vec![],
             spill: self.offload.as_deref().map(Spill::create).transpose()?,
             loss: None,
             upstream: None,
             pending: NamedGrads::new(),
-        };
-        // Shares the parameters' memory, for as long as this function runs.
-        let mut plain = None;
-        let mut flow = input;
-        for i in stages {
-            if i >= first && self.recompute.keeps(i, n) {
-                let stage = pass.record(model, i, flow);
-                flow = match &stage.output {
-                    Flow::Hidden(y) => Flow::Hidden(y.clone().inner()),
-                    Flow::Loss(loss) => Flow::Loss(loss.clone().inner()),
-                    Flow::Start => Flow::Start,
-                };
-                pass.saved.push(Saved::Graph(stage));
-            } else {
-                let saved = match (&flow, &mut pass.spill) {
-                    _ if i < first => None,
-                    (Flow::Hidden(x), Some(spill)) => {
-                        spill.push(x)?;
-                        Some(Saved::Spilled)
-                    }
-                    _ => Some(Saved::Input(flow.clone())),
-                };
-                pass.saved.extend(saved);
-                let plain = plain.get_or_insert_with(|| model.valid());
-                flow = with_compute(self.compute, || plain.forward_stage(i, flow, batch, Some(step)));
-            }
-        }
-        Ok((pass, flow))
+        })
     }
+}
+
+/// The first stage with a parameter that is trained: those before it get no gradients.
+fn first_stage<M: Staged>(model: &M) -> Result<usize, TrainError> {
+    let trainable = parameters(model)?.into_iter().filter(|info| info.trainable);
+    Ok(trainable.map(|info| model.first_stage(&info.name)).min().unwrap_or(model.n_stages()))
 }
 
 /// A batch on its way: after the forward pass, and through the backward pass stage by stage.
@@ -182,6 +173,32 @@ struct Recorded {
 }
 
 impl Pass<'_> {
+    /// Runs the next stage forward and keeps its graph.
+    fn keep<M: Staged>(&mut self, model: &M, i: usize, flow: Flow) -> Flow {
+        let stage = self.record(model, i, flow);
+        let output = match &stage.output {
+            Flow::Hidden(y) => Flow::Hidden(y.clone().inner()),
+            Flow::Loss(loss) => Flow::Loss(loss.clone().inner()),
+            Flow::Start => Flow::Start,
+        };
+        self.saved.push(Saved::Graph(stage));
+        output
+    }
+
+    /// Runs the next stage forward, with parameters without gradients, and keeps its input if it will go backward.
+    fn run<M: Staged>(&mut self, plain: &M, i: usize, flow: Flow) -> Result<Flow, TrainError> {
+        let saved = match (&flow, &mut self.spill) {
+            _ if i < self.first => None,
+            (Flow::Hidden(x), Some(spill)) => {
+                spill.push(x)?;
+                Some(Saved::Spilled)
+            }
+            _ => Some(Saved::Input(flow.clone())),
+        };
+        self.saved.extend(saved);
+        Ok(with_compute(self.compute, || plain.forward_stage(i, flow, self.batch, Some(self.step))))
+    }
+
     /// The loss. Waits for the device.
     pub fn loss(&self) -> f64 {
         self.loss.as_ref().map_or(0.0, |loss| f64::from(to_host(loss.clone())[0]))

@@ -28,7 +28,7 @@ pub struct Parted<'a> {
     pub shape: &'a [usize],
     /// How the ranks that divide matrices divide it.
     pub placement: Placement,
-    /// Whether those divide it that have data of their own: then their parts follow one another.
+    /// Whether those divide it that ZeRO divides things among: then their parts follow one another.
     pub by_data: bool,
 }
 
@@ -51,10 +51,10 @@ impl Collect {
         Ok(Self { axes: layout.axes(&world)?, world, owners })
     }
 
-    /// Where a rank stands: among those that have data of their own, in its pipeline, among those that divide matrices.
-    fn coordinates(&self, rank: usize) -> [usize; 3] {
-        let [pp, tp] = [&self.axes.pp, &self.axes.tp].map(Communicator::size);
-        [rank / (pp * tp), rank / tp % pp, rank % tp]
+    /// Where a rank stands: among those that have copies, among those that divide what ZeRO says, in its pipeline, among those that divide matrices.
+    fn coordinates(&self, rank: usize) -> [usize; 4] {
+        let [shard, pp, tp] = [&self.axes.shard, &self.axes.pp, &self.axes.tp].map(Communicator::size);
+        [rank / (shard * pp * tp), rank / (pp * tp) % shard, rank / tp % pp, rank % tp]
     }
 
     /// The whole of a tensor, on rank `root` alone. `mine` gives what this rank has, and is asked for it only if it is needed. All ranks must call it.
@@ -67,14 +67,18 @@ impl Collect {
         tensor: &Parted<'_>,
         mine: impl FnOnce() -> Vec<f32>,
     ) -> Result<Option<Vec<f32>>, CommError> {
-        let Axes { dp, pp, tp } = &self.axes;
-        let [to_dp, to_pp, to_tp] = self.coordinates(root);
+        let Axes { shard, replicas, pp, tp, .. } = &self.axes;
+        let [to_replica, to_shard, to_pp, to_tp] = self.coordinates(root);
+        // Its own copy is enough.
+        if replicas.rank() != to_replica {
+            return Ok(None);
+        }
         let owner = self.owners.get(tensor.param).copied().unwrap_or(0);
         let mut values = None;
         if pp.size() == 1 || owner == pp.rank() {
             if tensor.by_data {
-                values = gather(dp, mine(), to_dp)?.map(|parts| parts.concat());
-            } else if dp.rank() == to_dp && (tp.rank() == to_tp || !tensor.placement.is_replicated()) {
+                values = gather(shard, mine(), to_shard)?.map(|parts| parts.concat());
+            } else if shard.rank() == to_shard && (tp.rank() == to_tp || !tensor.placement.is_replicated()) {
                 values = Some(mine());
             }
             if let (Some(part), false) = (&mut values, tensor.placement.is_replicated()) {
@@ -82,7 +86,7 @@ impl Collect {
                     .map(|parts| tensor.placement.unshard(&parts, tensor.shape));
             }
         }
-        if owner == to_pp || pp.size() == 1 || (dp.rank(), tp.rank()) != (to_dp, to_tp) {
+        if owner == to_pp || pp.size() == 1 || (shard.rank(), tp.rank()) != (to_shard, to_tp) {
             return Ok(values.filter(|_| self.world.rank() == root));
         }
         match values {

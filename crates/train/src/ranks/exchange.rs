@@ -34,7 +34,7 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// [`TrainError::Comm`]; [`TrainError::Input`] for a parameter without a gradient, which the ranks could not agree on.
     pub fn stage(&mut self, stage: usize, grads: Option<NamedGrads>) -> Result<(), TrainError> {
-        let Ranks { comm, parts, stages, .. } = self.ranks;
+        let Ranks { comm, sums, stages, .. } = self.ranks;
         let (mut data, mut counts) = (vec![], vec![0; comm.size()]);
         if let Some(mut grads) = grads {
             let mut whole = BTreeMap::new();
@@ -46,7 +46,7 @@ impl<'a> Exchange<'a> {
                 })?;
                 whole.insert(name, to_host(grad));
             }
-            for (parts, count) in parts.iter().zip(&mut counts) {
+            for (parts, count) in sums.iter().zip(&mut counts) {
                 for (name, values) in &whole {
                     if let Some(part) = parts.get(*name) {
                         data.extend_from_slice(&values[part.clone()]);
@@ -66,7 +66,7 @@ impl<'a> Exchange<'a> {
     fn take(&mut self) -> Result<(), CommError> {
         let Some((stage, pending)) = self.under_way.pop_front() else { return Ok(()) };
         let (data, counts) = pending.wait()?;
-        let mine = &self.ranks.parts[self.ranks.rank()];
+        let mine = &self.ranks.sums[self.ranks.rank()];
         let mut rest = &data[..];
         // In the order of the ranks, which is that of their micro-batches.
         for _ in counts.iter().filter(|&&count| count > 0) {

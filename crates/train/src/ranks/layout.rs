@@ -13,6 +13,15 @@ pub enum Zero {
     None,
     /// The optimizer's state, and with it the sum of gradients (ZeRO-1 and ZeRO-2, which differ in nothing here: no rank ever holds more of a sum than its part).
     States,
+    /// The parameters as well (ZeRO-3): a stage's are brought together before it runs, and dropped after it.
+    Parameters,
+}
+
+impl Zero {
+    /// Whether anything is.
+    pub fn divides(self) -> bool {
+        self != Self::None
+    }
 }
 
 impl TryFrom<u8> for Zero {
@@ -22,7 +31,10 @@ impl TryFrom<u8> for Zero {
         match level {
             0 => Ok(Self::None),
             1 | 2 => Ok(Self::States),
-            _ => Err(format!("expected 0 (nothing is divided), 1 or 2 (optimizer state and gradients), got {level}")),
+            3 => Ok(Self::Parameters),
+            _ => Err(format!(
+                "expected 0 (nothing is divided), 1 or 2 (optimizer state and gradients) or 3 (parameters too), got {level}"
+            )),
         }
     }
 }
@@ -32,6 +44,7 @@ impl From<Zero> for u8 {
         match zero {
             Zero::None => 0,
             Zero::States => 2,
+            Zero::Parameters => 3,
         }
     }
 }
@@ -41,6 +54,8 @@ impl From<Zero> for u8 {
 pub struct Layout {
     /// What those divide that have data of their own.
     pub zero: Zero,
+    /// How many copies there are of what `zero` divides (hybrid sharding): the ranks with other data divide it in so many groups.
+    pub dp_replicate: usize,
     /// Ranks that divide the model's stages; the others have copies of them.
     pub pp: usize,
     /// In which order they work.
@@ -53,7 +68,14 @@ pub struct Layout {
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward, tp: 1, sequence_parallel: false }
+        Self {
+            zero: Zero::None,
+            dp_replicate: 1,
+            pp: 1,
+            schedule: Schedule::OneForwardOneBackward,
+            tp: 1,
+            sequence_parallel: false,
+        }
     }
 }
 
@@ -62,6 +84,10 @@ impl Default for Layout {
 pub struct Axes {
     /// Those that have other data.
     pub(super) dp: Communicator,
+    /// Of these, those that divide what [`Zero`] says.
+    pub(super) shard: Communicator,
+    /// Of these, those that have copies of each other's part.
+    pub(super) replicas: Communicator,
     /// Those that have other stages.
     pub(super) pp: Communicator,
     /// Those that have other parts of the matrices.
@@ -74,19 +100,25 @@ impl Layout {
     /// # Errors
     /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
     pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { pp, tp, .. }) = (world.size(), *self);
-        let of_model = pp * tp;
-        if of_model == 0 || !n.is_multiple_of(of_model) {
-            let (expected, got) = (format!("degrees whose product divides the {n} ranks"), format!("pp {pp}, tp {tp}"));
+        let (n, Self { zero, dp_replicate, pp, tp, .. }) = (world.size(), *self);
+        let copies = dp_replicate * pp * tp;
+        if copies == 0 || !n.is_multiple_of(copies) {
+            let expected = format!("degrees whose product divides the {n} ranks");
+            let got = format!("dp-replicate {dp_replicate}, pp {pp}, tp {tp}");
             return Err(TrainError::Input { what: "ranks", expected, got });
         }
-        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ..Degrees::default() };
+        if dp_replicate > 1 && !zero.divides() {
+            let expected = "1 with zero 0, where every rank has a copy of all; or zero 1, 2 or 3".into();
+            return Err(TrainError::Input { what: "dp-replicate", expected, got: dp_replicate.to_string() });
+        }
+        let degrees = Degrees { dp_replicate, dp_shard: n / copies, pp, tp, ..Degrees::default() };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",
             expected: "a mesh".into(),
             got: error.to_string(),
         })?;
-        let [dp, pp, tp] = [Axis::Dp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp, pp, tp })
+        let axes = [Axis::Dp, Axis::DpShard, Axis::DpReplicate, Axis::Pp, Axis::Tp];
+        let [dp, shard, replicas, pp, tp] = axes.map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp, shard, replicas, pp, tp })
     }
 }

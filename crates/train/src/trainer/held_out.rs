@@ -4,17 +4,21 @@ use std::collections::HashMap;
 
 use burn::module::Module;
 use firebox_data::Batch;
-use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
 use firebox_optim::values;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
+use crate::engine::losses_by_stage;
 use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
 use crate::generate::{Sampling, generate};
 use crate::model_io::{set_parameters, to_host};
 use crate::observe::{EvalRecord, Event, Observer};
-use crate::ranks::{Pipe, Ranks};
+use crate::ranks::{Pipe, Ranks, Shards};
+
+/// Batches that a rank evaluates at once, where it has not the whole model.
+const AT_ONCE: usize = 8;
 
 impl Trainer<'_> {
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
@@ -22,7 +26,8 @@ impl Trainer<'_> {
         if self.dataset.val.is_empty() {
             return Ok(());
         }
-        let model = self.averaged()?.valid();
+        let model = self.averaged()?;
+        let model = if self.shards.is_some() { model } else { model.valid() };
         let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
         let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
         let record = EvalRecord {
@@ -60,6 +65,9 @@ impl Trainer<'_> {
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
         }
+        if let Some(shards) = &self.shards {
+            return self.evaluated_by_stage(ranks, shards, batches);
+        }
         let mut total = 0;
         let mine = batches.filter(|_| {
             total += 1;
@@ -78,7 +86,6 @@ impl Trainer<'_> {
         model: &Decoder,
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
-        const AT_ONCE: usize = 8;
         let pipeline = pipe.usual();
         let (mut total, mut mine) = (0, vec![]);
         let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
@@ -104,13 +111,42 @@ impl Trainer<'_> {
         Ok(Tally::evaluation(&all))
     }
 
+    /// The same where ranks have divided the parameters: they bring each stage together for a few batches of each.
+    fn evaluated_by_stage(
+        &self,
+        ranks: &Ranks,
+        shards: &Shards<Decoder>,
+        mut batches: impl Iterator<Item = Batch>,
+    ) -> Result<Evaluation, TrainError> {
+        let (mut total, mut mine) = (0, vec![]);
+        loop {
+            let round: Vec<Batch> = batches.by_ref().take(AT_ONCE * ranks.size()).collect();
+            if round.is_empty() {
+                break;
+            }
+            total += round.len();
+            let of_rank = round.into_iter().skip(ranks.rank()).step_by(ranks.size()).map(|batch| {
+                let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
+                (tally, token_batch(batch, targets))
+            });
+            let (tallies, tokens): (Vec<Tally>, Vec<TokenBatch>) = of_rank.unzip();
+            let losses = losses_by_stage(self.model().n_stages(), &tokens, &mut shards.gather(ranks))?;
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
+        }
+        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        Ok(Tally::evaluation(&all))
+    }
+
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
-        if ranks.rank() > 0 {
-            return Ok(None);
-        }
+        let model = match &self.shards {
+            Some(shards) if ranks.is_first_copy() => shards.whole(ranks)?,
+            Some(_) => None,
+            None => Some(model).filter(|_| ranks.rank() == 0),
+        };
+        let Some(model) = model else { return Ok(None) };
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();

@@ -1,15 +1,16 @@
 //! A run as one rank of several.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use firebox_models::decoder::{Decoder, TensorParallelError};
-use firebox_optim::{StateTensor, values};
+use firebox_models::decoder::{Decoder, DecoderConfig, TensorParallelError};
+use firebox_optim::{ParamInfo, StateTensor, parameters};
 use firebox_parallel::Communicator;
 
 use super::Trainer;
 use crate::TrainError;
-use crate::model_io::{set_parameters, to_host};
-use crate::ranks::{Layout, Ranks, Zero};
+use crate::engine::Recompute;
+use crate::model_io::{Later, later, set_later};
+use crate::ranks::{Layout, Ranks, Shards, Zero};
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -28,7 +29,7 @@ impl Trainer<'_> {
         if watch.noise_scale_every > 0 {
             return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
         }
-        let divided = layout.pp * layout.tp > 1 || layout.zero == Zero::States;
+        let divided = layout.pp * layout.tp > 1 || layout.zero.divides();
         if divided && self.optimizer.averages() {
             let got = format!("zero {}, pp {}, tp {}", u8::from(layout.zero), layout.pp, layout.tp);
             return fail(
@@ -37,9 +38,14 @@ impl Trainer<'_> {
                 got,
             );
         }
-        if layout.pp * layout.tp > 1 {
-            let whole = "pp 1 and tp 1: it needs the whole model on each rank";
-            let got = format!("pp {}, tp {}", layout.pp, layout.tp);
+        if layout.pp > 1 && layout.zero == Zero::Parameters {
+            let expected = "0, 1 or 2 with pp: a pipeline uses its stages for one micro-batch after the other, and would bring each together for \
+                            every one of them";
+            return fail("zero", expected, "3".into());
+        }
+        if layout.pp * layout.tp > 1 || layout.zero == Zero::Parameters {
+            let whole = "pp 1, tp 1 and zero 0, 1 or 2: it needs the whole model on each rank";
+            let got = format!("pp {}, tp {}, zero {}", layout.pp, layout.tp, u8::from(layout.zero));
             if average.is_some() {
                 return fail("average", whole, got);
             }
@@ -63,9 +69,32 @@ impl Trainer<'_> {
         if let Some(parts) = ranks.state_parts() {
             self.optimizer.shard(&model, parts)?;
         }
-        self.model = Some(model);
+        self.model = Some(if layout.zero == Zero::Parameters {
+            self.engine.recompute = Recompute::Blocks;
+            let shards = Shards::take(model, &ranks.state_parts().unwrap_or_default(), &self.recipe.precision)?;
+            self.shards.insert(shards).shapes().clone()
+        } else {
+            model
+        });
         self.ranks = Some(ranks);
         Ok(self)
+    }
+
+    /// What of a whole tensor of the optimizer's state is for this rank: none of parameters that it does not have, and the part of matrices that are divided.
+    /// Parts of parameters are for the optimizer to take.
+    pub(super) fn of_this_rank(&self) -> Result<impl Fn(StateTensor) -> Option<StateTensor> + use<>, TrainError> {
+        let (model, divided) = (self.model(), self.ranks.as_ref().and_then(Ranks::divided_state));
+        let config = model.config().clone();
+        let grid = model.parallel().map_or((0, 1), |parallel| (parallel.group().rank(), parallel.group().size()));
+        let here = parameters(model)?.into_iter().filter(|info| info.trainable);
+        let whole = |info: ParamInfo| (config.placement(&info.name, grid.1).full_shape(&info.shape), info.name);
+        let shapes: BTreeMap<String, Vec<usize>> = here.map(whole).map(|(shape, name)| (name, shape)).collect();
+        let all: BTreeSet<String> = divided.into_iter().flatten().map(|(name, _)| name.clone()).collect();
+        Ok(move |tensor: StateTensor| {
+            let param = tensor.name.rsplit_once('.').map_or("", |(param, _)| param);
+            let elsewhere = all.contains(&tensor.name) && !shapes.contains_key(param);
+            (!elsewhere).then(|| cut_state(&config, &shapes, tensor, grid))
+        })
     }
 
     /// This rank's part of the model's matrices, and of the optimizer's state.
@@ -91,26 +120,35 @@ impl Trainer<'_> {
         })?;
         let (rank, size) = (group.rank(), group.size());
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
-        for (info, whole) in values(&model) {
-            let placement = config.placement(&info.name, size);
-            parts.insert(info.name.clone(), placement.shard(&to_host(whole), &info.shape, rank, size));
+        for (info, whole) in later(&model) {
+            let (placement, shape) = (config.placement(&info.name, size), info.shape.clone());
+            let part: Later = Box::new(move || placement.shard(&whole(), &shape, rank, size));
+            parts.insert(info.name.clone(), part);
             shapes.insert(info.name, info.shape);
         }
         drop(model);
-        let part = set_parameters(part, parts).with_loss(self.recipe.train.loss());
-        let cut = |tensor: StateTensor| {
-            let (param, kind) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
-            match shapes.get(param).filter(|_| kind != "steps") {
-                None => tensor,
-                Some(shape) => {
-                    let placement = config.placement(param, size);
-                    let values = placement.shard(&tensor.values, shape, rank, size);
-                    StateTensor { shape: placement.shape(shape, rank, size), values, name: tensor.name }
-                }
-            }
-        };
+        let part = set_later(part, parts).with_loss(self.recipe.train.loss());
+        let cut = |tensor| cut_state(&config, &shapes, tensor, (rank, size));
         let state: Vec<StateTensor> = self.optimizer.state().map(cut).collect();
         self.optimizer.load_state::<_, TrainError>(&part, state.into_iter().map(Ok))?;
         Ok(self.recipe.precision.hold(part))
+    }
+}
+
+/// What of a whole tensor of the optimizer's state belongs to the part of the matrices of one rank of several. One that does not fit comes back as it is.
+fn cut_state(
+    config: &DecoderConfig,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    tensor: StateTensor,
+    (rank, size): (usize, usize),
+) -> StateTensor {
+    let (param, kind) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
+    match shapes.get(param).filter(|shape| kind != "steps" && **shape == tensor.shape) {
+        None => tensor,
+        Some(shape) => {
+            let placement = config.placement(param, size);
+            let values = placement.shard(&tensor.values, shape, rank, size);
+            StateTensor { shape: placement.shape(shape, rank, size), values, name: tensor.name }
+        }
     }
 }

@@ -28,6 +28,23 @@ impl<'a> Trainer<'a> {
         device: &Device,
         checkpoint: &Checkpoint,
     ) -> Result<Self, TrainError> {
+        let mut trainer = Self::open(recipe, dir, dataset, device, checkpoint)?;
+        trainer.restore(checkpoint)?;
+        Ok(trainer)
+    }
+
+    /// The first half of [`resume`](Self::resume): a run with the parameters of a checkpoint. [`restore`](Self::restore) is the other half; between the two, a rank of
+    /// [several](Self::with_ranks) can take its part, so that it never has more.
+    ///
+    /// # Errors
+    /// As [`resume`](Self::resume).
+    pub fn open(
+        recipe: Recipe,
+        dir: &Path,
+        dataset: &'a Dataset,
+        device: &Device,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, TrainError> {
         let loaded = load_trained(checkpoint, &device.clone().autodiff())?;
         let tokens = dataset.tokenizer.json();
         if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
@@ -43,18 +60,20 @@ impl<'a> Trainer<'a> {
             let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
             return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
         }
-        let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
-        trainer.restore(checkpoint)?;
-        Ok(trainer)
+        Self::new(recipe, dir, dataset, device, Some(model))
     }
 
-    /// Takes everything but the model from a checkpoint.
-    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+    /// Takes everything but the parameters from a checkpoint; of the optimizer's state, this rank's part.
+    ///
+    /// # Errors
+    /// [`TrainError`]: a checkpoint that does not fit.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
         let recipe_hash = std::mem::take(&mut self.state.recipe_hash);
         self.state = State { recipe_hash, ..checkpoint.read_json("state.json")? };
-        let optimizer = checkpoint.tensors(&self.state_file())?;
+        let (optimizer, of_this_rank) = (checkpoint.tensors(&self.state_file())?, self.of_this_rank()?);
         let Self { model: Some(model), optimizer: of_model, average, .. } = self else { return Ok(()) };
-        of_model.load_state::<_, TrainError>(model, state_tensors(&optimizer))?;
+        let tensors = state_tensors(&optimizer).filter_map(|tensor| tensor.map(&of_this_rank).transpose());
+        of_model.load_state::<_, TrainError>(model, tensors)?;
         // A run may be given an average later on.
         if let (Some(average), true) = (average, checkpoint.contains(AVERAGE_STATE)) {
             average.load_state::<_, TrainError>(model, state_tensors(&checkpoint.tensors(AVERAGE_STATE)?))?;
@@ -105,7 +124,7 @@ impl<'a> Trainer<'a> {
 fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
     let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
     if checkpoint.contains(TRAINED) {
-        loaded.model = model_io::load_parameters(loaded.model, &checkpoint.tensors(TRAINED)?)?;
+        loaded.model = model_io::load_parameters(loaded.model, checkpoint.tensors(TRAINED)?)?;
     }
     Ok(loaded)
 }

@@ -11,6 +11,7 @@ use firebox_models::decoder::Decoder;
 use firebox_models::decoder::hf::{Entry, Family};
 use firebox_optim::{Average, Optimizer, StateTensor};
 use firebox_parallel::ReduceOp;
+use firebox_tensor::ops::to_f32;
 use firebox_tensor::threads;
 
 use super::{State, Trainer};
@@ -72,6 +73,7 @@ impl Trainer<'_> {
             dir: self.dir.join("checkpoints"),
             keep: self.recipe.checkpoint.clone(),
             model: self.averaged()?,
+            shards: self.shards.as_ref().map(|shards| shards.held().clone()),
             trained: self.optimizer.averages().then(|| self.model().clone()),
             average: self.average.as_ref().map(|average| (average.clone(), average.apply(self.model().clone()))),
             optimizer: self.optimizer.clone(),
@@ -119,6 +121,8 @@ struct Snapshot {
     keep: CheckpointRecipe,
     /// Of this and the other modules and states, this rank's part.
     model: Decoder,
+    /// This rank's parts of the parameters, where the model has none of their values.
+    shards: Option<BTreeMap<String, Tensor<1>>>,
     trained: Option<Decoder>,
     average: Option<(Average, Decoder)>,
     optimizer: Optimizer,
@@ -205,15 +209,18 @@ impl Snapshot {
     fn put_model(&self, to: &mut To<'_>, name: &str, model: &Decoder) -> Result<(), TrainError> {
         let config = model.config();
         let entries: Vec<Entry> = entries(config);
-        let params: HashMap<String, Tensor<1>> = parameters(model).into_iter().collect();
+        let params: HashMap<String, Tensor<1>> = match &self.shards {
+            None => parameters(model).into_iter().collect(),
+            Some(held) => held.iter().map(|(name, part)| (name.clone(), part.clone())).collect(),
+        };
         let items = entries.iter().map(|entry| {
-            let values = params.get(&entry.param).cloned();
+            let values = params.get(&entry.param).cloned().map(to_f32);
             Item {
                 tensor: Parted {
                     param: &entry.param,
                     shape: &entry.shape,
                     placement: self.placement(&entry.param),
-                    by_data: false,
+                    by_data: self.shards.is_some(),
                 },
                 specs: specs(entry),
                 mine: Box::new(move || values.clone().map(to_host).unwrap_or_default()),

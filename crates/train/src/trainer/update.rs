@@ -21,6 +21,7 @@ impl Trainer<'_> {
         };
         #[cfg(test)]
         self.inject(&mut grads);
+        self.gradient_bytes = grads.iter().map(|(_, grad)| 4 * grad.dims()[0]).sum();
         let scale = self.state.loss_scale.factor;
         // The one host sync of a step: the norm decides whether the update may happen.
         let squares = match &self.ranks {
@@ -42,7 +43,9 @@ impl Trainer<'_> {
         if measured {
             self.state.noise_scale.take(&parts, grad_norm * grad_norm);
         }
-        if let Some(model) = self.model.take() {
+        if let Some(shards) = &mut self.shards {
+            shards.step(&mut self.optimizer, lr, &clipping, &mut grads)?;
+        } else if let Some(model) = self.model.take() {
             let model = self.optimizer.step_clipped(lr, &clipping, model, &mut grads)?;
             self.model = Some(self.gather(model)?);
         }
@@ -81,7 +84,7 @@ impl Trainer<'_> {
         prepare: impl Fn(u64, &TokenBatch) -> TokenBatch,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let model = self.model();
-        let device = model.embed.weight.val().device().inner();
+        let device = model.embed.weight.lazy_device().inner();
         let mut exchange = ranks.exchange();
         if let Some(pipe) = ranks.pipe() {
             let mine = (ranks.rank()..batches.len()).step_by(ranks.size());
@@ -99,6 +102,13 @@ impl Trainer<'_> {
         let mut losses = vec![];
         for round in (0..batches.len()).step_by(ranks.size()) {
             let i = round + ranks.rank();
+            if let Some(shards) = &self.shards {
+                let batch = batches.get(i).map(|batch| (batch, counter(self.state.step, i)));
+                let mut sink = |stage, grads| exchange.stage(stage, grads);
+                let loss = self.engine.gradients_by_stage(model, batch, &mut shards.gather(ranks), &mut sink)?;
+                losses.extend(loss.map(|loss| [loss]));
+                continue;
+            }
             let Some(batch) = batches.get(i) else {
                 for stage in (0..model.n_stages()).rev() {
                     exchange.stage(stage, None)?;
