@@ -14,8 +14,8 @@ use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_models::Staged;
 use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{CommError, Communicator, ReduceOp};
@@ -36,8 +36,12 @@ const BUCKET: usize = 4 << 20;
 #[derive(Debug)]
 pub struct Ranks {
     world: Communicator,
-    /// Those that have the same stages, and other data.
+    /// Those that have the same stages, and other data or other tokens of it: gradients are added up over them.
     comm: Communicator,
+    /// Those of them that have other data.
+    data: Communicator,
+    /// Those of them that have other tokens of the same rows.
+    context: Communicator,
     layout: Layout,
     /// Those that have the other stages, where they are divided.
     pipe: Option<Pipe>,
@@ -98,7 +102,7 @@ impl Ranks {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Layout { zero, pp, schedule, .. } = layout;
         let (n, copies) = (world.size(), axes.dp.size());
-        let Axes { dp: comm, pp: group, tp } = axes;
+        let Axes { dp_cp: comm, dp: data, cp: context, pp: group, tp } = axes;
         let even = pp == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
@@ -139,17 +143,35 @@ impl Ranks {
         }
         stages.iter_mut().for_each(|names| names.sort());
         let parts = optimizer.divide(&model, comm.size())?;
-        Ok((Self { world, comm, layout, pipe, tp, state_shapes, parts, stages, shapes }, model))
+        Ok((Self { world, comm, data, context, layout, pipe, tp, state_shapes, parts, stages, shapes }, model))
     }
 
     /// The number of this rank among those that have data of their own.
     pub fn rank(&self) -> usize {
-        self.comm.rank()
+        self.data.rank()
     }
 
     /// How many have data of their own.
     pub fn size(&self) -> usize {
-        self.comm.size()
+        self.data.size()
+    }
+
+    /// Whether this rank is the first of those that have the same parameters.
+    pub fn is_first_copy(&self) -> bool {
+        self.comm.rank() == 0
+    }
+
+    /// This rank's tokens of a batch.
+    pub fn tokens_of(&self, batch: &TokenBatch) -> TokenBatch {
+        batch.part(self.context.rank(), self.context.size())
+    }
+
+    /// Sums up what the ranks have that divide the tokens of the same rows, in their order.
+    ///
+    /// # Errors
+    /// See [`any`](Self::any).
+    pub fn over_context(&self, here: &[f64]) -> Result<Vec<f64>, CommError> {
+        sums(&self.context, here)
     }
 
     /// What is divided.
@@ -164,7 +186,7 @@ impl Ranks {
 
     /// The part of the optimizer's state that is this rank's, if it is divided.
     pub fn state_parts(&self) -> Option<Parts> {
-        (self.zero() == Zero::States).then(|| self.parts[self.rank()].clone())
+        (self.zero() == Zero::States).then(|| self.parts[self.comm.rank()].clone())
     }
 
     /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
@@ -200,7 +222,7 @@ impl Ranks {
             return Some(grad.clone());
         }
         let divided = self.zero() == Zero::States;
-        let first = self.parts[self.rank()].get(name).filter(|_| divided).map_or(0, |part| part.start);
+        let first = self.parts[self.comm.rank()].get(name).filter(|_| divided).map_or(0, |part| part.start);
         let n = grad.dims()[0];
         let mut counted: Vec<Range<usize>> = vec![];
         for run in model.config().placement(name, size).counted(shape, rank, size) {
@@ -247,7 +269,7 @@ impl Ranks {
     pub fn in_turns<const N: usize>(&self, mine: &[[f64; N]], total: usize) -> Result<Vec<[f64; N]>, CommError> {
         let bits: Vec<i64> = mine.as_flattened().iter().map(|x| x.to_bits() as i64).collect();
         let mut all = vec![0i64; total * N];
-        self.comm.all_gather(&bits, &mut all)?;
+        self.data.all_gather(&bits, &mut all)?;
         let items: Vec<[f64; N]> = all.as_chunks::<N>().0.iter().map(|x| x.map(|x| f64::from_bits(x as u64))).collect();
         let n = self.size();
         // Rank r has ceil((total - r) / n) of them.
@@ -261,7 +283,7 @@ impl Ranks {
         Ok((0..total).map(|i| items[starts[i % n] + i / n]).collect())
     }
 
-    /// Sums up what each rank that has data of its own has, in the order of the ranks.
+    /// Sums up what each rank has that has data or tokens of its own, in the order of the ranks.
     ///
     /// # Errors
     /// See [`any`](Self::any).
@@ -292,10 +314,10 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn gather_parameters<M: Module>(&self, module: M) -> Result<M, CommError> {
-        if self.zero() == Zero::None || self.size() == 1 {
+        if self.zero() == Zero::None || self.comm.size() == 1 {
             return Ok(module);
         }
-        let mine = &self.parts[self.rank()];
+        let mine = &self.parts[self.comm.rank()];
         let names: Vec<String> = self.shapes.keys().cloned().collect();
         let updated: BTreeMap<String, Tensor<1>> =
             values(&module).into_iter().map(|(info, values)| (info.name, values)).collect();

@@ -3,6 +3,8 @@
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, Communicator, Degrees, Mesh};
 
+use firebox_models::decoder::ContextKind;
+
 use crate::TrainError;
 
 /// What data-parallel ranks divide among themselves.
@@ -45,6 +47,10 @@ pub struct Layout {
     pub pp: usize,
     /// In which order they work.
     pub schedule: Schedule,
+    /// Ranks that divide the tokens of each row.
+    pub cp: usize,
+    /// How their attention comes together.
+    pub context: ContextKind,
     /// Ranks that divide each matrix.
     pub tp: usize,
     /// Whether they divide the tokens between the matrices as well (sequence parallel).
@@ -53,15 +59,27 @@ pub struct Layout {
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward, tp: 1, sequence_parallel: false }
+        Self {
+            zero: Zero::None,
+            pp: 1,
+            schedule: Schedule::OneForwardOneBackward,
+            cp: 1,
+            context: ContextKind::Ring,
+            tp: 1,
+            sequence_parallel: false,
+        }
     }
 }
 
 /// The groups in which a rank takes part.
 #[derive(Debug)]
 pub struct Axes {
+    /// Those that have other data, or other tokens of it: those of each row together.
+    pub(super) dp_cp: Communicator,
     /// Those that have other data.
     pub(super) dp: Communicator,
+    /// Those that have other tokens of the same rows.
+    pub(crate) cp: Communicator,
     /// Those that have other stages.
     pub(super) pp: Communicator,
     /// Those that have other parts of the matrices.
@@ -74,19 +92,21 @@ impl Layout {
     /// # Errors
     /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
     pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { pp, tp, .. }) = (world.size(), *self);
-        let of_model = pp * tp;
+        let (n, Self { pp, tp, cp, .. }) = (world.size(), *self);
+        let of_model = pp * tp * cp;
         if of_model == 0 || !n.is_multiple_of(of_model) {
-            let (expected, got) = (format!("degrees whose product divides the {n} ranks"), format!("pp {pp}, tp {tp}"));
+            let got = format!("cp {cp}, pp {pp}, tp {tp}");
+            let expected = format!("degrees whose product divides the {n} ranks");
             return Err(TrainError::Input { what: "ranks", expected, got });
         }
-        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ..Degrees::default() };
+        let degrees = Degrees { dp_shard: n / of_model, cp, pp, tp, ..Degrees::default() };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",
             expected: "a mesh".into(),
             got: error.to_string(),
         })?;
-        let [dp, pp, tp] = [Axis::Dp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp, pp, tp })
+        let [dp_cp, dp, cp, pp, tp] =
+            [Axis::DpCp, Axis::Dp, Axis::Cp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp_cp, dp, cp, pp, tp })
     }
 }

@@ -55,7 +55,7 @@ impl Trainer<'_> {
         let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
         let batches = batches.take(limit.map_or(usize::MAX, |n| n as usize));
         let Some(ranks) = &self.ranks else {
-            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes)));
+            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes, |batch| batch)));
         };
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
@@ -65,7 +65,17 @@ impl Trainer<'_> {
             total += 1;
             (total - 1) % ranks.size() == ranks.rank()
         });
-        let mine: Vec<[f64; 3]> = tallies(model, mine, &self.token_bytes).into_iter().map(Tally::into).collect();
+        let mine = tallies(model, mine, &self.token_bytes, |batch| ranks.tokens_of(&batch));
+        Self::of_all(ranks, mine, total)
+    }
+
+    /// Puts together what each rank has found of its batches, and of its tokens of them.
+    fn of_all(ranks: &Ranks, mine: Vec<Tally>, total: usize) -> Result<Evaluation, TrainError> {
+        let mut mine: Vec<[f64; 3]> = mine.into_iter().map(Tally::into).collect();
+        let nats: Vec<f64> = mine.iter().map(|[nats, ..]| *nats).collect();
+        for ([nats, ..], sum) in mine.iter_mut().zip(ranks.over_context(&nats)?) {
+            *nats = sum;
+        }
         let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
     }
@@ -85,7 +95,7 @@ impl Trainer<'_> {
         let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
             let (tallies, batches): (Vec<Tally>, Vec<TokenBatch>) = waiting.drain(..).unzip();
             let losses = pipeline.losses(model, &batches, &pipe.group)?;
-            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
             Ok(())
         };
         for batch in batches {
@@ -93,24 +103,24 @@ impl Trainer<'_> {
             if (total - 1) % ranks.size() == ranks.rank() {
                 let tally = Tally::of(&batch, &self.token_bytes);
                 let targets = batch.target_count();
-                waiting.push((tally, token_batch(batch, targets)));
+                waiting.push((tally, ranks.tokens_of(&token_batch(batch, targets))));
                 if waiting.len() == AT_ONCE {
                     run(&mut waiting)?;
                 }
             }
         }
         run(&mut waiting)?;
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
-        Ok(Tally::evaluation(&all))
+        Self::of_all(ranks, mine, total)
     }
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
-        if ranks.rank() > 0 {
+        if !ranks.is_first_copy() {
             return Ok(None);
         }
+        let model = model.with_context(None);
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use firebox_models::decoder::{Decoder, TensorParallelError};
+use firebox_models::decoder::{ContextParallel, Decoder, TensorParallelError};
 use firebox_optim::{StateTensor, values};
 use firebox_parallel::Communicator;
+use firebox_tensor::device::is_fused;
 
 use super::Trainer;
 use crate::TrainError;
@@ -37,6 +38,13 @@ impl Trainer<'_> {
                 got,
             );
         }
+        if layout.cp > 1 && self.optimizer.curvature_is_due(0) {
+            return fail(
+                "optimizer.kind = \"sophia\"",
+                "cp 1: it draws targets from whole rows",
+                format!("cp {}", layout.cp),
+            );
+        }
         if layout.pp * layout.tp > 1 {
             let whole = "pp 1 and tp 1: it needs the whole model on each rank";
             let got = format!("pp {}, tp {}", layout.pp, layout.tp);
@@ -56,6 +64,9 @@ impl Trainer<'_> {
         if layout.tp > 1 {
             model = self.divide_matrices(model, &axes.tp, layout.sequence_parallel)?;
         }
+        if layout.cp > 1 {
+            model = Self::divide_rows(model, &axes.cp, &layout)?;
+        }
         let (ranks, model) = Ranks::new(world, axes, layout, model, &self.optimizer, (micro_batches, shapes))?;
         if layout.pp > 1 {
             self.optimizer.forget_others(&model)?;
@@ -66,6 +77,17 @@ impl Trainer<'_> {
         self.model = Some(model);
         self.ranks = Some(ranks);
         Ok(self)
+    }
+
+    /// The same model on this rank's tokens of each row.
+    fn divide_rows(model: Decoder, group: &Communicator, layout: &Layout) -> Result<Decoder, TrainError> {
+        let device = model.embed.weight.val().device();
+        if !is_fused(&device) {
+            let expected = "1, or a CPU backend (ndarray, flex): ranks talk through its memory".into();
+            return Err(TrainError::Input { what: "cp", expected, got: format!("{} on {device:?}", layout.cp) });
+        }
+        model.config().validate_context(layout.context, layout.cp, layout.tp)?;
+        Ok(model.with_context(Some(ContextParallel { group: group.clone(), kind: layout.context })))
     }
 
     /// This rank's part of the model's matrices, and of the optimizer's state.
