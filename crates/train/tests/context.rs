@@ -21,7 +21,7 @@ fn recipe(extra: &[&str]) -> Recipe {
         "data={ tokenizer = \"char\", val_split = \"tail\", val_fraction = 0.1, isolate_documents = true }",
         "schedule={ kind = \"constant\" }",
         "train={ steps = 10, batch_rows = 4, micro_batch_rows = 1, log_every = 1 }",
-        "model={ d_model = 32, n_layers = 4, n_heads = 8, n_kv_heads = 2, context = 37, dropout = 0.1 }",
+        "model={ d_model = 32, n_layers = 2, n_heads = 8, n_kv_heads = 2, context = 37, dropout = 0.1 }",
         "eval={ every = 5, sample_tokens = 4 }",
         "checkpoint={ every = 5, keep_last = 5 }",
         "optimizer.lr=5e-3",
