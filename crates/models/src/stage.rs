@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use firebox_tensor::ops::Sequence;
+use firebox_tensor::ops::{Sequence, zigzag_part};
 
 use crate::placement::Placement;
 
@@ -31,6 +31,18 @@ impl TokenBatch {
     /// Rows of one segment each, at positions `0..tokens`.
     pub fn plain(batch: usize, tokens: usize, inputs: Vec<i32>, targets: Vec<i32>) -> Self {
         Self::new(inputs, targets, Sequence::plain(batch, tokens))
+    }
+
+    /// The tokens of each row that rank `rank` of `size` has where ranks divide the rows ([`zigzag`](firebox_tensor::ops::zigzag)), with the loss scale of the whole.
+    pub fn part(&self, rank: usize, size: usize) -> Self {
+        let tokens = self.sequence.tokens();
+        let mine = |values: &[i32]| zigzag_part(values, tokens, rank, size).into();
+        Self {
+            inputs: mine(&self.inputs),
+            targets: mine(&self.targets),
+            sequence: self.sequence.part(rank, size),
+            loss_scale: self.loss_scale,
+        }
     }
 }
 
@@ -98,7 +110,7 @@ pub trait Staged: Module {
         1.0
     }
 
-    /// The first two dimensions of the hidden states between stages: B and T, unless ranks divide the tokens.
+    /// The first two dimensions of the hidden states between stages: B and T of the batch, unless ranks divide its tokens further.
     fn hidden_tokens(&self, batch: &TokenBatch) -> [usize; 2] {
         [batch.sequence.batch(), batch.sequence.tokens()]
     }

@@ -99,6 +99,8 @@ pub enum Axis {
     Dp,
     /// `dp_replicate × dp_shard × cp`: over these losses are averaged and gradients summed.
     DpCp,
+    /// `dp_shard × cp`: all that divide one copy of what ZeRO divides.
+    Shard,
     /// `pp × tp`: all parts of one copy of the model, over which a gradient norm is summed.
     Model,
     /// The ranks among which experts are divided: a part of [`DpCp`](Self::DpCp).
@@ -109,7 +111,7 @@ pub enum Axis {
 
 impl Axis {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::DpReplicate,
         Self::DpShard,
         Self::Cp,
@@ -117,6 +119,7 @@ impl Axis {
         Self::Tp,
         Self::Dp,
         Self::DpCp,
+        Self::Shard,
         Self::Model,
         Self::Ep,
         Self::ExpertDp,
@@ -190,6 +193,7 @@ impl Degrees {
             Axis::Tp => self.tp,
             Axis::Dp => dp,
             Axis::DpCp => dp * self.cp,
+            Axis::Shard => self.dp_shard * self.cp,
             Axis::Model => self.pp * self.tp,
             Axis::Ep => self.ep,
             Axis::ExpertDp => dp * self.cp / self.ep,
@@ -211,6 +215,7 @@ impl Degrees {
                 Axis::Tp => data && at.pp == own.pp,
                 Axis::Dp => model && at.cp == own.cp,
                 Axis::DpCp => model,
+                Axis::Shard => model && at.dp_replicate == own.dp_replicate,
                 Axis::Model => data,
                 Axis::Ep => model && block(at) == block(own),
                 Axis::ExpertDp => model && at.ep == own.ep,

@@ -32,7 +32,7 @@ pub fn token_batch(batch: Batch, targets: usize) -> TokenBatch {
 
 /// Evaluates a model (on a device without gradients) over batches; `token_bytes` is the tokenizer's.
 pub fn evaluate(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Evaluation {
-    Tally::evaluation(&tallies(model, batches, token_bytes))
+    Tally::evaluation(&tallies(model, batches, token_bytes, |batch| batch))
 }
 
 /// What one batch adds to an evaluation.
@@ -43,14 +43,20 @@ pub(crate) struct Tally {
     bytes: u64,
 }
 
-/// One for each batch.
-pub(crate) fn tallies(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Vec<Tally> {
+/// One for each batch, of which the model is shown what `prepare` makes of it.
+pub(crate) fn tallies(
+    model: &Decoder,
+    batches: impl Iterator<Item = Batch>,
+    token_bytes: &[u32],
+    prepare: impl Fn(TokenBatch) -> TokenBatch,
+) -> Vec<Tally> {
     let tally = |batch: Batch| {
         let tally = Tally::of(&batch, token_bytes);
         if tally.tokens == 0 {
             return tally;
         }
-        let loss = to_host(model.loss(&token_batch(batch, tally.tokens as usize), None))[0];
+        let batch = prepare(token_batch(batch, tally.tokens as usize));
+        let loss = to_host(model.loss(&batch, None))[0];
         tally.with_loss(f64::from(loss))
     };
     batches.map(tally).collect()

@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_models::Staged;
 use firebox_models::decoder::Decoder;
+use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{CommError, Communicator, ReduceOp};
@@ -41,12 +41,16 @@ const BUCKET: usize = 4 << 20;
 #[derive(Debug)]
 pub struct Ranks {
     world: Communicator,
-    /// Those that have the same stages, and other data.
+    /// Those that have the same stages, and other data or other tokens of it: gradients are added up over them.
     comm: Communicator,
     /// Of these, those that divide what [`Zero`] says.
     shard: Communicator,
     /// And those that have copies of this rank's part of it.
     replicas: Communicator,
+    /// Those of them that have other data.
+    data: Communicator,
+    /// Those of them that have other tokens of the same rows.
+    context: Communicator,
     layout: Layout,
     /// Those that have the other stages, where they are divided.
     pipe: Option<Pipe>,
@@ -110,7 +114,7 @@ impl Ranks {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Layout { zero, pp, schedule, .. } = layout;
         let (n, copies) = (world.size(), axes.dp.size());
-        let Axes { dp: comm, shard, replicas, pp: group, tp } = axes;
+        let Axes { dp_cp: comm, dp: data, cp: context, shard, replicas, pp: group, tp } = axes;
         let even = pp == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
@@ -154,19 +158,52 @@ impl Ranks {
         let sums = (0..replicas.size()).flat_map(|i| parts.iter().map(move |parts| (i, parts)));
         let sums = sums.map(|(i, parts)| of_copy(parts, i, replicas.size())).collect();
         let collect = Arc::new(Collect::new(&world, &layout, &model, pipe.as_ref())?);
-        let ranks =
-            Self { world, comm, shard, replicas, layout, pipe, tp, state_shapes, collect, parts, sums, stages, shapes };
+        let ranks = Self {
+            world,
+            comm,
+            data,
+            context,
+            shard,
+            replicas,
+            layout,
+            pipe,
+            tp,
+            state_shapes,
+            collect,
+            parts,
+            sums,
+            stages,
+            shapes,
+        };
         Ok((ranks, model))
     }
 
     /// The number of this rank among those that have data of their own.
     pub fn rank(&self) -> usize {
-        self.comm.rank()
+        self.data.rank()
     }
 
     /// How many have data of their own.
     pub fn size(&self) -> usize {
-        self.comm.size()
+        self.data.size()
+    }
+
+    /// Whether this rank is the first of those that have the same stages and parts of matrices.
+    pub fn is_first(&self) -> bool {
+        self.comm.rank() == 0
+    }
+
+    /// This rank's tokens of a batch.
+    pub fn tokens_of(&self, batch: &TokenBatch) -> TokenBatch {
+        batch.part(self.context.rank(), self.context.size())
+    }
+
+    /// Sums up what the ranks have that divide the tokens of the same rows, in their order.
+    ///
+    /// # Errors
+    /// See [`any`](Self::any).
+    pub fn over_context(&self, here: &[f64]) -> Result<Vec<f64>, CommError> {
+        sums(&self.context, here)
     }
 
     /// Whether this rank has a part of the first copy of what is divided.
@@ -265,7 +302,7 @@ impl Ranks {
     pub fn in_turns<const N: usize>(&self, mine: &[[f64; N]], total: usize) -> Result<Vec<[f64; N]>, CommError> {
         let bits: Vec<i64> = mine.as_flattened().iter().map(|x| x.to_bits() as i64).collect();
         let mut all = vec![0i64; total * N];
-        self.comm.all_gather(&bits, &mut all)?;
+        self.data.all_gather(&bits, &mut all)?;
         let items: Vec<[f64; N]> = all.as_chunks::<N>().0.iter().map(|x| x.map(|x| f64::from_bits(x as u64))).collect();
         let n = self.size();
         // Rank r has ceil((total - r) / n) of them.
@@ -279,7 +316,7 @@ impl Ranks {
         Ok((0..total).map(|i| items[starts[i % n] + i / n]).collect())
     }
 
-    /// Sums up what each rank that has data of its own has, in the order of the ranks.
+    /// Sums up what each rank has that has data or tokens of its own, in the order of the ranks.
     ///
     /// # Errors
     /// See [`any`](Self::any).

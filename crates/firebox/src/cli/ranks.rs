@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use firebox::models::decoder::ContextKind;
 #[cfg(feature = "mpi")]
 use firebox::parallel::Mpi;
 use firebox::parallel::pipeline::Schedule;
@@ -32,6 +33,13 @@ pub struct RankArgs {
     /// In which order a pipeline works: afab, 1f1b, interleaved (2 stages a rank), zb-h1 or zb-v.
     #[arg(long, value_name = "NAME", default_value = "1f1b", value_parser = schedule)]
     schedule: Schedule,
+    /// Ranks that divide the tokens of each row (context parallel): for long contexts. They have all of the model, and add up their gradients as ranks with data
+    /// of their own do.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    cp: u16,
+    /// How their attention comes together: ring (keys and values go round) or ulysses (each rank gets all tokens of some heads).
+    #[arg(long, value_name = "NAME", default_value = "ring", value_parser = context)]
+    cp_kind: ContextKind,
     /// Ranks that divide each matrix (tensor parallel): they talk twice in each block, so keep them on one machine.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     tp: u16,
@@ -58,6 +66,14 @@ fn schedule(text: &str) -> Result<Schedule, String> {
     }
 }
 
+fn context(text: &str) -> Result<ContextKind, String> {
+    match text {
+        "ring" => Ok(ContextKind::Ring),
+        "ulysses" => Ok(ContextKind::Ulysses),
+        _ => Err("expected ring or ulysses".to_owned()),
+    }
+}
+
 impl RankArgs {
     /// Runs `train` on every rank, on its share of `threads`; what the first one returns.
     pub fn run<T: Send + 'static>(
@@ -70,6 +86,8 @@ impl RankArgs {
             dp_replicate: usize::from(self.dp_replicate),
             pp: usize::from(self.pp),
             schedule: self.schedule,
+            cp: usize::from(self.cp),
+            context: self.cp_kind,
             tp: usize::from(self.tp),
             sequence_parallel: self.sequence_parallel,
         };
@@ -78,7 +96,8 @@ impl RankArgs {
         if under_mpirun() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = self.ranks.map_or(layout.dp_replicate * layout.pp * layout.tp, usize::from);
+        let product = layout.dp_replicate * layout.cp * layout.pp * layout.tp;
+        let ranks = self.ranks.map_or(product, usize::from);
         if ranks == 1 {
             return train(None);
         }

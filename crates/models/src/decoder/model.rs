@@ -13,6 +13,7 @@ use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Seq
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+use super::context::ContextParallel;
 use super::parallel::TensorParallel;
 use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
@@ -43,6 +44,8 @@ struct Context {
     loss: LossConfig,
     /// The ranks among which the matrices are divided.
     parallel: Option<TensorParallel>,
+    /// The ranks among which the tokens of each row are divided.
+    rows: Option<ContextParallel>,
 }
 
 /// A table of `D`-wide rows.
@@ -241,6 +244,7 @@ impl Decoder {
                 seed,
                 loss: LossConfig::default(),
                 parallel,
+                rows: None,
             },
         })
     }
@@ -262,6 +266,13 @@ impl Decoder {
         self
     }
 
+    /// The same parameters on rows whose tokens some ranks have divided; on whole rows with `None`. The batches are then this rank's
+    /// [parts](TokenBatch::part).
+    pub fn with_context(mut self, rows: Option<ContextParallel>) -> Self {
+        self.context.rows = rows;
+        self
+    }
+
     /// Its shape.
     pub fn config(&self) -> &DecoderConfig {
         &self.context.config
@@ -270,6 +281,11 @@ impl Decoder {
     /// The ranks among which its matrices are divided, if they are.
     pub fn parallel(&self) -> Option<&TensorParallel> {
         self.context.parallel.as_ref()
+    }
+
+    /// The ranks among which the tokens of each row are divided, if they are.
+    pub fn context_parallel(&self) -> Option<&ContextParallel> {
+        self.context.rows.as_ref()
     }
 
     /// What only a whole model can do.
@@ -323,13 +339,24 @@ impl Decoder {
         }
     }
 
+    /// Attention of this rank's heads and tokens, `[B, T, H E]`.
+    fn attend(&self, qkv: Tensor<3>, sequence: &Sequence) -> Tensor<3> {
+        match self.context_parallel() {
+            Some(rows) => rows.attention(qkv, &self.context.attention, sequence),
+            None => ops::attention(qkv, &self.context.attention, sequence),
+        }
+    }
+
     /// Dropout of (step, place); none in evaluation.
     fn drop(&self, x: Tensor<3>, sequence: &Sequence, step: Option<u64>, place: &str) -> Tensor<3> {
         match step {
             Some(step) if self.context.config.dropout > 0.0 => {
                 let counter = Counter::new(self.context.seed, Purpose::Dropout, step).fork(place);
-                let first = self.parallel().map_or(0, |parallel| parallel.first_token(sequence)) * x.dims()[2];
-                ops::dropout_from(x, self.context.config.dropout, counter, first as u64)
+                let (first, [b, t, d]) =
+                    (self.parallel().map_or(0, |parallel| parallel.first_token(sequence)), x.dims());
+                let mut runs = sequence.runs(first..first + b * t);
+                runs.iter_mut().for_each(|run| *run = run.start * d..run.end * d);
+                ops::dropout_of(x, self.context.config.dropout, counter, &runs)
             }
             _ => x,
         }
@@ -410,14 +437,14 @@ impl Staged for Decoder {
         let (heads, Block { attn, attn_norm, mlp, mlp_norm }) = (&self.context.attention, block);
         let Some(parallel) = self.parallel() else {
             let qkv = block.project(x.clone(), heads);
-            let y = ops::attention(qkv, heads, sequence);
+            let y = self.attend(qkv, sequence);
             let y = attn.out.forward(y, Pre::Nothing, residual(&x));
             let x = join(x, y, "attn");
             let y = mlp.forward(x.clone(), mlp_norm.before(), residual(&x));
             return Flow::Hidden(join(x, y, "mlp"));
         };
         let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
-        let y = ops::attention(qkv, heads, sequence);
+        let y = self.attend(qkv, sequence);
         let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
         let x = join(x, y, "attn");
         let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);

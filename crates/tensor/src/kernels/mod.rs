@@ -21,6 +21,7 @@ pub(crate) mod norm;
 pub(crate) mod panel;
 pub(crate) mod scratch;
 pub(crate) mod simd;
+mod softmax;
 pub(crate) mod tile;
 pub(crate) mod update;
 

@@ -1,5 +1,8 @@
 //! GELU, SwiGLU and dropout.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, TensorData};
@@ -57,27 +60,28 @@ pub fn swiglu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// # Panics
 /// If `p` is not in [0, 1).
 pub fn dropout<const D: usize>(x: Tensor<D>, p: f64, counter: Counter) -> Tensor<D> {
-    dropout_from(x, p, counter, 0)
+    let all = 0..x.shape().num_elements();
+    dropout_of(x, p, counter, &[all])
 }
 
-/// The same of a part of a tensor, whose first element is the whole's element `first`: the parts get the whole's mask.
+/// The same of a part of a tensor, which has these runs of the whole's elements one after the other: the parts get the whole's mask.
 ///
 /// # Panics
-/// If `p` is not in [0, 1).
-pub fn dropout_from<const D: usize>(x: Tensor<D>, p: f64, counter: Counter, first: u64) -> Tensor<D> {
+/// If `p` is not in [0, 1), or the runs are not as long as `x` together.
+pub fn dropout_of<const D: usize>(x: Tensor<D>, p: f64, counter: Counter, runs: &[Range<usize>]) -> Tensor<D> {
     assert!((0.0..1.0).contains(&p), "dropout: probability {p} is not in [0, 1)");
+    let (n, of_runs) = (x.shape().num_elements(), runs.iter().map(Range::len).sum::<usize>());
+    assert_eq!(n, of_runs, "dropout: a tensor of {n} elements, of which {of_runs} are said to be somewhere");
     if p == 0.0 {
         return x;
     }
+    let op = Dropout { p: p as f32, counter, runs: runs.into() };
     if is_fused(&x.device()) {
-        return Tensor::from_dispatch(Dispatch::fused_dropout(
-            x.into_dispatch(),
-            Dropout { p: p as f32, counter, first },
-        ));
+        return Tensor::from_dispatch(Dispatch::fused_dropout(x.into_dispatch(), op));
     }
     let dims = x.dims();
-    let mut mask = buffer(dims.iter().product());
-    activation::dropout(&vec![1.0; mask.len()], p as f32, counter, first, &mut mask);
+    let mut mask = buffer(n);
+    op.run(&vec![1.0; n], &mut mask);
     x.clone() * Tensor::from_data(TensorData::new(mask, dims.to_vec()), &x.device())
 }
 
@@ -88,11 +92,23 @@ pub(crate) struct Gelu(Form);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SwiGlu;
 /// See [`dropout`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Dropout {
     p: f32,
     counter: Counter,
-    first: u64,
+    /// Which elements of the whole these are.
+    runs: Arc<[Range<usize>]>,
+}
+
+impl Dropout {
+    fn run(&self, mut x: &[f32], mut out: &mut [f32]) {
+        for run in self.runs.iter() {
+            let (x, out) = (x.split_off(..run.len()), out.split_off_mut(..run.len()));
+            if let (Some(x), Some(out)) = (x, out) {
+                activation::dropout(x, self.p, self.counter, run.start as u64, out);
+            }
+        }
+    }
 }
 
 impl Vjp<1> for Gelu {
@@ -154,7 +170,7 @@ impl Vjp<1> for Dropout {
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let shape = dims::<B>(&x);
-        map1::<B>(x, &shape, |x, out| activation::dropout(x, self.p, self.counter, self.first, out))
+        map1::<B>(x, &shape, |x, out| self.run(x, out))
     }
 
     fn backward<B: HostBackend>(
@@ -165,6 +181,6 @@ impl Vjp<1> for Dropout {
     ) -> [Option<FloatTensor<B>>; 1] {
         let shape = dims::<B>(&grad);
         let dy = B::values(grad);
-        [dx.write(&shape, |dx| activation::dropout(dy.as_ref(), self.p, self.counter, self.first, dx))]
+        [dx.write(&shape, |dx| self.run(dy.as_ref(), dx))]
     }
 }

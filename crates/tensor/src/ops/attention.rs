@@ -9,10 +9,12 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Tensor, activation};
+use firebox_parallel::Communicator;
 
 use super::compute::compute;
 use super::extension::FusedOps;
-use super::sequence::{RopeTable, Sequence, rotate_half};
+use super::ring;
+use super::sequence::{Keys, RopeTable, Sequence, rotate_half};
 use super::softcap::{assert_cap, soft_cap};
 use super::vjp::{Kept, Tracked, dims, give_back, kept};
 use crate::adapter::HostBackend;
@@ -53,6 +55,29 @@ impl AttentionConfig {
 /// # Panics
 /// If the shapes do not fit, the window is 0, the soft-cap is negative or not finite, or a position is beyond the rotary table.
 pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
+    assert_eq!(sequence.divided().1, 1, "attention: the rows are divided among ranks: use a form of it that knows");
+    assert_fits(&qkv, config, sequence);
+    if is_fused(&qkv.device()) {
+        return fused(qkv, config, sequence, None);
+    }
+    composed(qkv, config, sequence)
+}
+
+/// The operation of the CPU backends; with keys and values of all ranks of `ring`.
+pub(super) fn fused(
+    qkv: Tensor<3>,
+    config: &AttentionConfig,
+    sequence: &Sequence,
+    ring: Option<Communicator>,
+) -> Tensor<3> {
+    let op = Attention { config: config.clone(), sequence: sequence.clone(), ring };
+    Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), op))
+}
+
+/// # Panics
+/// See [`attention`].
+#[track_caller]
+pub(super) fn assert_fits(qkv: &Tensor<3>, config: &AttentionConfig, sequence: &Sequence) {
     let [batch, tokens, width] = qkv.dims();
     let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
@@ -74,10 +99,11 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
         );
         assert_eq!(rope.half() * 2, e, "attention: rotary table for heads of {}, got {e}", rope.half() * 2);
     }
-    if is_fused(&qkv.device()) {
-        let op = Attention { config: config.clone(), sequence: sequence.clone() };
-        return Tensor::from_dispatch(Dispatch::fused_attention(qkv.into_dispatch(), op));
-    }
+}
+
+fn composed(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
+    let [batch, tokens, _] = qkv.dims();
+    let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     let device = qkv.device();
     let heads = |first: usize, n: usize| {
         let part = qkv.clone().narrow(2, first * e, n * e);
@@ -109,40 +135,67 @@ pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) 
 pub(crate) struct Attention {
     config: AttentionConfig,
     sequence: Sequence,
+    /// The ranks that have divided the rows.
+    ring: Option<Communicator>,
 }
 
 impl Attention {
-    fn shape(&self) -> kernel::Shape<'_> {
-        let AttentionConfig { n_heads, n_kv_heads, head_dim, window, softcap, rope } = &self.config;
-        kernel::Shape {
+    /// With the keys and values of one of the ranks that have divided the rows: `kv`, or this rank's own in `qkv`.
+    pub(super) fn call<'a>(&'a self, qkv: &'a [f32], kv: Option<&'a [f32]>, keys: &'a Keys) -> kernel::Call<'a> {
+        let AttentionConfig { n_heads, n_kv_heads, head_dim, softcap, rope, .. } = &self.config;
+        kernel::Call {
+            qkv,
+            kv,
             batch: self.sequence.batch(),
-            tokens: self.sequence.tokens(),
+            queries: self.sequence.tokens(),
+            keys: keys.tokens,
             heads: *n_heads,
             kv_heads: *n_kv_heads,
             head_dim: *head_dim,
-            starts: self.sequence.starts(),
-            window: window.unwrap_or(usize::MAX),
+            seen: &keys.seen,
             softcap: *softcap as f32,
             rope: rope.as_deref().map(|table| {
                 let (cos, sin) = table.tables();
-                kernel::Rope { cos, sin, positions: self.sequence.positions() }
+                [self.sequence.positions(), &keys.positions].map(|positions| kernel::Rope { cos, sin, positions })
             }),
         }
     }
-}
 
-impl Attention {
+    /// Of `qkv`'s rows: the queries' width, and that of all.
+    pub(super) fn widths(&self) -> [usize; 2] {
+        [self.config.n_heads * self.config.head_dim, self.config.qkv_width()]
+    }
+
+    /// The keys of each rank that has divided the rows.
+    pub(super) fn keys(&self) -> Arc<[Keys]> {
+        self.sequence.keys(self.config.window)
+    }
+
     /// The output, and the base-2 logarithms of softmax's denominators, `[B, H, T]`.
     fn run<B: HostBackend>(&self, qkv: FloatTensor<B>) -> [FloatTensor<B>; 2] {
-        let shape = self.shape();
+        let (batch, tokens, h, e) =
+            (self.sequence.batch(), self.sequence.tokens(), self.config.n_heads, self.config.head_dim);
         let qkv = B::values(qkv);
-        let mut out = buffer(shape.batch * shape.tokens * shape.heads * shape.head_dim);
-        let mut log_sums = buffer(shape.batch * shape.heads * shape.tokens);
-        kernel::attention(qkv.as_ref(), shape, &mut out, &mut log_sums);
-        [
-            B::tensor(out, &[shape.batch, shape.tokens, shape.heads * shape.head_dim]),
-            B::tensor(log_sums, &[shape.batch, shape.heads, shape.tokens]),
-        ]
+        let mut out = buffer(batch * tokens * h * e);
+        let mut log_sums = buffer(batch * h * tokens);
+        match &self.ring {
+            None => kernel::attention(self.call(qkv.as_ref(), None, &self.keys()[0]), &mut out, &mut log_sums),
+            Some(group) => ring::forward(self, group, qkv.as_ref(), &mut out, &mut log_sums),
+        }
+        [B::tensor(out, &[batch, tokens, h * e]), B::tensor(log_sums, &[batch, h, tokens])]
+    }
+
+    /// The gradient of `qkv` from what [`run`](Self::run) gave and the gradient of the output.
+    fn run_backward(&self, qkv: &[f32], out: &[f32], log_sums: &[f32], dout: &[f32]) -> Vec<f32> {
+        let mut dqkv = buffer(qkv.len());
+        match &self.ring {
+            None => {
+                let keys = self.keys();
+                kernel::attention_backward(self.call(qkv, None, &keys[0]), out, log_sums, dout, &mut dqkv, None);
+            }
+            Some(group) => ring::backward(self, group, qkv, [out, log_sums, dout], &mut dqkv),
+        }
+        dqkv
     }
 }
 
@@ -165,8 +218,7 @@ impl<B: HostBackend> Backward<B, 1> for FromOutput {
         let [qkv, out] = saved.map(|saved| kept(saved.restore(checkpointer)));
         let shape = dims::<B>(&qkv);
         let [qkv, out, log_sums] = [qkv, out, log_sums].map(B::values);
-        let mut dqkv = buffer(qkv.as_ref().len());
-        kernel::attention_backward(qkv.as_ref(), out.as_ref(), log_sums.as_ref(), dout.as_ref(), op.shape(), &mut dqkv);
+        let dqkv = op.run_backward(qkv.as_ref(), out.as_ref(), log_sums.as_ref(), dout.as_ref());
         grads.register::<B>(parent.id, B::tensor(dqkv, &shape));
     }
 }

@@ -14,6 +14,7 @@ use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
 use super::parallel_linear::ParallelLinear;
 use super::seed::{self, Enter};
+use super::ulysses::Swap;
 use super::vjp::{Vjp, apply};
 use crate::adapter::HostBackend;
 
@@ -39,6 +40,7 @@ pub(crate) trait FusedOps: Backend {
         op: ParallelLinear,
     ) -> FloatTensor<Self>;
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self>;
+    fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self>;
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
     fn fused_qk_norm(
         qkv: FloatTensor<Self>,
@@ -89,6 +91,9 @@ macro_rules! host_backend {
                 op.forward::<Self>([x, w, b, residual, norm_weight, norm_bias])
             }
             fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
+                op.forward::<Self>([x])
+            }
+            fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
             }
             fn fused_norm(
@@ -171,6 +176,9 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
     }
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [x])
+    }
+    fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])
     }
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self> {

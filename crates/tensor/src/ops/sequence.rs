@@ -1,23 +1,60 @@
 //! Where each token of a batch stands, and the rotations of positions.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
+use super::collective::part;
+
 /// Positions and segments of a batch of `[B, T]` tokens: what attention needs to know besides the values. Cheap to clone; made once
-/// per batch and shared by all layers.
+/// per batch and shared by all layers. It may be one rank's [part](Self::part) of a batch whose rows several ranks have divided.
 #[derive(Clone, Debug)]
 pub struct Sequence(Arc<Inner>);
+
+/// The tokens of a row of `tokens` that rank `rank` of `size` has where ranks divide rows: of 2 N chunks, as even as can be, number r and number 2 N - 1 - r. So
+/// under a causal mask all ranks have the same to compute, since what the first chunk sees less, the other sees more (Zhu, 2024, "zigzag ring attention").
+pub fn zigzag(tokens: usize, rank: usize, size: usize) -> [Range<usize>; 2] {
+    [rank, 2 * size - 1 - rank].map(|chunk| part(tokens, chunk, 2 * size))
+}
+
+/// The values of a batch's tokens, `[B, T]`, that rank `rank` of `size` has of each row.
+pub fn zigzag_part<T: Copy>(values: &[T], tokens: usize, rank: usize, size: usize) -> Vec<T> {
+    let rows = values.chunks_exact(tokens.max(1));
+    rows.flat_map(|row| zigzag(tokens, rank, size).map(|chunk| &row[chunk]).concat()).collect()
+}
+
+/// The keys of one rank as the queries of a [`Sequence`] see them.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    /// Of each row.
+    pub tokens: usize,
+    /// `[B, tokens]`
+    pub positions: Vec<i32>,
+    /// Of each query the first key that it sees, and the one behind the last, `[B, T]`.
+    pub seen: Vec<[u32; 2]>,
+}
 
 #[derive(Debug)]
 struct Inner {
     batch: usize,
     tokens: usize,
     positions: Vec<i32>,
+    /// First token of each token's segment in the whole row.
     starts: Vec<u32>,
+    part: Option<Part>,
+    keys: OnceLock<(Option<usize>, Arc<[Keys]>)>,
     // What composed attention needs on its device, made at the first layer.
     mask: OnceLock<(Option<usize>, Tensor<4, Bool>)>,
     rotation: OnceLock<[Tensor<4>; 2]>,
+}
+
+/// That several ranks have divided the rows of a batch.
+#[derive(Debug)]
+struct Part {
+    whole: Sequence,
+    rank: usize,
+    size: usize,
 }
 
 impl Sequence {
@@ -44,7 +81,60 @@ impl Sequence {
                 starts.push(start);
             }
         }
-        Self(Arc::new(Inner { batch, tokens, positions, starts, mask: OnceLock::new(), rotation: OnceLock::new() }))
+        Self::make(batch, tokens, positions, starts, None)
+    }
+
+    fn make(batch: usize, tokens: usize, positions: Vec<i32>, starts: Vec<u32>, part: Option<Part>) -> Self {
+        let (keys, mask, rotation) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner { batch, tokens, positions, starts, part, keys, mask, rotation }))
+    }
+
+    /// Of each row the tokens that rank `rank` of `size` has ([`zigzag`]): B and T are then those of the part.
+    ///
+    /// # Panics
+    /// If this is a part already.
+    pub fn part(&self, rank: usize, size: usize) -> Self {
+        assert!(self.0.part.is_none(), "sequence: a part cannot be divided again");
+        if size == 1 {
+            return self.clone();
+        }
+        let (batch, tokens) = (self.batch(), self.tokens());
+        let mine = zigzag(tokens, rank, size).map(|chunk| chunk.len()).iter().sum();
+        let positions = zigzag_part(&self.0.positions, tokens, rank, size);
+        let starts = zigzag_part(&self.0.starts, tokens, rank, size);
+        Self::make(batch, mine, positions, starts, Some(Part { whole: self.clone(), rank, size }))
+    }
+
+    /// The whole batch, of which this may be a part.
+    pub fn whole(&self) -> &Self {
+        self.0.part.as_ref().map_or(self, |part| &part.whole)
+    }
+
+    /// This rank's number among those that divide the rows, and how many there are.
+    pub fn divided(&self) -> (usize, usize) {
+        self.0.part.as_ref().map_or((0, 1), |part| (part.rank, part.size))
+    }
+
+    /// Where some tokens of this part, counted over its rows, are in the whole batch, counted likewise.
+    pub fn runs(&self, tokens: Range<usize>) -> Vec<Range<usize>> {
+        let (rank, size) = self.divided();
+        if size == 1 {
+            return vec![tokens];
+        }
+        let whole = self.whole().tokens();
+        let mut runs = vec![];
+        for row in 0..self.batch() {
+            let mut at = row * self.tokens();
+            for chunk in zigzag(whole, rank, size) {
+                let (start, end) = (tokens.start.max(at), tokens.end.min(at + chunk.len()));
+                if start < end {
+                    let first = row * whole + chunk.start;
+                    runs.push(first + start - at..first + end - at);
+                }
+                at += chunk.len();
+            }
+        }
+        runs
     }
 
     /// Rows of one segment each, at positions `0..tokens`.
@@ -68,9 +158,33 @@ impl Sequence {
         &self.0.positions
     }
 
-    /// First token of each token's segment, `[B, T]`.
-    pub(crate) fn starts(&self) -> &[u32] {
-        &self.0.starts
+    /// The keys of each rank that has a part of the rows, for queries that see at most `window` of them. One window serves all layers of a model.
+    pub(crate) fn keys(&self, window: Option<usize>) -> Arc<[Keys]> {
+        let (_, size) = self.divided();
+        let make = || (0..size).map(|rank| self.keys_of(rank, window)).collect();
+        let (made_for, keys) = self.0.keys.get_or_init(|| (window, make()));
+        if *made_for == window { keys.clone() } else { make() }
+    }
+
+    fn keys_of(&self, owner: usize, window: Option<usize>) -> Keys {
+        let ((rank, size), whole) = (self.divided(), self.whole());
+        let tokens = whole.tokens();
+        let mine = zigzag(tokens, rank, size);
+        let theirs = zigzag(tokens, owner, size);
+        // How many of their tokens are before token `i` of the row.
+        let before = |i: usize| -> u32 {
+            theirs.iter().map(|chunk| (i.clamp(chunk.start, chunk.end) - chunk.start) as u32).sum()
+        };
+        let rows = self.0.starts.chunks_exact(self.tokens().max(1));
+        let seen = rows.flat_map(|starts| mine.iter().cloned().flatten().zip(starts)).map(|(i, &start)| {
+            let first = (start as usize).max((i + 1).saturating_sub(window.unwrap_or(usize::MAX)));
+            [before(first), before(i + 1)]
+        });
+        Keys {
+            tokens: theirs.iter().map(|chunk| chunk.len()).sum(),
+            positions: zigzag_part(whole.positions(), tokens, owner, size),
+            seen: seen.collect(),
+        }
     }
 
     /// `[B, 1, T, T]`, true where a query must not see a key. One window serves all layers of a model.

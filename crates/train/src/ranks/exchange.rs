@@ -66,7 +66,7 @@ impl<'a> Exchange<'a> {
     fn take(&mut self) -> Result<(), CommError> {
         let Some((stage, pending)) = self.under_way.pop_front() else { return Ok(()) };
         let (data, counts) = pending.wait()?;
-        let mine = &self.ranks.sums[self.ranks.rank()];
+        let mine = &self.ranks.sums[self.ranks.comm.rank()];
         let mut rest = &data[..];
         // In the order of the ranks, which is that of their micro-batches.
         for _ in counts.iter().filter(|&&count| count > 0) {

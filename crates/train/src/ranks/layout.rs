@@ -3,6 +3,8 @@
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, Communicator, Degrees, Mesh};
 
+use firebox_models::decoder::ContextKind;
+
 use crate::TrainError;
 
 /// What data-parallel ranks divide among themselves.
@@ -60,6 +62,10 @@ pub struct Layout {
     pub pp: usize,
     /// In which order they work.
     pub schedule: Schedule,
+    /// Ranks that divide the tokens of each row.
+    pub cp: usize,
+    /// How their attention comes together.
+    pub context: ContextKind,
     /// Ranks that divide each matrix.
     pub tp: usize,
     /// Whether they divide the tokens between the matrices as well (sequence parallel).
@@ -73,6 +79,8 @@ impl Default for Layout {
             dp_replicate: 1,
             pp: 1,
             schedule: Schedule::OneForwardOneBackward,
+            cp: 1,
+            context: ContextKind::Ring,
             tp: 1,
             sequence_parallel: false,
         }
@@ -82,12 +90,16 @@ impl Default for Layout {
 /// The groups in which a rank takes part.
 #[derive(Debug)]
 pub struct Axes {
+    /// Those that have other data, or other tokens of it: those of each row together.
+    pub(super) dp_cp: Communicator,
     /// Those that have other data.
     pub(super) dp: Communicator,
     /// Of these, those that divide what [`Zero`] says.
     pub(super) shard: Communicator,
     /// Of these, those that have copies of each other's part.
     pub(super) replicas: Communicator,
+    /// Those that have other tokens of the same rows.
+    pub(crate) cp: Communicator,
     /// Those that have other stages.
     pub(super) pp: Communicator,
     /// Those that have other parts of the matrices.
@@ -100,25 +112,25 @@ impl Layout {
     /// # Errors
     /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
     pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { zero, dp_replicate, pp, tp, .. }) = (world.size(), *self);
-        let copies = dp_replicate * pp * tp;
+        let (n, Self { zero, dp_replicate, cp, pp, tp, .. }) = (world.size(), *self);
+        let copies = dp_replicate * cp * pp * tp;
         if copies == 0 || !n.is_multiple_of(copies) {
             let expected = format!("degrees whose product divides the {n} ranks");
-            let got = format!("dp-replicate {dp_replicate}, pp {pp}, tp {tp}");
+            let got = format!("dp-replicate {dp_replicate}, cp {cp}, pp {pp}, tp {tp}");
             return Err(TrainError::Input { what: "ranks", expected, got });
         }
         if dp_replicate > 1 && !zero.divides() {
             let expected = "1 with zero 0, where every rank has a copy of all; or zero 1, 2 or 3".into();
             return Err(TrainError::Input { what: "dp-replicate", expected, got: dp_replicate.to_string() });
         }
-        let degrees = Degrees { dp_replicate, dp_shard: n / copies, pp, tp, ..Degrees::default() };
+        let degrees = Degrees { dp_replicate, dp_shard: n / copies, cp, pp, tp, ..Degrees::default() };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",
             expected: "a mesh".into(),
             got: error.to_string(),
         })?;
-        let axes = [Axis::Dp, Axis::DpShard, Axis::DpReplicate, Axis::Pp, Axis::Tp];
-        let [dp, shard, replicas, pp, tp] = axes.map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp, shard, replicas, pp, tp })
+        let axes = [Axis::DpCp, Axis::Dp, Axis::Cp, Axis::Shard, Axis::DpReplicate, Axis::Pp, Axis::Tp];
+        let [dp_cp, dp, cp, shard, replicas, pp, tp] = axes.map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp_cp, dp, cp, shard, replicas, pp, tp })
     }
 }

@@ -60,7 +60,7 @@ impl Trainer<'_> {
         let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
         let batches = batches.take(limit.map_or(usize::MAX, |n| n as usize));
         let Some(ranks) = &self.ranks else {
-            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes)));
+            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes, |batch| batch)));
         };
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
@@ -73,7 +73,17 @@ impl Trainer<'_> {
             total += 1;
             (total - 1) % ranks.size() == ranks.rank()
         });
-        let mine: Vec<[f64; 3]> = tallies(model, mine, &self.token_bytes).into_iter().map(Tally::into).collect();
+        let mine = tallies(model, mine, &self.token_bytes, |batch| ranks.tokens_of(&batch));
+        Self::of_all(ranks, mine, total)
+    }
+
+    /// Puts together what each rank has found of its batches, and of its tokens of them.
+    fn of_all(ranks: &Ranks, mine: Vec<Tally>, total: usize) -> Result<Evaluation, TrainError> {
+        let mut mine: Vec<[f64; 3]> = mine.into_iter().map(Tally::into).collect();
+        let nats: Vec<f64> = mine.iter().map(|[nats, ..]| *nats).collect();
+        for ([nats, ..], sum) in mine.iter_mut().zip(ranks.over_context(&nats)?) {
+            *nats = sum;
+        }
         let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
     }
@@ -92,7 +102,7 @@ impl Trainer<'_> {
         let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
             let (tallies, batches): (Vec<Tally>, Vec<TokenBatch>) = waiting.drain(..).unzip();
             let losses = pipeline.losses(model, &batches, &pipe.group)?;
-            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
             Ok(())
         };
         for batch in batches {
@@ -100,15 +110,14 @@ impl Trainer<'_> {
             if (total - 1) % ranks.size() == ranks.rank() {
                 let tally = Tally::of(&batch, &self.token_bytes);
                 let targets = batch.target_count();
-                waiting.push((tally, token_batch(batch, targets)));
+                waiting.push((tally, ranks.tokens_of(&token_batch(batch, targets))));
                 if waiting.len() == AT_ONCE {
                     run(&mut waiting)?;
                 }
             }
         }
         run(&mut waiting)?;
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
-        Ok(Tally::evaluation(&all))
+        Self::of_all(ranks, mine, total)
     }
 
     /// The same where ranks have divided the parameters: they bring each stage together for a few batches of each.
@@ -127,14 +136,13 @@ impl Trainer<'_> {
             total += round.len();
             let of_rank = round.into_iter().skip(ranks.rank()).step_by(ranks.size()).map(|batch| {
                 let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
-                (tally, token_batch(batch, targets))
+                (tally, ranks.tokens_of(&token_batch(batch, targets)))
             });
             let (tallies, tokens): (Vec<Tally>, Vec<TokenBatch>) = of_rank.unzip();
             let losses = losses_by_stage(self.model().n_stages(), &tokens, &mut shards.gather(ranks))?;
-            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
+            mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
         }
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
-        Ok(Tally::evaluation(&all))
+        Self::of_all(ranks, mine, total)
     }
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
@@ -144,9 +152,10 @@ impl Trainer<'_> {
         let model = match &self.shards {
             Some(shards) if ranks.is_first_copy() => shards.whole(ranks)?,
             Some(_) => None,
-            None => Some(model).filter(|_| ranks.rank() == 0),
+            None => Some(model).filter(|_| ranks.is_first()),
         };
         let Some(model) = model else { return Ok(None) };
+        let model = model.with_context(None);
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use firebox_models::decoder::{Decoder, DecoderConfig, TensorParallelError};
+use firebox_models::decoder::{ContextParallel, Decoder, DecoderConfig, TensorParallelError};
 use firebox_optim::{ParamInfo, StateTensor, parameters};
 use firebox_parallel::Communicator;
+use firebox_tensor::device::is_fused;
 
 use super::Trainer;
 use crate::TrainError;
@@ -38,6 +39,13 @@ impl Trainer<'_> {
                 got,
             );
         }
+        if layout.cp > 1 && self.optimizer.curvature_is_due(0) {
+            return fail(
+                "optimizer.kind = \"sophia\"",
+                "cp 1: it draws targets from whole rows",
+                format!("cp {}", layout.cp),
+            );
+        }
         if layout.pp > 1 && layout.zero == Zero::Parameters {
             let expected = "0, 1 or 2 with pp: a pipeline uses its stages for one micro-batch after the other, and would bring each together for \
                             every one of them";
@@ -61,6 +69,9 @@ impl Trainer<'_> {
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
         if layout.tp > 1 {
             model = self.divide_matrices(model, &axes.tp, layout.sequence_parallel)?;
+        }
+        if layout.cp > 1 {
+            model = Self::divide_rows(model, &axes.cp, &layout)?;
         }
         let (ranks, model) = Ranks::new(world, axes, layout, model, &self.optimizer, (micro_batches, shapes))?;
         if layout.pp > 1 {
@@ -95,6 +106,17 @@ impl Trainer<'_> {
             let elsewhere = all.contains(&tensor.name) && !shapes.contains_key(param);
             (!elsewhere).then(|| cut_state(&config, &shapes, tensor, grid))
         })
+    }
+
+    /// The same model on this rank's tokens of each row.
+    fn divide_rows(model: Decoder, group: &Communicator, layout: &Layout) -> Result<Decoder, TrainError> {
+        let device = model.embed.weight.lazy_device();
+        if !is_fused(&device) {
+            let expected = "1, or a CPU backend (ndarray, flex): ranks talk through its memory".into();
+            return Err(TrainError::Input { what: "cp", expected, got: format!("{} on {device:?}", layout.cp) });
+        }
+        model.config().validate_context(layout.context, layout.cp, layout.tp)?;
+        Ok(model.with_context(Some(ContextParallel { group: group.clone(), kind: layout.context })))
     }
 
     /// This rank's part of the model's matrices, and of the optimizer's state.

@@ -105,6 +105,7 @@ impl<'a> Trainer<'a> {
         let device = self.model().embed.weight.val().device();
         let model = load_trained(&found.checkpoint, &device)?.model;
         let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
+        let model = model.with_context(self.model().context_parallel().cloned());
         self.model = Some(self.recipe.precision.hold(model.with_loss(self.recipe.train.loss())));
         let here = self.state.clone();
         self.restore(&found.checkpoint)?;

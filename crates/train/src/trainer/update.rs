@@ -17,7 +17,7 @@ impl Trainer<'_> {
         let mut parts = vec![];
         let (loss, mut grads) = match &self.ranks {
             None => self.gradients(batches, measured.then_some(&mut parts))?,
-            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| batch.clone())?,
+            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| ranks.tokens_of(batch))?,
         };
         #[cfg(test)]
         self.inject(&mut grads);
@@ -103,10 +103,12 @@ impl Trainer<'_> {
         for round in (0..batches.len()).step_by(ranks.size()) {
             let i = round + ranks.rank();
             if let Some(shards) = &self.shards {
-                let batch = batches.get(i).map(|batch| (batch, counter(self.state.step, i)));
+                let counter = counter(self.state.step, i);
+                let batch = batches.get(i).map(|batch| prepare(counter, batch));
+                let batch = batch.as_ref().map(|batch| (batch, counter));
                 let mut sink = |stage, grads| exchange.stage(stage, grads);
                 let loss = self.engine.gradients_by_stage(model, batch, &mut shards.gather(ranks), &mut sink)?;
-                losses.extend(loss.map(|loss| [loss]));
+                losses.extend(loss);
                 continue;
             }
             let Some(batch) = batches.get(i) else {
@@ -118,7 +120,7 @@ impl Trainer<'_> {
             let counter = counter(self.state.step, i);
             let batch = prepare(counter, batch);
             let mut pass = self.engine.forward(model, &batch, counter)?;
-            losses.push([pass.loss()]);
+            losses.push(pass.loss());
             let mut stage = model.n_stages();
             while let Some(grads) = pass.backward(model)? {
                 stage -= 1;
@@ -129,6 +131,7 @@ impl Trainer<'_> {
             }
         }
         let grads = ranks.finish(exchange, &device)?;
+        let losses: Vec<[f64; 1]> = ranks.over_context(&losses)?.into_iter().map(|loss| [loss]).collect();
         let losses = ranks.in_turns(&losses, batches.len())?;
         Ok((losses.iter().fold(0.0, |sum, [loss]| sum + loss), grads))
     }
