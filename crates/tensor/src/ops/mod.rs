@@ -11,6 +11,7 @@ mod compute;
 mod cross_entropy;
 mod deferred;
 mod embedding;
+pub mod experts;
 mod extension;
 mod factored;
 pub(crate) mod formula;
