@@ -266,6 +266,16 @@ impl Ranks {
         Ok(sums(&self.comm, &[here])?[0])
     }
 
+    /// Sums up counts of all ranks.
+    ///
+    /// # Errors
+    /// See [`any`](Self::any).
+    pub fn sum_counts(&self, here: &[u64]) -> Result<Vec<u64>, CommError> {
+        let mut sum: Vec<i64> = here.iter().map(|&count| count.cast_signed()).collect();
+        self.world.all_reduce(&mut sum, ReduceOp::Sum)?;
+        Ok(sum.into_iter().map(i64::cast_unsigned).collect())
+    }
+
     /// The sum of the gradients that the exchange has brought, as the optimizer of this rank takes them: whole, or where its state is divided, this rank's part.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 mod cache;
 mod config;
+mod experts;
 pub mod hf;
 mod model;
 mod parallel;
@@ -9,5 +10,6 @@ pub mod presets;
 
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};

@@ -13,6 +13,7 @@ use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Seq
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+use super::experts::Experts;
 use super::parallel::TensorParallel;
 use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
@@ -83,8 +84,10 @@ pub struct Block {
     pub attn: Attention,
     /// Norm before the feed-forward layer.
     pub mlp_norm: Norm,
-    /// Feed-forward layer.
-    pub mlp: Mlp,
+    /// Feed-forward layer, unless there are experts.
+    pub mlp: Option<Mlp>,
+    /// The experts in its place.
+    pub experts: Option<Experts>,
 }
 
 /// Projections around attention.
@@ -113,9 +116,9 @@ pub struct Mlp {
 
 /// Makes initial parameters: counted normals keyed by the parameter's name and index, so that they depend on nothing else: a rank makes its part of the
 /// whole alone.
-struct Init<'a> {
+pub(super) struct Init<'a> {
     counter: Counter,
-    device: &'a Device,
+    pub(super) device: &'a Device,
     config: &'a DecoderConfig,
     rank: usize,
     size: usize,
@@ -123,7 +126,7 @@ struct Init<'a> {
 
 impl Init<'_> {
     /// A parameter whose values are made when they are first used: never, where a checkpoint replaces them.
-    fn param<const D: usize>(
+    pub(super) fn param<const D: usize>(
         &self,
         shape: [usize; D],
         values: impl FnOnce(&Device) -> Tensor<D> + Send + Sync + 'static,
@@ -132,12 +135,12 @@ impl Init<'_> {
         Param::uninitialized(ParamId::new(), init, self.device.clone(), true, shape.into())
     }
 
-    fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
+    pub(super) fn matrix<const D: usize>(&self, name: &str, shape: [usize; D], std: f64) -> Param<Tensor<D>> {
         let counter = self.counter.fork(name);
         let placement = self.config.placement(&format!("{name}.weight"), self.size);
         let (rank, size) = (self.rank, self.size);
-        let part = placement.shape(&shape, rank, size);
-        let part = [part[0], part[1]];
+        let mut part = shape;
+        part.copy_from_slice(&placement.shape(&shape, rank, size));
         self.param(part, move |device| {
             let indices = placement.runs(&shape, rank, size).into_iter().flatten();
             let values: Vec<f32> = indices.map(|i| (f64::from(normal(counter, i as u64)) * std) as f32).collect();
@@ -153,7 +156,7 @@ impl Init<'_> {
         Embedding { weight: self.matrix(name, [rows, d], std) }
     }
 
-    fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
+    pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
         Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)) }
@@ -188,11 +191,12 @@ impl Init<'_> {
                 out: self.linear(&name("attn.out"), [heads, d], residual_std, bias),
             },
             mlp_norm: self.norm(config),
-            mlp: Mlp {
+            mlp: config.experts.is_none().then(|| Mlp {
                 input: self.linear(&name("mlp.input"), [d, config.ff_in_width()], std, bias),
                 output: self.linear(&name("mlp.output"), [config.d_ff, d], residual_std, bias),
                 kind: config.feed_forward,
-            },
+            }),
+            experts: config.experts.map(|experts| Experts::new(experts, self, &name("experts"), config, residual_std)),
         }
     }
 }
@@ -407,19 +411,21 @@ impl Staged for Decoder {
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
             if fused { y } else { x + self.drop(y, sequence, step, &format!("{place}.{i}")) }
         };
-        let (heads, Block { attn, attn_norm, mlp, mlp_norm }) = (&self.context.attention, block);
+        let (heads, Block { attn, attn_norm, mlp, mlp_norm, .. }) = (&self.context.attention, block);
         let Some(parallel) = self.parallel() else {
             let qkv = block.project(x.clone(), heads);
             let y = ops::attention(qkv, heads, sequence);
             let y = attn.out.forward(y, Pre::Nothing, residual(&x));
             let x = join(x, y, "attn");
-            let y = mlp.forward(x.clone(), mlp_norm.before(), residual(&x));
+            let y = block.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
             return Flow::Hidden(join(x, y, "mlp"));
         };
         let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
         let y = ops::attention(qkv, heads, sequence);
         let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
         let x = join(x, y, "attn");
+        // PANIC: no model with experts has divided matrices (`DecoderConfig::validate_parallel`).
+        let mlp = mlp.as_ref().expect("a dense layer");
         let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
         let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
         Flow::Hidden(join(x, y, "mlp"))
@@ -436,6 +442,18 @@ impl Block {
                 ops::qk_norm(qkv, [q.weight.val(), k.weight.val()], heads, q.eps)
             }
             _ => qkv,
+        }
+    }
+}
+
+impl Block {
+    /// `x`'s feed-forward layer or experts, and the residual; `[B, T, D] -> [B, T, D]`. `share` is that of the batch in its step, in training.
+    pub(crate) fn feed_forward(&self, x: Tensor<3>, residual: Option<Tensor<3>>, share: Option<f64>) -> Tensor<3> {
+        match (&self.mlp, &self.experts) {
+            (_, Some(experts)) => experts.forward(self.mlp_norm.forward(x), residual, share),
+            (Some(mlp), None) => mlp.forward(x, self.mlp_norm.before(), residual),
+            // PANIC: `Init::block` makes one of them.
+            (None, None) => unreachable!("a block without a feed-forward layer"),
         }
     }
 }
