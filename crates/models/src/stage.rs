@@ -113,6 +113,11 @@ pub trait Staged: Module {
         Placement::replicated()
     }
 
+    /// Whether the parameter of this name is one of experts that ranks with other batches have divided: its gradient is then of the batches of all of these.
+    fn is_divided_expert(&self, _param: &str) -> bool {
+        false
+    }
+
     /// The loss `[1]` of a batch: all stages in order.
     fn loss(&self, batch: &TokenBatch, step: Option<u64>) -> Tensor<1> {
         (0..self.n_stages()).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, step)).loss()

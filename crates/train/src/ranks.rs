@@ -7,6 +7,7 @@
 
 mod collect;
 mod exchange;
+mod experts;
 mod layout;
 
 use std::borrow::Cow;
@@ -27,6 +28,7 @@ use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
 pub use collect::{Collect, Parted};
 pub use exchange::Exchange;
+use experts::{ExpertRanks, Sums};
 pub use layout::{Axes, Layout, Zero};
 
 /// Names and shapes of tensors.
@@ -51,6 +53,8 @@ pub struct Ranks {
     collect: Arc<Collect>,
     /// Whose sum of gradients is what, by rank.
     parts: Vec<Parts>,
+    /// Those that divide the experts, whose parameters are not in `parts`.
+    experts: Option<ExpertRanks>,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
     /// The shapes of these.
@@ -102,11 +106,13 @@ impl Ranks {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Layout { zero, pp, schedule, .. } = layout;
         let (n, copies) = (world.size(), axes.dp.size());
-        let Axes { dp: comm, pp: group, tp } = axes;
-        let even = pp == 1 || micro_batches.is_multiple_of(copies);
+        let even = pp * layout.ep == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
-                1 => "at least as many micro-batches in a step as ranks".to_owned(),
+                1 if layout.ep == 1 => "at least as many micro-batches in a step as ranks".to_owned(),
+                1 => format!(
+                    "micro-batches in multiples of the {copies} ranks that divide experts and have data of their own"
+                ),
                 _ => format!("micro-batches in multiples of the {copies} pipelines"),
             };
             let expected = format!("{expected}: set train.batch_rows higher or train.micro_batch_rows lower");
@@ -124,6 +130,7 @@ impl Ranks {
                 let got = format!("{}, which stages on several ranks use", info.name);
                 return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
             }
+            let group = axes.pp.clone();
             let model = pipeline.part(model, group.rank())?;
             (Some(Pipe { group, pipeline, schedule }), model)
         };
@@ -142,9 +149,14 @@ impl Ranks {
             stages[stage].push(info.name);
         }
         stages.iter_mut().for_each(|names| names.sort());
-        let parts = optimizer.divide(&model, comm.size())?;
+        let experts = ExpertRanks::new(&axes, &model, optimizer)?;
+        let Axes { dp: comm, tp, .. } = axes;
+        let mut parts = optimizer.divide(&model, comm.size())?;
+        if let Some(experts) = &experts {
+            parts.iter_mut().for_each(|parts| parts.retain(|name, _| !experts.has(name)));
+        }
         let collect = Arc::new(Collect::new(&world, &layout, &model, pipe.as_ref())?);
-        Ok((Self { world, comm, layout, pipe, tp, state_shapes, collect, parts, stages, shapes }, model))
+        Ok((Self { world, comm, layout, pipe, tp, state_shapes, collect, parts, experts, stages, shapes }, model))
     }
 
     /// The number of this rank among those that have data of their own.
@@ -169,12 +181,17 @@ impl Ranks {
 
     /// The part of the optimizer's state that is this rank's, if it is divided.
     pub fn state_parts(&self) -> Option<Parts> {
-        (self.zero() == Zero::States).then(|| self.parts[self.rank()].clone())
+        (self.zero() == Zero::States).then(|| self.mine())
+    }
+
+    /// What of gradients, or of the state, is this rank's part.
+    fn mine(&self) -> Parts {
+        self.all_sums().flat_map(|sums| sums.mine().clone()).collect()
     }
 
     /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
     pub fn divided_state(&self) -> Option<&Shapes> {
-        let divided = self.pipe.is_some() || self.zero() == Zero::States || self.tp.size() > 1;
+        let divided = self.pipe.is_some() || self.zero() == Zero::States || self.tp.size() > 1 || self.divide_experts();
         divided.then_some(&self.state_shapes)
     }
 
@@ -184,8 +201,17 @@ impl Ranks {
     /// [`TrainError::Optim`], [`TrainError::Comm`].
     pub fn squares(&self, model: &Decoder, optimizer: &Optimizer, grads: &NamedGrads) -> Result<Vec<f64>, TrainError> {
         let owned = grads.iter().filter_map(|(name, grad)| Some((name.to_owned(), self.counted(model, name, grad)?)));
-        let owned: NamedGrads = owned.collect();
-        let mut squares = optimizer.squares(model, &owned)?;
+        let (of_experts, owned): (Vec<_>, Vec<_>) =
+            owned.partition(|(name, _)| self.experts.as_ref().is_some_and(|experts| experts.has(name)));
+        let mut squares = optimizer.squares(model, &owned.into_iter().collect())?;
+        if let Some(experts) = &self.experts {
+            let mut others = optimizer.squares(model, &of_experts.into_iter().collect())?;
+            // Ranks with parts of sums are all added up below.
+            if self.zero() == Zero::None {
+                others = sums(&experts.ep, &others)?;
+            }
+            squares.iter_mut().zip(others).for_each(|(sum, x)| *sum += x);
+        }
         if self.zero() == Zero::States {
             squares = sums(&self.comm, &squares)?;
         }
@@ -302,7 +328,7 @@ impl Ranks {
         if self.zero() == Zero::None || self.size() == 1 {
             return Ok(module);
         }
-        let mine = &self.parts[self.rank()];
+        let mine = self.mine();
         let names: Vec<String> = self.shapes.keys().cloned().collect();
         let updated: BTreeMap<String, Tensor<1>> =
             values(&module).into_iter().map(|(info, values)| (info.name, values)).collect();
@@ -327,6 +353,20 @@ impl Ranks {
         mut part: impl FnMut(&str) -> Vec<f32>,
     ) -> Result<Vec<(String, Vec<f32>)>, CommError> {
         let mut whole = Vec::with_capacity(names.len());
+        for sums in self.all_sums() {
+            let names: Vec<String> = names.iter().filter(|name| self.is_of(sums, name)).cloned().collect();
+            whole.extend(self.gathered_from(sums, &names, &mut part)?);
+        }
+        Ok(whole)
+    }
+
+    fn gathered_from(
+        &self,
+        sums: Sums<'_>,
+        names: &[String],
+        part: &mut impl FnMut(&str) -> Vec<f32>,
+    ) -> Result<Vec<(String, Vec<f32>)>, CommError> {
+        let mut whole = Vec::with_capacity(names.len());
         let mut first = 0;
         while first < names.len() {
             let (mut last, mut elements) = (first, 0);
@@ -337,10 +377,10 @@ impl Ranks {
             let names = &names[first..last];
             let data: Vec<f32> = names.iter().flat_map(|name| part(name)).collect();
             let mut all = vec![0f32; elements];
-            self.comm.all_gather(&data, &mut all)?;
+            sums.comm.all_gather(&data, &mut all)?;
             let mut out: Vec<Vec<f32>> = names.iter().map(|name| vec![0.0; self.elements(name)]).collect();
             let mut at = 0;
-            for parts in &self.parts {
+            for parts in sums.parts {
                 for (name, out) in names.iter().zip(&mut out) {
                     if let Some(part) = parts.get(name) {
                         out[part.clone()].copy_from_slice(&all[at..at + part.len()]);

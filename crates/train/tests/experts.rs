@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use firebox_data::{Dataset, Source, prepare};
+use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Communicator, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::threads;
@@ -159,4 +160,91 @@ fn micro_batches_share_the_balancing_loss() {
     };
     let [one, four] = [loss("one", "train.micro_batch_rows=8"), loss("four", "train.micro_batch_rows=2")];
     assert!((one / four - 1.0).abs() < 2e-2, "whole {one}, in parts {four}");
+}
+
+/// The largest difference of a tensor of two runs, to the largest value of the tensor.
+fn apart(a: &Path, b: &Path) -> f32 {
+    let [a, b] = [a, b].map(|dir| TensorFile::open(at(dir, 6)).unwrap());
+    let of = |name: &str| {
+        let [x, y] = [&a, &b].map(|file| file.f32(name).unwrap());
+        let largest = x.iter().fold(1e-3f32, |most, v| most.max(v.abs()));
+        x.iter().zip(&y).fold(0f32, |worst, (x, y)| worst.max((x - y).abs())) / largest
+    };
+    a.names().map(of).fold(0.0, f32::max)
+}
+
+/// Ranks, those that divide experts, those of a pipeline, what copies divide, and the order of work.
+const GRIDS: [(usize, usize, usize, u8, Schedule); 6] = [
+    (2, 2, 1, 0, Schedule::OneForwardOneBackward),
+    (4, 4, 1, 0, Schedule::OneForwardOneBackward),
+    (4, 2, 1, 2, Schedule::OneForwardOneBackward),
+    (4, 2, 1, 0, Schedule::OneForwardOneBackward),
+    (4, 2, 2, 0, Schedule::ZeroBubbleH1),
+    (8, 2, 2, 2, Schedule::OneForwardOneBackward),
+];
+
+#[test]
+fn divided_experts_take_the_steps_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for (name, extra) in [("aux", &[][..]), ("biased", &BIASED)] {
+        let one = dir.path().join(name);
+        let loss = train(0, data(0), &one, &dataset, extra, None);
+        for (ranks, ep, pp, zero, schedule) in GRIDS {
+            let layout = Layout { ep, pp, schedule, ..data(zero) };
+            let what = format!("{name}-{ranks}-ep{ep}-pp{pp}-zero{zero}");
+            let many = dir.path().join(&what);
+            let divided = train(ranks, layout, &many, &dataset, extra, None);
+            println!("{what}: {divided}, one rank {loss}, parameters {} apart", apart(&one, &many));
+            assert!(apart(&one, &many) < 1e-4, "{what}: {}", apart(&one, &many));
+            assert_eq!(loads(&many), loads(&one), "{what}");
+            // On one rank from the middle of that, and on ranks from the middle of this.
+            let back = train(0, data(0), &many.join("back"), &dataset, extra, Some(&at(&many, 3)));
+            let forth = train(ranks, layout, &many.join("forth"), &dataset, extra, Some(&at(&one, 3)));
+            for (way, got) in [("all the way", divided), ("back", back), ("forth", forth)] {
+                assert!((got / loss - 1.0).abs() < 1e-5, "{what}, {way}: {got}, one rank {loss}");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_need_not_divide_evenly() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let extra = ["train.batch_rows=6", "model.experts_per_token=1", "memory.recompute=blocks"];
+    let (one, three) = (dir.path().join("one"), dir.path().join("three"));
+    let loss = train(0, data(0), &one, &dataset, &extra, None);
+    let divided = train(3, Layout { ep: 3, ..data(0) }, &three, &dataset, &extra, None);
+    assert!((divided / loss - 1.0).abs() < 1e-5, "{divided}, one rank {loss}");
+    assert!(apart(&one, &three) < 1e-4, "{}", apart(&one, &three));
+}
+
+#[test]
+fn what_ranks_with_experts_cannot_do_is_said_before_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let experts = |ep, tp| Layout { ep, tp, ..data(0) };
+    for (ranks, layout, extra, says) in [
+        (2, experts(2, 1), &["model.n_experts=0"][..], "n_experts"),
+        (8, experts(8, 1), &[], "at least the 8 ranks"),
+        (4, experts(3, 1), &[], "ep must divide"),
+        (3, experts(3, 1), &[], "multiples of the 3 ranks"),
+        (2, experts(1, 2), &[], "n_experts"),
+        (2, experts(2, 1), &["optimizer.kind=muon"], "whole matrices"),
+        (2, experts(2, 1), &["train.batch_warmup={ start_rows = 4, steps = 2 }"], "batch_warmup"),
+        (2, experts(2, 1), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
+    ] {
+        let mut recipe = recipe(extra);
+        // A coefficient is refused without experts.
+        recipe.model.router_aux_loss = recipe.model.router_aux_loss.filter(|_| recipe.model.n_experts != Some(0));
+        let (run, dataset) = (dir.path().join("none"), dataset.clone());
+        let error = spawn(ranks, move |comm| {
+            let device = Backend::NdArray.device().unwrap();
+            let trainer = Trainer::new(recipe.clone(), &run, &dataset, &device, None).unwrap();
+            trainer.with_ranks(comm, layout).map(drop)
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
 }

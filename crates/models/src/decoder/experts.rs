@@ -4,13 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Tensor, TensorData};
-use firebox_tensor::ops::experts::{Routing, combine, dispatch, grouped_linear, router_weights};
+use burn::tensor::{Device, Tensor, TensorData};
+use firebox_parallel::Communicator;
+use firebox_tensor::device::is_fused;
+use firebox_tensor::ops::experts::{Exchange, Group, Routing, combine, dispatch, grouped_linear, router_weights};
 use firebox_tensor::ops::{Compute, Pre, with_compute};
 use serde::{Deserialize, Serialize};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward};
 use super::model::{Decoder, Init, Linear};
+use super::parallel::TensorParallelError;
+use crate::placement::{Placement, Segment};
 
 /// The shape of a mixture of experts; each expert is a SwiGLU layer of the decoder's `d_ff`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -105,6 +109,9 @@ pub struct Experts {
     /// How many tokens of training chose each, since somebody asked.
     #[module(skip)]
     load: Arc<[AtomicU64]>,
+    /// The ranks that divide them, if there are such: this one has its part.
+    #[module(skip)]
+    group: Option<Communicator>,
 }
 
 /// A matrix of each expert.
@@ -132,13 +139,19 @@ impl Experts {
                 [n].into(),
             )
         };
+        let group = init.experts.cloned();
+        let place = group.as_ref().map_or((0, 1), |group| (group.rank(), group.size()));
+        let weights = |part: &str, shape: [usize; 3], std| ExpertWeights {
+            weight: init.placed(&format!("{name}.{part}"), shape, std, placement(n), place),
+        };
         Self {
             router: init.linear(&format!("{name}.router"), [d, n], std, false),
             bias: (config.router_bias_rate > 0.0).then(zeros),
-            input: ExpertWeights { weight: init.matrix(&format!("{name}.input"), [n, d, 2 * f], std) },
-            output: ExpertWeights { weight: init.matrix(&format!("{name}.output"), [n, f, d], residual_std) },
+            input: weights("input", [n, d, 2 * f], std),
+            output: weights("output", [n, f, d], residual_std),
             config,
             load: (0..n).map(|_| AtomicU64::new(0)).collect(),
+            group,
         }
     }
 
@@ -161,9 +174,21 @@ impl Experts {
                 sum.fetch_add(u64::from(load), Ordering::Relaxed);
             }
         }
-        let h = grouped_linear(dispatch(x, &routing), false, self.input.weight.val(), routing.groups());
-        let y = grouped_linear(h, true, self.output.weight.val(), routing.groups());
+        let rows = dispatch(x, &routing);
+        let y = match &self.group {
+            None => self.products(rows, routing.groups()),
+            Some(group) => {
+                let exchange = Exchange::new(&routing, group);
+                exchange.back(self.products(exchange.there(rows), exchange.groups()))
+            }
+        };
         combine(y, weights, residual.map(|x| x.reshape([n, d])), &routing).reshape(shape)
+    }
+
+    /// What the experts make of rows that are sorted into groups.
+    fn products(&self, rows: Tensor<2>, groups: &Arc<[Group]>) -> Tensor<2> {
+        let h = grouped_linear(rows, false, self.input.weight.val(), groups);
+        grouped_linear(h, true, self.output.weight.val(), groups)
     }
 
     fn route(&self, logits: &Tensor<2>, capacity: Option<usize>) -> Routing {
@@ -175,7 +200,47 @@ impl Experts {
     }
 }
 
+/// How the matrices of `n` experts are divided among the ranks that share them.
+fn placement(n: usize) -> Placement {
+    Placement::split(0, [Segment { units: n, width: 1 }])
+}
+
+impl DecoderConfig {
+    /// How ranks that divide the experts divide the parameter of this name (its path in the module).
+    pub fn expert_placement(&self, param: &str) -> Placement {
+        let is_matrix = param.contains(".experts.input.") || param.contains(".experts.output.");
+        self.experts.filter(|_| is_matrix).map_or_else(Placement::replicated, |experts| placement(experts.n_experts))
+    }
+}
+
 impl Decoder {
+    /// This rank's part of the decoder that [`new`](Self::new) makes of the same seed, whose experts are divided among the ranks of `group`. Each rank has a batch
+    /// of its own; all must run the same stages at the same time, with as many tokens or none as they like.
+    ///
+    /// # Errors
+    /// An impossible shape, fewer experts than ranks, or a device that is no CPU backend.
+    pub fn with_divided_experts(
+        config: &DecoderConfig,
+        seed: u64,
+        device: &Device,
+        group: &Communicator,
+    ) -> Result<Self, TensorParallelError> {
+        let n = config.experts.map_or(0, |experts| experts.n_experts);
+        if n < group.size() {
+            let expected = format!("must be at least the {} ranks that divide the experts", group.size());
+            return Err(ConfigError { field: "n_experts", got: n.to_string(), expected }.into());
+        }
+        if !is_fused(device) {
+            return Err(TensorParallelError::Device(format!("{device:?}")));
+        }
+        Ok(Self::make(config, seed, device, None, Some(group))?)
+    }
+
+    /// The ranks among which its experts are divided, if they are.
+    pub fn expert_group(&self) -> Option<&Communicator> {
+        self.blocks.first()?.experts.as_ref()?.group.as_ref()
+    }
+
     /// How many tokens of the training passes since the last call chose each expert: those of the first block, then of the next, dropped or not. Empty without
     /// experts. Ranks that share a batch add theirs up.
     pub fn take_expert_load(&self) -> Vec<u64> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
+use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
@@ -122,6 +123,8 @@ pub(super) struct Init<'a> {
     config: &'a DecoderConfig,
     rank: usize,
     size: usize,
+    /// The ranks that divide the experts.
+    pub(super) experts: Option<&'a Communicator>,
 }
 
 impl Init<'_> {
@@ -135,10 +138,21 @@ impl Init<'_> {
         Param::uninitialized(ParamId::new(), init, self.device.clone(), true, shape.into())
     }
 
-    pub(super) fn matrix<const D: usize>(&self, name: &str, shape: [usize; D], std: f64) -> Param<Tensor<D>> {
-        let counter = self.counter.fork(name);
+    fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
         let placement = self.config.placement(&format!("{name}.weight"), self.size);
-        let (rank, size) = (self.rank, self.size);
+        self.placed(name, shape, std, placement, (self.rank, self.size))
+    }
+
+    /// A rank's part of a matrix, or of several.
+    pub(super) fn placed<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+        std: f64,
+        placement: Placement,
+        (rank, size): (usize, usize),
+    ) -> Param<Tensor<D>> {
+        let counter = self.counter.fork(name);
         let mut part = shape;
         part.copy_from_slice(&placement.shape(&shape, rank, size));
         self.param(part, move |device| {
@@ -207,7 +221,7 @@ impl Decoder {
     /// # Errors
     /// [`ConfigError`] for an impossible shape.
     pub fn new(config: &DecoderConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
-        Self::make(config, seed, device, None)
+        Self::make(config, seed, device, None, None)
     }
 
     /// The part of one rank where there are several.
@@ -216,10 +230,11 @@ impl Decoder {
         seed: u64,
         device: &Device,
         parallel: Option<TensorParallel>,
+        experts: Option<&Communicator>,
     ) -> Result<Self, ConfigError> {
         config.validate()?;
         let (rank, size) = parallel.as_ref().map_or((0, 1), |parallel| (parallel.rank(), parallel.size()));
-        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size };
+        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size, experts };
         let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
         let rope = match config.positions {
@@ -279,7 +294,8 @@ impl Decoder {
     /// What only a whole model can do.
     #[track_caller]
     pub(crate) fn assert_whole(&self) {
-        assert!(self.parallel().is_none(), "this rank has a part of the model: put the parts together first");
+        let whole = self.parallel().is_none() && self.expert_group().is_none();
+        assert!(whole, "this rank has a part of the model: put the parts together first");
     }
 
     pub(crate) fn attention_config(&self) -> &AttentionConfig {
@@ -375,6 +391,10 @@ impl Staged for Decoder {
             Some(parallel) => parallel.hidden_tokens(&batch.sequence),
             None => [batch.sequence.batch(), batch.sequence.tokens()],
         }
+    }
+
+    fn is_divided_expert(&self, param: &str) -> bool {
+        self.expert_group().is_some() && !self.config().expert_placement(param).is_replicated()
     }
 
     fn placement(&self, param: &str) -> Placement {

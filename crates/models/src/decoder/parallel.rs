@@ -128,7 +128,7 @@ impl Decoder {
             None
         };
         let parallel = TensorParallel { group: group.clone(), sequence, same_head };
-        Ok(Self::make(config, seed, device, Some(parallel))?)
+        Ok(Self::make(config, seed, device, Some(parallel), None)?)
     }
 }
 

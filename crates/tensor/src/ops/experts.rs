@@ -13,6 +13,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::compute::{compute, multiply};
+pub use super::expert_parallel::Exchange;
 use super::extension::FusedOps;
 use super::linear::or_none;
 use super::vjp::{Keep, Sink, Vjp, dims, kept};
@@ -125,6 +126,11 @@ impl Routing {
     /// The rows of each expert, in the order of the experts.
     pub fn groups(&self) -> &Arc<[Group]> {
         &self.groups
+    }
+
+    /// The number of experts.
+    pub fn n_experts(&self) -> usize {
+        self.n_experts
     }
 
     fn token_count(&self) -> usize {

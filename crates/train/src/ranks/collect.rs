@@ -30,6 +30,8 @@ pub struct Parted<'a> {
     pub placement: Placement,
     /// Whether those divide it that have data of their own: then their parts follow one another.
     pub by_data: bool,
+    /// Whether those divide it by experts, before that.
+    pub by_experts: bool,
 }
 
 impl Collect {
@@ -67,12 +69,15 @@ impl Collect {
         tensor: &Parted<'_>,
         mine: impl FnOnce() -> Vec<f32>,
     ) -> Result<Option<Vec<f32>>, CommError> {
-        let Axes { dp, pp, tp } = &self.axes;
+        let Axes { dp, pp, tp, ep, .. } = &self.axes;
         let [to_dp, to_pp, to_tp] = self.coordinates(root);
         let owner = self.owners.get(tensor.param).copied().unwrap_or(0);
         let mut values = None;
         if pp.size() == 1 || owner == pp.rank() {
-            if tensor.by_data {
+            if tensor.by_experts {
+                let mine = if tensor.by_data || dp.rank() < ep.size() { mine() } else { vec![] };
+                values = gather(dp, mine, to_dp)?.map(|parts| of_experts(&parts, ep.size(), tensor.shape));
+            } else if tensor.by_data {
                 values = gather(dp, mine(), to_dp)?.map(|parts| parts.concat());
             } else if dp.rank() == to_dp && (tp.rank() == to_tp || !tensor.placement.is_replicated()) {
                 values = Some(mine());
@@ -95,6 +100,16 @@ impl Collect {
 
 /// Of messages of this kind.
 const TAG: u32 = 0;
+
+/// A tensor of shape `shape` from the parts of the ranks of blocks of `block`: a place in a block has some of the experts, of which those at this place have parts one
+/// after the other.
+fn of_experts(parts: &[Vec<f32>], block: usize, shape: &[usize]) -> Vec<f32> {
+    let order = (0..block).flat_map(|place| (place..parts.len()).step_by(block));
+    let mut whole: Vec<f32> = order.flat_map(|rank| parts[rank].iter().copied()).collect();
+    // A count of steps is the same of each part.
+    whole.truncate(shape.iter().product());
+    whole
+}
 
 /// What each rank of a group has, on one of them.
 fn gather(group: &Communicator, mine: Vec<f32>, to: usize) -> Result<Option<Vec<Vec<f32>>>, CommError> {

@@ -49,11 +49,20 @@ pub struct Layout {
     pub tp: usize,
     /// Whether they divide the tokens between the matrices as well (sequence parallel).
     pub sequence_parallel: bool,
+    /// Of the ranks that have data of their own, how many divide the experts among them; the others have copies of these.
+    pub ep: usize,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { zero: Zero::None, pp: 1, schedule: Schedule::OneForwardOneBackward, tp: 1, sequence_parallel: false }
+        Self {
+            zero: Zero::None,
+            pp: 1,
+            schedule: Schedule::OneForwardOneBackward,
+            tp: 1,
+            sequence_parallel: false,
+            ep: 1,
+        }
     }
 }
 
@@ -66,6 +75,10 @@ pub struct Axes {
     pub(super) pp: Communicator,
     /// Those that have other parts of the matrices.
     pub tp: Communicator,
+    /// Of those that have other data, those that have the other experts.
+    pub ep: Communicator,
+    /// And those that have the same.
+    pub(super) expert_dp: Communicator,
 }
 
 impl Layout {
@@ -74,19 +87,20 @@ impl Layout {
     /// # Errors
     /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
     pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { pp, tp, .. }) = (world.size(), *self);
+        let (n, Self { pp, tp, ep, .. }) = (world.size(), *self);
         let of_model = pp * tp;
         if of_model == 0 || !n.is_multiple_of(of_model) {
             let (expected, got) = (format!("degrees whose product divides the {n} ranks"), format!("pp {pp}, tp {tp}"));
             return Err(TrainError::Input { what: "ranks", expected, got });
         }
-        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ..Degrees::default() };
+        let degrees = Degrees { dp_shard: n / of_model, pp, tp, ep, ..Degrees::default() };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",
             expected: "a mesh".into(),
             got: error.to_string(),
         })?;
-        let [dp, pp, tp] = [Axis::Dp, Axis::Pp, Axis::Tp].map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp, pp, tp })
+        let [dp, pp, tp, ep, expert_dp] =
+            [Axis::Dp, Axis::Pp, Axis::Tp, Axis::Ep, Axis::ExpertDp].map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp, pp, tp, ep, expert_dp })
     }
 }

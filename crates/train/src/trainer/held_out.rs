@@ -7,6 +7,7 @@ use firebox_data::Batch;
 use firebox_models::TokenBatch;
 use firebox_models::decoder::Decoder;
 use firebox_optim::values;
+use firebox_parallel::Communicator;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
@@ -60,13 +61,11 @@ impl Trainer<'_> {
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
         }
-        let mut total = 0;
-        let mine = batches.filter(|_| {
-            total += 1;
-            (total - 1) % ranks.size() == ranks.rank()
-        });
-        let mine: Vec<[f64; 3]> = tallies(model, mine, &self.token_bytes).into_iter().map(Tally::into).collect();
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        let mut turns = Turns::new(ranks, batches);
+        let mine = tallies(model, &mut turns, &self.token_bytes).into_iter().map(Tally::into);
+        let (mine, total): (Vec<[f64; 3]>, _) = (mine.collect(), turns.total);
+        let mine = &mine[..turns.mine];
+        let all: Vec<Tally> = ranks.in_turns(mine, total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
     }
 
@@ -80,7 +79,7 @@ impl Trainer<'_> {
     ) -> Result<Evaluation, TrainError> {
         const AT_ONCE: usize = 8;
         let pipeline = pipe.usual();
-        let (mut total, mut mine) = (0, vec![]);
+        let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
         let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
         let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
             let (tallies, batches): (Vec<Tally>, Vec<TokenBatch>) = waiting.drain(..).unzip();
@@ -88,19 +87,16 @@ impl Trainer<'_> {
             mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| <[f64; 3]>::from(tally.with_loss(loss))));
             Ok(())
         };
-        for batch in batches {
-            total += 1;
-            if (total - 1) % ranks.size() == ranks.rank() {
-                let tally = Tally::of(&batch, &self.token_bytes);
-                let targets = batch.target_count();
-                waiting.push((tally, token_batch(batch, targets)));
-                if waiting.len() == AT_ONCE {
-                    run(&mut waiting)?;
-                }
+        for batch in &mut turns {
+            let tally = Tally::of(&batch, &self.token_bytes);
+            let targets = batch.target_count();
+            waiting.push((tally, token_batch(batch, targets)));
+            if waiting.len() == AT_ONCE {
+                run(&mut waiting)?;
             }
         }
         run(&mut waiting)?;
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        let all: Vec<Tally> = ranks.in_turns(&mine[..turns.mine], turns.total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
     }
 
@@ -108,10 +104,12 @@ impl Trainer<'_> {
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
-        if ranks.rank() > 0 {
+        let copy = model.expert_group().map_or(1, Communicator::size);
+        if ranks.rank() >= copy {
             return Ok(None);
         }
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
+        let Some(model) = self.whole_experts(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();
         let empty = Decoder::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
@@ -140,6 +138,33 @@ impl Trainer<'_> {
         Ok(Some(set_parameters(made, whole)))
     }
 
+    /// The experts put together, on the first of the ranks that have divided them.
+    fn whole_experts(&self, ranks: &Ranks, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+        let Some(group) = model.expert_group() else { return Ok(Some(model)) };
+        let (config, mut whole) = (model.config(), HashMap::new());
+        for (info, part) in values(&model) {
+            let placement = config.expert_placement(&info.name);
+            let mut all = to_host(part);
+            // What other stages have is empty.
+            if !placement.is_replicated() && info.elements() > 0 {
+                let mut parts = vec![0.0; placement.full_shape(&info.shape).iter().product()];
+                group.all_gather(&all, &mut parts)?;
+                all = parts;
+            }
+            if info.elements() > 0 {
+                whole.insert(info.name, all);
+            }
+        }
+        if group.rank() > 0 {
+            return Ok(None);
+        }
+        let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        if let Some(pipe) = ranks.pipe() {
+            made = pipe.usual().part(made, pipe.group.rank())?;
+        }
+        Ok(Some(set_parameters(made, whole)))
+    }
+
     fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
         let tokenizer = &self.dataset.tokenizer;
         let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
@@ -148,6 +173,37 @@ impl Trainer<'_> {
         let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
         let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
         Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
+    }
+}
+
+/// This rank's turns of the batches. Where experts are divided, ranks must go through as many batches each: one whose turn does not come in the last round
+/// takes the first batch of that round as well, which does not count.
+struct Turns<'a, I> {
+    ranks: &'a Ranks,
+    batches: I,
+    /// Batches until now, and how many of them were this rank's turn.
+    total: usize,
+    mine: usize,
+}
+
+impl<'a, I: Iterator<Item = Batch>> Turns<'a, I> {
+    fn new(ranks: &'a Ranks, batches: I) -> Self {
+        Self { ranks, batches, total: 0, mine: 0 }
+    }
+}
+
+impl<I: Iterator<Item = Batch>> Iterator for Turns<'_, I> {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        let (rank, size) = (self.ranks.rank(), self.ranks.size());
+        let mut round: Vec<Batch> = self.batches.by_ref().take(size).collect();
+        self.total += round.len();
+        if rank < round.len() {
+            self.mine += 1;
+            return Some(round.swap_remove(rank));
+        }
+        round.into_iter().next().filter(|_| self.ranks.divide_experts())
     }
 }
 

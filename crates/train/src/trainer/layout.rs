@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use firebox_models::Placement;
 use firebox_models::decoder::{Decoder, TensorParallelError};
 use firebox_optim::{StateTensor, values};
 use firebox_parallel::Communicator;
@@ -28,18 +29,19 @@ impl Trainer<'_> {
         if watch.noise_scale_every > 0 {
             return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
         }
-        let divided = layout.pp * layout.tp > 1 || layout.zero == Zero::States;
+        let divided = layout.pp * layout.tp * layout.ep > 1 || layout.zero == Zero::States;
         if divided && self.optimizer.averages() {
-            let got = format!("zero {}, pp {}, tp {}", u8::from(layout.zero), layout.pp, layout.tp);
+            let Layout { zero, pp, tp, ep, .. } = layout;
+            let got = format!("zero {}, pp {pp}, tp {tp}, ep {ep}", u8::from(zero));
             return fail(
                 "ranks",
-                "zero 0, pp 1 and tp 1 with schedule_free, whose averages are needed as a whole",
+                "zero 0, pp 1, tp 1 and ep 1 with schedule_free, whose averages are needed as a whole",
                 got,
             );
         }
-        if layout.pp * layout.tp > 1 {
-            let whole = "pp 1 and tp 1: it needs the whole model on each rank";
-            let got = format!("pp {}, tp {}", layout.pp, layout.tp);
+        if layout.pp * layout.tp * layout.ep > 1 {
+            let whole = "pp 1, tp 1 and ep 1: it needs the whole model on each rank";
+            let got = format!("pp {}, tp {}, ep {}", layout.pp, layout.tp, layout.ep);
             if average.is_some() {
                 return fail("average", whole, got);
             }
@@ -50,11 +52,19 @@ impl Trainer<'_> {
                 return fail("optimizer.kind = \"sophia\"", whole, got);
             }
         }
+        if layout.ep > 1 && train.batch_warmup.is_some() {
+            let expected =
+                "none with ep: the ranks that divide the experts need as many micro-batches each in every step";
+            return fail("train.batch_warmup", expected, "one".into());
+        }
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
         if layout.tp > 1 {
             model = self.divide_matrices(model, &axes.tp, layout.sequence_parallel)?;
+        }
+        if layout.ep > 1 {
+            model = self.divide_experts(model, &axes.ep)?;
         }
         let (ranks, model) = Ranks::new(world, axes, layout, model, &self.optimizer, (micro_batches, shapes))?;
         if layout.pp > 1 {
@@ -75,24 +85,52 @@ impl Trainer<'_> {
         group: &Communicator,
         sequence_parallel: bool,
     ) -> Result<Decoder, TrainError> {
-        if !self.optimizer.works_by_elements(&model)? {
-            return Err(TrainError::Input {
-                what: "tp",
-                expected: "1 with optimizers and clippings of whole matrices; adamw, adam, sgd, lion and ademamix work on parts".into(),
-                got: group.size().to_string(),
-            });
-        }
+        self.check_works_by_elements("tp", &model, group)?;
         let (config, device) = (model.config().clone(), model.embed.weight.val().device());
         let part = Decoder::sharded(&config, self.recipe.seed, &device, group, sequence_parallel);
-        let part = part.map_err(|error| match error {
-            TensorParallelError::Config(error) => TrainError::Model(error),
-            TensorParallelError::Comm(error) => TrainError::Comm(error),
-            other => TrainError::Input { what: "tp", expected: "1".into(), got: other.to_string() },
-        })?;
+        let part = part.map_err(|error| cannot_divide("tp", error))?;
+        self.divide(model, part, |param| config.placement(param, group.size()), group)
+    }
+
+    /// This rank's experts, and what the optimizer remembers of them.
+    fn divide_experts(&mut self, model: Decoder, group: &Communicator) -> Result<Decoder, TrainError> {
+        self.check_works_by_elements("ep", &model, group)?;
+        let (config, device) = (model.config().clone(), model.embed.weight.val().device());
+        let part = Decoder::with_divided_experts(&config, self.recipe.seed, &device, group);
+        let part = part.map_err(|error| cannot_divide("ep", error))?;
+        self.divide(model, part, |param| config.expert_placement(param), group)
+    }
+
+    fn check_works_by_elements(
+        &self,
+        what: &'static str,
+        model: &Decoder,
+        group: &Communicator,
+    ) -> Result<(), TrainError> {
+        if self.optimizer.works_by_elements(model)? {
+            return Ok(());
+        }
+        Err(TrainError::Input {
+            what,
+            expected:
+                "1 with optimizers and clippings of whole matrices; adamw, adam, sgd, lion and ademamix work on parts"
+                    .into(),
+            got: group.size().to_string(),
+        })
+    }
+
+    /// Gives `part`, made for it, this rank's part of the values of `model`, and the optimizer that of its state.
+    fn divide(
+        &mut self,
+        model: Decoder,
+        part: Decoder,
+        placement: impl Fn(&str) -> Placement,
+        group: &Communicator,
+    ) -> Result<Decoder, TrainError> {
         let (rank, size) = (group.rank(), group.size());
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
         for (info, whole) in values(&model) {
-            let placement = config.placement(&info.name, size);
+            let placement = placement(&info.name);
             parts.insert(info.name.clone(), placement.shard(&to_host(whole), &info.shape, rank, size));
             shapes.insert(info.name, info.shape);
         }
@@ -103,7 +141,7 @@ impl Trainer<'_> {
             match shapes.get(param).filter(|_| kind != "steps") {
                 None => tensor,
                 Some(shape) => {
-                    let placement = config.placement(param, size);
+                    let placement = placement(param);
                     let values = placement.shard(&tensor.values, shape, rank, size);
                     StateTensor { shape: placement.shape(shape, rank, size), values, name: tensor.name }
                 }
@@ -112,5 +150,14 @@ impl Trainer<'_> {
         let state: Vec<StateTensor> = self.optimizer.state().map(cut).collect();
         self.optimizer.load_state::<_, TrainError>(&part, state.into_iter().map(Ok))?;
         Ok(self.recipe.precision.hold(part))
+    }
+}
+
+/// What makes a model one that ranks cannot divide.
+fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
+    match error {
+        TensorParallelError::Config(error) => TrainError::Model(error),
+        TensorParallelError::Comm(error) => TrainError::Comm(error),
+        other => TrainError::Input { what, expected: "1".into(), got: other.to_string() },
     }
 }
