@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
 use check::{check, close, devices, host, to_f64, values};
-use firebox_tensor::ops::experts::{Group, Routing, combine, dispatch, grouped_linear, router_weights};
+use firebox_parallel::{WorldError, spawn};
+use firebox_tensor::ops::collective::part;
+use firebox_tensor::ops::experts::{Exchange, Group, Routing, combine, dispatch, grouped_linear, router_weights};
 use firebox_tensor::ops::{Compute, defer_weights, with_compute};
 
 fn softmax(row: &[f64]) -> Vec<f64> {
@@ -219,3 +221,57 @@ fn weights_gradients_can_wait_and_products_be_in_16_bits() {
         assert!(worst > 0.0 && worst < 0.02 * size, "{worst} of {size}");
     }
 }
+
+/// Ranks with their own tokens and other experts: together what one rank makes of its tokens with all experts.
+#[test]
+fn rows_travel_to_their_experts_and_back() {
+    const RANKS: usize = 3;
+    let (tokens, n, k, d) = (9, 5, 2, 4);
+    let world: Result<_, WorldError<String>> = spawn(RANKS, move |comm| {
+        let device = devices().remove(0).autodiff();
+        let own = 10 + comm.rank() as u64;
+        // The second rank's tokens all go to one expert.
+        let logits = match comm.rank() {
+            1 => [[5.0, 4.0, 1.0, 0.0, 0.0]; 9].concat(),
+            _ => values(tokens * n, own),
+        };
+        let routing = Routing::new(&logits, None, n, k, None);
+        let input = |seed| Tensor::<2>::from_data(TensorData::new(values(tokens * d, seed), [tokens, d]), &device);
+        let weights = Tensor::<3>::from_data(TensorData::new(values(n * d * d, 3), [n, d, d]), &device).require_grad();
+        let upstream = Tensor::<2>::from_data(TensorData::new(values(tokens * k * d, own), [tokens * k, d]), &device);
+        let run = |divided: bool| {
+            let x = input(own).require_grad();
+            let rows = dispatch(x.clone(), &routing);
+            let y = if divided {
+                let mine = part(n, comm.rank(), RANKS);
+                let exchange = Exchange::new(&routing, &comm);
+                let y = grouped_linear(
+                    exchange.there(rows),
+                    false,
+                    weights.clone().narrow(0, mine.start, mine.len()),
+                    exchange.groups(),
+                );
+                exchange.back(y)
+            } else {
+                grouped_linear(rows, false, weights.clone(), routing.groups())
+            };
+            let grads = (y.clone() * upstream.clone()).sum().backward();
+            let dw = host(weights.grad(&grads).unwrap());
+            (host(y), host(x.grad(&grads).unwrap()), dw)
+        };
+        Ok((run(true), run(false)))
+    });
+    let world = world.unwrap();
+    let sum = |of: fn(&(Run, Run)) -> &Run| -> Vec<f64> {
+        (0..n * d * d).map(|i| world.iter().map(|both| of(both).2[i]).sum()).collect()
+    };
+    for ((y, dx, _), (want, want_dx, _)) in &world {
+        close("rows", y, want);
+        close("gradients of tokens", dx, want_dx);
+    }
+    // Each expert's gradient is complete where it is.
+    close("gradients of experts", &sum(|both| &both.0), &sum(|both| &both.1));
+}
+
+/// Rows, gradient of the tokens, gradient of the experts.
+type Run = (Vec<f64>, Vec<f64>, Vec<f64>);

@@ -158,6 +158,11 @@ pub fn router_weights(logits: Tensor<2>, routing: &Routing, aux: f32) -> Tensor<
         return Tensor::from_dispatch(Dispatch::fused_router_weights(logits.into_dispatch(), op));
     }
     assert!(aux == 0.0, "router: the balancing loss is an operation of the CPU backends: set router_aux_loss to 0");
+    composed_weights(logits, routing)
+}
+
+fn composed_weights(logits: Tensor<2>, routing: &Routing) -> Tensor<2> {
+    let (n, k) = (routing.token_count(), routing.per_token);
     let chosen: Vec<i32> = routing.chosen.iter().map(|&e| e as i32).collect();
     let chosen = Tensor::<2, Int>::from_data(TensorData::new(chosen, [n, k]), &logits.device());
     if k == 1 {
@@ -203,6 +208,11 @@ pub fn combine(y: Tensor<2>, weights: Tensor<2>, residual: Option<Tensor<2>>, ro
             Combine { routing: routing.clone() },
         ));
     }
+    composed_sum(y, weights, residual, routing)
+}
+
+fn composed_sum(y: Tensor<2>, weights: Tensor<2>, residual: Option<Tensor<2>>, routing: &Routing) -> Tensor<2> {
+    let (n, k, [rows, d], device) = (routing.token_count(), routing.per_token, y.dims(), y.device());
     // A row of zeros for what was dropped.
     let y = Tensor::cat(vec![y, Tensor::zeros([1, d], &device)], 0);
     let at: Vec<i32> = routing.rows.iter().map(|&row| if row < 0 { rows as i32 } else { row }).collect();
@@ -233,7 +243,11 @@ pub fn grouped_linear(x: Tensor<2>, gated: bool, w: Tensor<3>, groups: &Arc<[Gro
         let op = GroupedLinear { gated, groups: groups.clone(), compute: compute() };
         return Tensor::from_dispatch(Dispatch::fused_grouped_linear(x.into_dispatch(), w.into_dispatch(), op));
     }
-    let a = if gated { swiglu(x) } else { x };
+    composed_products(if gated { swiglu(x) } else { x }, w, groups)
+}
+
+fn composed_products(a: Tensor<2>, w: Tensor<3>, groups: &[Group]) -> Tensor<2> {
+    let [_, inputs, outputs] = w.dims();
     let mut at = 0;
     let products: Vec<Tensor<2>> = (groups.iter())
         .filter(|group| group.rows > 0)
@@ -424,5 +438,47 @@ impl Vjp<2> for GroupedLinear {
             return [dx, None];
         }
         [dx, dw.fill(&w_shape, weight_gradient)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::device::Backend;
+    use crate::random::{Counter, Purpose, normal};
+
+    fn values<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> Tensor<D> {
+        let n = shape.iter().product::<usize>() as u64;
+        let values: Vec<f32> = (0..n).map(|i| normal(Counter::new(seed, Purpose::Init, 0), i)).collect();
+        Tensor::from_data(TensorData::new(values, shape), device)
+    }
+
+    /// What other devices compute is what the CPU backends do.
+    #[test]
+    fn composed_of_burns_operations_it_is_the_same() {
+        let device = Backend::NdArray.device().unwrap();
+        let same = |a: Tensor<2>, b: Tensor<2>| {
+            assert_eq!(a.dims(), b.dims());
+            let apart: f32 = (a - b).abs().max().into_scalar();
+            assert!(apart < 1e-5, "{apart}");
+        };
+        for (k, capacity) in [(1, None), (2, None), (3, Some(4))] {
+            let logits = values(k as u64, [11, 5], &device);
+            let host = logits.to_data().try_into_vec::<f32>().unwrap();
+            let routing = Routing::new(&host, None, 5, k, capacity);
+            let weights = router_weights(logits.clone(), &routing, 0.0);
+            same(weights.clone(), composed_weights(logits, &routing));
+            let (x, w) = (values(7, [11, 6], &device), values(8, [5, 6, 3], &device));
+            let rows = dispatch(x, &routing);
+            let y = grouped_linear(rows.clone(), false, w.clone(), routing.groups());
+            same(y.clone(), composed_products(rows, w, routing.groups()));
+            for residual in [None, Some(values(9, [11, 3], &device))] {
+                let sum = combine(y.clone(), weights.clone(), residual.clone(), &routing);
+                same(sum, composed_sum(y.clone(), weights.clone(), residual, &routing));
+            }
+        }
     }
 }

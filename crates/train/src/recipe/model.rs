@@ -228,7 +228,6 @@ impl ModelRecipe {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::recipe::Recipe;
 
     #[test]
     fn resolved_shapes_round_trip() {
@@ -239,19 +238,17 @@ mod tests {
 
     #[test]
     fn experts_are_the_presets_or_those_that_are_given() {
-        let resolve = |set: &[&str]| {
-            let set: Vec<String> = set.iter().map(ToString::to_string).collect();
-            Recipe::load("tiny", &set).unwrap().model.resolve(64).map(|config| config.experts)
-        };
+        let resolve =
+            |keys: &str| toml::from_str::<ModelRecipe>(keys).unwrap().resolve(64).map(|config| config.experts);
         let eight = ExpertsConfig::default();
-        assert_eq!(resolve(&[]).unwrap(), None);
-        assert_eq!(resolve(&["model.preset=firebox-moe-3m"]).unwrap(), Some(eight));
-        assert_eq!(resolve(&["model.preset=firebox-moe-3m", "model.n_experts=0"]).unwrap(), None);
+        assert_eq!(resolve("").unwrap(), None);
+        assert_eq!(resolve("preset = 'firebox-moe-3m'").unwrap(), Some(eight));
+        assert_eq!(resolve("preset = 'firebox-moe-3m'\nn_experts = 0").unwrap(), None);
         let four = ExpertsConfig { n_experts: 4, ..eight };
-        assert_eq!(resolve(&["model.n_experts=4"]).unwrap(), Some(four));
+        assert_eq!(resolve("n_experts = 4").unwrap(), Some(four));
         let biased = ExpertsConfig { router_aux_loss: 0.0, router_bias_rate: 1e-3, ..four };
-        assert_eq!(resolve(&["model.n_experts=4", "model.router_bias_rate=1e-3"]).unwrap(), Some(biased));
-        let error = resolve(&["model.capacity_factor=1.25"]).unwrap_err().to_string();
+        assert_eq!(resolve("n_experts = 4\nrouter_bias_rate = 1e-3").unwrap(), Some(biased));
+        let error = resolve("capacity_factor = 1.25").unwrap_err().to_string();
         assert!(error.contains("model.capacity_factor = 1.25") && error.contains("n_experts"), "{error}");
     }
 }
