@@ -117,7 +117,7 @@ impl Rule for MuonConfig {
         momentum.set(sum, at.seed);
         let size = input * output;
         let one = |i: usize| {
-            let matrix = u.clone().slice([i * size..(i + 1) * size]).reshape([input, output]);
+            let matrix = u.clone().narrow(0, i * size, size).reshape([input, output]);
             orthogonal(matrix, self.ns_steps).reshape([size])
         };
         let update = if n == 1 { one(0) } else { Tensor::cat((0..n).map(one).collect(), 0) };

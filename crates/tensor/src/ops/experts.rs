@@ -151,7 +151,7 @@ impl Routing {
 /// # Panics
 /// If the shapes do not fit, or `aux` is not 0 on a device without fused operations.
 pub fn router_weights(logits: Tensor<2>, routing: &Routing, aux: f32) -> Tensor<2> {
-    let (n, k) = (routing.token_count(), routing.per_token);
+    let n = routing.token_count();
     assert_eq!(logits.dims(), [n, routing.n_experts], "router: logits of another routing");
     if is_fused(&logits.device()) {
         let op = RouterWeights { routing: routing.clone(), aux };
@@ -232,7 +232,7 @@ fn composed_sum(y: Tensor<2>, weights: Tensor<2>, residual: Option<Tensor<2>>, r
 /// # Panics
 /// If the shapes do not fit, or a group's expert is not there.
 pub fn grouped_linear(x: Tensor<2>, gated: bool, w: Tensor<3>, groups: &Arc<[Group]>) -> Tensor<2> {
-    let ([rows, width], [experts, inputs, outputs]) = (x.dims(), w.dims());
+    let ([rows, width], [experts, inputs, _]) = (x.dims(), w.dims());
     assert_eq!(width, if gated { 2 * inputs } else { inputs }, "grouped linear: rows do not fit the weight's inputs");
     assert_eq!(groups.iter().map(|group| group.rows).sum::<usize>(), rows, "grouped linear: groups of other rows");
     assert!(
