@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama import modeling_llama
 
 import bounded
+import experts
 import optimizers
 import torch_schedules
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -75,7 +76,11 @@ def in_float64(model):
     for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
             module.__class__ = RMSNormInInputDtype
-        elif isinstance(module, modeling_llama.LlamaRotaryEmbedding):
+        elif isinstance(module, experts.modeling.Qwen3MoeRMSNorm):
+            module.__class__ = RMSNormInInputDtype
+        elif isinstance(module, experts.modeling.Qwen3MoeTopKRouter):
+            module.__class__ = experts.RouterInInputDtype
+        elif isinstance(module, (modeling_llama.LlamaRotaryEmbedding, experts.modeling.Qwen3MoeRotaryEmbedding)):
             HEAD_DIM_AND_THETA = (model.config.head_dim, model.config.rope_parameters["rope_theta"])
             module.__class__ = RotaryInInputDtype
     return model
@@ -108,16 +113,18 @@ def make_batch(vocab, generator):
 
 
 def loss_of(model, inputs, targets):
-    """Logits [B, T, V] and the mean loss over the targets that are not ignored."""
-    logits = model(input_ids=inputs, use_cache=False).logits
-    return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    """Logits [B, T, V], the mean loss over the targets that are not ignored, and what training minimizes: this, and experts' balancing loss."""
+    with_experts = isinstance(model, experts.Qwen3MoeForCausalLM)
+    out = model(input_ids=inputs, use_cache=False, **(dict(output_router_logits=True) if with_experts else {}))
+    loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    return out.logits, loss, loss + experts.added_loss(model, out.router_logits) if with_experts else loss
 
 
 def trace(model, inputs, targets):
     """Logits, loss, gradients, the losses of 10 AdamW steps on the one batch, and the parameters after them."""
     out = {}
-    logits, loss = loss_of(model, inputs, targets)
-    loss.backward()
+    logits, loss, minimized = loss_of(model, inputs, targets)
+    minimized.backward()
     out["logits"], out["loss"] = logits, loss
     for name, parameter in model.named_parameters():
         out[f"grad.{name}"] = parameter.grad.clone()
@@ -130,14 +137,14 @@ def trace(model, inputs, targets):
     losses = []
     for _ in range(ADAMW_STEPS):
         optimizer.zero_grad()
-        _, loss = loss_of(model, inputs, targets)
-        loss.backward()
+        _, loss, minimized = loss_of(model, inputs, targets)
+        minimized.backward()
         optimizer.step()
         losses.append(loss.detach())
     out["losses"] = torch.stack(losses)  # losses[k] is the loss before step k + 1, so losses[0] == loss
     for name, parameter in model.named_parameters():
         out[f"final.{name}"] = parameter
-    return {name: tensor.detach().clone() for name, tensor in out.items()}
+    return experts.as_in_files({name: tensor.detach().clone() for name, tensor in out.items()})
 
 
 def largest_relative_difference(ours, golden):
@@ -169,6 +176,9 @@ def model_fixture(out_dir, name, model, seed, config_text=None):
     inputs, targets = make_batch(model.config.vocab_size, generator)
 
     tensors = {n: p.detach().clone() for n, p in model.named_parameters()}  # tied parameters once, as in a checkpoint
+    tensors = experts.as_in_files(tensors)
+    if isinstance(model, experts.Qwen3MoeForCausalLM):
+        experts.assert_as_in_files(model, tensors)
     double = trace(in_float64(model), inputs, targets)
     single = trace(copy.deepcopy(model), inputs, targets)
     error = float32_error(single, double)
@@ -362,6 +372,7 @@ def generate(out_dir):
     tied = llama(heads=3, kv_heads=1, tied=True)
     model_fixture(out_dir, "llama-tiny-tied", tied, seed=3, config_text=older_llama_config(tied.config))
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
+    model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     adamw_fixture(out_dir)
     optimizers.fixture(save, out_dir)
     schedule_fixture(out_dir)

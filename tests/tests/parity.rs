@@ -1,4 +1,4 @@
-//! GPT-2 and Llama against Hugging Face's transformers on PyTorch: logits, every gradient, ten AdamW steps. The golden values were computed in
+//! GPT-2, Llama and Qwen 3 with experts against Hugging Face's transformers on PyTorch: logits, every gradient, ten AdamW steps. The golden values were computed in
 //! float64 from f32 weights (`golden/generate.py`), so what is measured is Firebox's own error.
 #![allow(clippy::unwrap_used)]
 
@@ -77,7 +77,8 @@ fn check(name: &str) {
     let logits = distance(&to_host(model.logits(&batch)), &file.f32("logits").unwrap());
     assert!(logits < LOGITS, "{name}: logits are {logits:.2e} off");
 
-    let loss = model.loss(&batch, None);
+    // As in training: with the balancing loss of experts in the gradients.
+    let loss = model.loss(&batch, Some(0));
     let value = distance(&to_host(loss.clone().inner()), &file.f32("loss").unwrap());
     assert!(value < LOSSES, "{name}: the loss is {value:.2e} off");
     let grads = NamedGrads::from_backward(&model, &mut loss.backward());
@@ -138,6 +139,12 @@ fn tied_llama_is_transformers_llama() {
     check("llama-tiny-tied");
 }
 
+/// Two of five experts; gradients and steps with the balancing loss.
+#[test]
+fn a_mixture_of_experts_is_transformers_qwen3_moe() {
+    check("qwen3-moe-tiny");
+}
+
 /// QK-norm, both soft-caps and a window, against plain PyTorch.
 #[test]
 fn a_decoder_with_bounded_logits_is_pytorchs() {
@@ -146,7 +153,7 @@ fn a_decoder_with_bounded_logits_is_pytorchs() {
 
 #[test]
 fn the_cache_gives_the_same_logits() {
-    for name in ["gpt2-tiny", "llama-tiny", "llama-tiny-tied", "bounded-tiny"] {
+    for name in ["gpt2-tiny", "llama-tiny", "llama-tiny-tied", "bounded-tiny", "qwen3-moe-tiny"] {
         use firebox::train::model_io::load;
         let file = TensorFile::open(golden(&format!("{name}.safetensors"))).unwrap();
         let dir = tempfile::tempdir().unwrap();

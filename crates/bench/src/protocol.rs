@@ -26,6 +26,8 @@ pub struct Job {
 }
 
 /// What a worker does.
+// One for each worker: a box would only add an allocation.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Task {

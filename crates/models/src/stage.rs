@@ -28,6 +28,11 @@ impl TokenBatch {
         Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale: 1.0 / count.max(1) as f64 }
     }
 
+    /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss.
+    pub fn share(&self) -> f64 {
+        self.targets.iter().filter(|&&target| target >= 0).count() as f64 * self.loss_scale
+    }
+
     /// Rows of one segment each, at positions `0..tokens`.
     pub fn plain(batch: usize, tokens: usize, inputs: Vec<i32>, targets: Vec<i32>) -> Self {
         Self::new(inputs, targets, Sequence::plain(batch, tokens))
@@ -118,6 +123,11 @@ pub trait Staged: Module {
     /// How the parameter of this name is divided among the ranks that share the model's matrices, where there are such.
     fn placement(&self, _param: &str) -> Placement {
         Placement::replicated()
+    }
+
+    /// Whether the parameter of this name is one of experts that ranks with other batches have divided: its gradient is then of the batches of all of these.
+    fn is_divided_expert(&self, _param: &str) -> bool {
+        false
     }
 
     /// The loss `[1]` of a batch: all stages in order.

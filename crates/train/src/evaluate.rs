@@ -52,9 +52,7 @@ pub(crate) fn tallies(
 ) -> Vec<Tally> {
     let tally = |batch: Batch| {
         let tally = Tally::of(&batch, token_bytes);
-        if tally.tokens == 0 {
-            return tally;
-        }
+        // One without targets, too: ranks that share the model's parts run the same stages.
         let batch = prepare(token_batch(batch, tally.tokens as usize));
         let loss = to_host(model.loss(&batch, None))[0];
         tally.with_loss(f64::from(loss))

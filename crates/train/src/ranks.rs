@@ -6,6 +6,7 @@
 //! which goes through the micro-batches in this order, whatever the number of ranks; and nobody holds a sum of all gradients.
 
 mod collect;
+mod division;
 mod exchange;
 mod layout;
 mod shards;
@@ -27,6 +28,7 @@ use crate::TrainError;
 use crate::engine::pipeline::Pipeline;
 use crate::model_io::{set_parameters, to_host};
 pub use collect::{Collect, Parted};
+use division::Divisions;
 pub use exchange::Exchange;
 pub use layout::{Axes, Layout, Zero};
 pub use shards::{Shards, bytes};
@@ -41,15 +43,9 @@ const BUCKET: usize = 4 << 20;
 #[derive(Debug)]
 pub struct Ranks {
     world: Communicator,
-    /// Those that have the same stages, and other data or other tokens of it: gradients are added up over them.
-    comm: Communicator,
-    /// Of these, those that divide what [`Zero`] says.
-    shard: Communicator,
-    /// And those that have copies of this rank's part of it.
-    replicas: Communicator,
-    /// Those of them that have other data.
+    /// Those that have the same stages, and other data.
     data: Communicator,
-    /// Those of them that have other tokens of the same rows.
+    /// Those that have the same stages, and other tokens of the same rows.
     context: Communicator,
     layout: Layout,
     /// Those that have the other stages, where they are divided.
@@ -59,10 +55,8 @@ pub struct Ranks {
     /// Names and shapes of the state of the whole model.
     state_shapes: Shapes,
     collect: Arc<Collect>,
-    /// What of parameters, gradients and state is whose, by the ranks of `shard`.
-    parts: Vec<Parts>,
-    /// Who adds up what of the gradients, by the ranks of `comm`.
-    sums: Vec<Parts>,
+    /// Who adds up which gradients, and has which parts.
+    divisions: Divisions,
     /// Trainable parameters by the stage whose backward completes their gradients: those whose gradients are completed here.
     stages: Vec<Vec<String>>,
     /// The shapes of these.
@@ -114,11 +108,13 @@ impl Ranks {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Layout { zero, pp, schedule, .. } = layout;
         let (n, copies) = (world.size(), axes.dp.size());
-        let Axes { dp_cp: comm, dp: data, cp: context, shard, replicas, pp: group, tp } = axes;
-        let even = pp == 1 || micro_batches.is_multiple_of(copies);
+        let even = pp * layout.ep == 1 || micro_batches.is_multiple_of(copies);
         if micro_batches < copies || !even {
             let expected = match pp {
-                1 => "at least as many micro-batches in a step as ranks".to_owned(),
+                1 if layout.ep == 1 => "at least as many micro-batches in a step as ranks".to_owned(),
+                1 => format!(
+                    "micro-batches in multiples of the {copies} ranks that divide experts and have data of their own"
+                ),
                 _ => format!("micro-batches in multiples of the {copies} pipelines"),
             };
             let expected = format!("{expected}: set train.batch_rows higher or train.micro_batch_rows lower");
@@ -136,8 +132,8 @@ impl Ranks {
                 let got = format!("{}, which stages on several ranks use", info.name);
                 return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
             }
-            let model = pipeline.part(model, group.rank())?;
-            (Some(Pipe { group, pipeline, schedule }), model)
+            let model = pipeline.part(model, axes.pp.rank())?;
+            (Some(Pipe { group: axes.pp.clone(), pipeline, schedule }), model)
         };
         let n_stages = pipe.as_ref().map_or(model.n_stages(), |pipe| pipe.pipeline.plan().stages());
         let mut stages = vec![vec![]; n_stages];
@@ -154,27 +150,10 @@ impl Ranks {
             stages[stage].push(info.name);
         }
         stages.iter_mut().for_each(|names| names.sort());
-        let parts = optimizer.divide(&model, shard.size())?;
-        let sums = (0..replicas.size()).flat_map(|i| parts.iter().map(move |parts| (i, parts)));
-        let sums = sums.map(|(i, parts)| of_copy(parts, i, replicas.size())).collect();
+        let divisions = Divisions::new(&axes, &model, optimizer)?;
         let collect = Arc::new(Collect::new(&world, &layout, &model, pipe.as_ref())?);
-        let ranks = Self {
-            world,
-            comm,
-            data,
-            context,
-            shard,
-            replicas,
-            layout,
-            pipe,
-            tp,
-            state_shapes,
-            collect,
-            parts,
-            sums,
-            stages,
-            shapes,
-        };
+        let Axes { dp: data, cp: context, tp, .. } = axes;
+        let ranks = Self { world, data, context, layout, pipe, tp, state_shapes, collect, divisions, stages, shapes };
         Ok((ranks, model))
     }
 
@@ -188,9 +167,9 @@ impl Ranks {
         self.data.size()
     }
 
-    /// Whether this rank is the first of those that have the same stages and parts of matrices.
-    pub fn is_first(&self) -> bool {
-        self.comm.rank() == 0
+    /// The number of this rank among those that have the same stages and parts of matrices.
+    pub fn copy(&self) -> usize {
+        self.divisions.dense.comm.rank()
     }
 
     /// This rank's tokens of a batch.
@@ -208,7 +187,7 @@ impl Ranks {
 
     /// Whether this rank has a part of the first copy of what is divided.
     pub fn is_first_copy(&self) -> bool {
-        self.replicas.rank() == 0
+        self.copy() < self.divisions.dense.shard.size()
     }
 
     /// What is divided.
@@ -223,16 +202,12 @@ impl Ranks {
 
     /// The part of the optimizer's state that is this rank's, if it is divided.
     pub fn state_parts(&self) -> Option<Parts> {
-        self.zero().divides().then(|| self.mine().clone())
-    }
-
-    fn mine(&self) -> &Parts {
-        &self.parts[self.shard.rank()]
+        self.zero().divides().then(|| self.divisions.mine())
     }
 
     /// Names and shapes of the whole state, where this rank's optimizer has a part of it.
     pub fn divided_state(&self) -> Option<&Shapes> {
-        let divided = self.pipe.is_some() || self.zero().divides() || self.tp.size() > 1;
+        let divided = self.pipe.is_some() || self.zero().divides() || self.tp.size() > 1 || self.divide_experts();
         divided.then_some(&self.state_shapes)
     }
 
@@ -242,10 +217,18 @@ impl Ranks {
     /// [`TrainError::Optim`], [`TrainError::Comm`].
     pub fn squares(&self, model: &Decoder, optimizer: &Optimizer, grads: &NamedGrads) -> Result<Vec<f64>, TrainError> {
         let owned = grads.iter().filter_map(|(name, grad)| Some((name.to_owned(), self.counted(model, name, grad)?)));
-        let owned: NamedGrads = owned.collect();
-        let mut squares = optimizer.squares(model, &owned)?;
+        let (of_experts, owned): (Vec<_>, Vec<_>) = owned.partition(|(name, _)| self.divisions.is_expert(name));
+        let mut squares = optimizer.squares(model, &owned.into_iter().collect())?;
+        if let Some(experts) = &self.divisions.experts {
+            let mut others = optimizer.squares(model, &of_experts.into_iter().collect())?;
+            // Ranks with parts of sums are all added up below.
+            if !self.zero().divides() {
+                others = sums(&experts.ep, &others)?;
+            }
+            squares.iter_mut().zip(others).for_each(|(sum, x)| *sum += x);
+        }
         if self.zero().divides() {
-            squares = sums(&self.shard, &squares)?;
+            squares = sums(&self.divisions.dense.shard, &squares)?;
         }
         for group in [self.pipe.as_ref().map(|pipe| &pipe.group), Some(&self.tp)].into_iter().flatten() {
             if group.size() > 1 {
@@ -263,7 +246,7 @@ impl Ranks {
             return Some(grad.clone());
         }
         let divided = self.zero().divides();
-        let first = self.mine().get(name).filter(|_| divided).map_or(0, |part| part.start);
+        let first = self.divisions.dense.mine().get(name).filter(|_| divided).map_or(0, |part| part.start);
         let n = grad.dims()[0];
         let mut counted: Vec<Range<usize>> = vec![];
         for run in model.config().placement(name, size).counted(shape, rank, size) {
@@ -321,7 +304,17 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn sum(&self, here: f64) -> Result<f64, CommError> {
-        Ok(sums(&self.comm, &[here])?[0])
+        Ok(sums(&self.divisions.dense.comm, &[here])?[0])
+    }
+
+    /// Sums up counts of all ranks.
+    ///
+    /// # Errors
+    /// See [`any`](Self::any).
+    pub fn sum_counts(&self, here: &[u64]) -> Result<Vec<u64>, CommError> {
+        let mut sum: Vec<i64> = here.iter().map(|&count| count.cast_signed()).collect();
+        self.world.all_reduce(&mut sum, ReduceOp::Sum)?;
+        Ok(sum.into_iter().map(i64::cast_unsigned).collect())
     }
 
     /// The sum of the gradients that the exchange has brought, as the optimizer of this rank takes them: whole, or where its state is divided, this rank's part.
@@ -334,21 +327,15 @@ impl Ranks {
             let n = values.len();
             Tensor::from_data(TensorData::new(values, [n]), device)
         };
-        let names: Vec<String> = self.stages.iter().flatten().cloned().collect();
-        let added = |name: &str| sum.remove(name).unwrap_or_default();
-        let sum: Vec<(String, Vec<f32>)> = if !self.zero().divides() {
-            gathered(&self.comm, &self.sums, &names, |name| self.elements(name), added)?
-        } else if self.replicas.size() == 1 {
-            sum.into_iter().collect()
-        } else {
-            let mine = self.mine();
-            let names: Vec<String> = names.into_iter().filter(|name| mine.contains_key(name)).collect();
-            let ranges = mine.iter().map(|(name, part)| (name.clone(), 0..part.len())).collect();
-            let n = self.replicas.size();
-            let copies: Vec<Parts> = (0..n).map(|i| of_copy(&ranges, i, n)).collect();
-            gathered(&self.replicas, &copies, &names, |name| mine[name].len(), added)?
-        };
-        Ok(sum.into_iter().map(|(name, values)| (name, tensor(values))).collect())
+        let mut whole = vec![];
+        for (experts, division) in self.divisions.all() {
+            let names = self.stages.iter().flatten().filter(|name| self.divisions.is_expert(name) == experts);
+            let names: Vec<String> = names.cloned().collect();
+            let added = |name: &str| sum.remove(name).unwrap_or_default();
+            let sums = division.completed(&names, |name| self.elements(name), added, self.zero().divides())?;
+            whole.extend(sums.into_iter().map(|(name, values)| (name, tensor(values))));
+        }
+        Ok(whole.into_iter().collect())
     }
 
     /// The module with the parameters that the ranks have updated, each its parts. Nothing is to be done where each updates all.
@@ -356,10 +343,10 @@ impl Ranks {
     /// # Errors
     /// See [`any`](Self::any).
     pub fn gather_parameters<M: Module>(&self, module: M) -> Result<M, CommError> {
-        if !self.zero().divides() || self.shard.size() == 1 {
+        if !self.zero().divides() || self.divisions.dense.shard.size() == 1 {
             return Ok(module);
         }
-        let mine = self.mine();
+        let mine = self.divisions.mine();
         let names: Vec<String> = self.shapes.keys().cloned().collect();
         let updated: BTreeMap<String, Tensor<1>> =
             values(&module).into_iter().map(|(info, values)| (info.name, values)).collect();
@@ -367,7 +354,7 @@ impl Ranks {
             (Some(part), Some(values)) => to_host(values.clone().slice([part.clone()])),
             _ => vec![],
         };
-        let whole = gathered(&self.shard, &self.parts, &names, |name| self.elements(name), part)?;
+        let whole = self.divisions.gathered(&names, |name| self.elements(name), part)?;
         drop(updated);
         Ok(set_parameters(module, whole.into_iter().collect()))
     }
@@ -386,12 +373,6 @@ impl Ranks {
     pub fn exchange(&self) -> Exchange<'_> {
         Exchange::new(self)
     }
-}
-
-/// What of each part the `i`-th of `n` ranks adds up that have the same parts.
-fn of_copy(parts: &Parts, i: usize, n: usize) -> Parts {
-    let cut = |part: &Range<usize>| part.start + part.len() * i / n..part.start + part.len() * (i + 1) / n;
-    parts.iter().map(|(name, part)| (name.clone(), cut(part))).filter(|(_, part)| !part.is_empty()).collect()
 }
 
 /// What each rank of a group has `parts` of, put together on all of them, each of `len` elements; `part` is what this rank has.

@@ -1,11 +1,12 @@
 //! Recipes: everything that determines a run, in one TOML file.
 
 mod error;
+mod model;
 
 use std::path::Path;
 
 use firebox_data::{DataConfig, Source};
-use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions, presets};
+use firebox_models::decoder::presets;
 use firebox_optim::{Algorithm, AverageConfig, Schedule};
 use firebox_tensor::ops::LossConfig;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ use crate::precision::PrecisionRecipe;
 use crate::watch::{OnSpike, WatchRecipe};
 
 pub use error::RecipeError;
+pub use model::ModelRecipe;
 
 /// The recipes that come with Firebox: name and text.
 pub const BUILT_IN: [(&str, &str); 5] = [
@@ -77,81 +79,6 @@ pub struct Recipe {
 
 fn seed() -> u64 {
     1337
-}
-
-/// The model: a preset or a depth, and any value of its shape in place of theirs.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ModelRecipe {
-    /// Name of a preset.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub preset: Option<String>,
-    /// Number of blocks, from which everything else follows; instead of a preset.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub depth: Option<usize>,
-    /// Rows of the embedding; by default the tokenizer's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vocab_size: Option<usize>,
-    /// Width of the residual stream.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub d_model: Option<usize>,
-    /// Blocks.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub n_layers: Option<usize>,
-    /// Query heads.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub n_heads: Option<usize>,
-    /// Key-value heads.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub n_kv_heads: Option<usize>,
-    /// Width of a head.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Feed-forward width.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub d_ff: Option<usize>,
-    /// Tokens per row.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub context: Option<usize>,
-    /// Tokens that a query sees at most, itself included.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub window: Option<usize>,
-    /// RMSNorm of every head's queries and keys.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub qk_norm: Option<bool>,
-    /// Soft-cap of attention scores.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub attention_softcap: Option<f64>,
-    /// Soft-cap of the logits.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub logit_softcap: Option<f64>,
-    /// `layer_norm` or `rms_norm`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub norm: Option<NormKind>,
-    /// Added to the variance.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub norm_eps: Option<f64>,
-    /// `gelu`, `gelu_exact` or `swi_glu`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub feed_forward: Option<FeedForward>,
-    /// `"learned"` or `{ rotary = { theta = 10000.0 } }`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub positions: Option<Positions>,
-    /// Biases in linear layers and LayerNorm.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bias: Option<bool>,
-    /// Head tied to the embedding.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tied: Option<bool>,
-    /// Dropout.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dropout: Option<f64>,
-    /// Standard deviation of initial weights.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub init_std: Option<f64>,
-    /// The width for which learning rate and `init_std` are meant: both are scaled to `d_model` by the maximal update parametrization.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mup_base_width: Option<usize>,
 }
 
 /// Length and batches.
@@ -380,100 +307,6 @@ impl Recipe {
     }
 }
 
-impl ModelRecipe {
-    /// The shape for a tokenizer of `tokens` tokens.
-    ///
-    /// # Errors
-    /// For an unknown preset.
-    pub fn resolve(&self, tokens: usize) -> Result<DecoderConfig, RecipeError> {
-        let base = match &self.preset {
-            Some(name) => presets::named(name).ok_or_else(|| {
-                let known: Vec<&str> = presets::all().into_iter().map(|(n, _)| n).collect();
-                let expected = format!("one of {}", known.join(", "));
-                RecipeError::Value { key: "model.preset", expected, got: name.clone() }
-            })?,
-            None => presets::depth(self.depth.or(self.n_layers).unwrap_or(4), tokens),
-        };
-        let d_model = self.d_model.unwrap_or(base.d_model);
-        let n_heads = self.n_heads.unwrap_or(base.n_heads);
-        // What is not given follows from what is: heads split the width, every query head has its keys, the inner width keeps its ratio.
-        let reshaped = self.d_model.is_some() || self.n_heads.is_some();
-        let same_groups = base.n_kv_heads == base.n_heads;
-        Ok(DecoderConfig {
-            vocab_size: self.vocab_size.unwrap_or(tokens),
-            d_model,
-            n_layers: self.n_layers.unwrap_or(base.n_layers),
-            n_heads,
-            n_kv_heads: self.n_kv_heads.unwrap_or(if same_groups { n_heads } else { base.n_kv_heads }),
-            head_dim: match self.head_dim {
-                Some(head_dim) => head_dim,
-                None if reshaped && n_heads > 0 && d_model.is_multiple_of(n_heads) => d_model / n_heads,
-                None if reshaped => {
-                    let expected = format!("a divisor of d_model = {d_model} (or a head_dim beside it)");
-                    return Err(RecipeError::Value { key: "model.n_heads", expected, got: n_heads.to_string() });
-                }
-                None => base.head_dim,
-            },
-            d_ff: self.d_ff.unwrap_or(if self.d_model.is_some() {
-                base.d_ff * d_model / base.d_model.max(1)
-            } else {
-                base.d_ff
-            }),
-            context: self.context.unwrap_or(base.context),
-            window: self.window.or(base.window),
-            qk_norm: self.qk_norm.unwrap_or(base.qk_norm),
-            attention_softcap: self.attention_softcap.unwrap_or(base.attention_softcap),
-            logit_softcap: self.logit_softcap.unwrap_or(base.logit_softcap),
-            norm: self.norm.unwrap_or(base.norm),
-            norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
-            feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
-            positions: self.positions.unwrap_or(base.positions),
-            bias: self.bias.unwrap_or(base.bias),
-            tied: self.tied.unwrap_or(base.tied),
-            dropout: self.dropout.unwrap_or(base.dropout),
-            init_std: match (&self.preset, self.mup_base_width) {
-                (preset, Some(width)) => {
-                    let of_preset = preset.as_ref().map(|_| base.init_std);
-                    let of_width = self.init_std.or(of_preset).unwrap_or(presets::depth_init_std(width));
-                    of_width * (width as f64 / d_model as f64).sqrt()
-                }
-                (None, None) => self.init_std.unwrap_or(presets::depth_init_std(d_model)),
-                (Some(_), None) => self.init_std.unwrap_or(base.init_std),
-            },
-        })
-    }
-
-    /// The recipe that gives exactly `config`.
-    pub fn exactly(config: &DecoderConfig) -> Self {
-        let DecoderConfig { vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, context, .. } = *config;
-        Self {
-            preset: None,
-            depth: None,
-            vocab_size: Some(vocab_size),
-            d_model: Some(d_model),
-            n_layers: Some(n_layers),
-            n_heads: Some(n_heads),
-            n_kv_heads: Some(n_kv_heads),
-            head_dim: Some(head_dim),
-            d_ff: Some(d_ff),
-            context: Some(context),
-            window: config.window,
-            qk_norm: Some(config.qk_norm),
-            attention_softcap: Some(config.attention_softcap),
-            logit_softcap: Some(config.logit_softcap),
-            norm: Some(config.norm),
-            norm_eps: Some(config.norm_eps),
-            feed_forward: Some(config.feed_forward),
-            positions: Some(config.positions),
-            bias: Some(config.bias),
-            tied: Some(config.tied),
-            dropout: Some(config.dropout),
-            init_std: Some(config.init_std),
-            mup_base_width: None,
-        }
-    }
-}
-
 /// Puts the value of `key.path=value` into the table.
 fn set(table: &mut toml::Table, given: &str) -> Result<(), RecipeError> {
     let fail = || RecipeError::Override { given: given.into() };
@@ -539,13 +372,6 @@ mod tests {
             let recipe = Recipe::depth(n);
             assert_eq!(recipe.clone().with(&[]).unwrap(), recipe);
             recipe.schedule.validate(recipe.train.steps).unwrap();
-        }
-    }
-
-    #[test]
-    fn resolved_shapes_round_trip() {
-        for (_, config) in presets::all() {
-            assert_eq!(ModelRecipe::exactly(&config).resolve(7).unwrap(), config);
         }
     }
 

@@ -1,5 +1,6 @@
 //! The training loop.
 
+mod experts;
 #[cfg(test)]
 mod faults;
 mod held;
@@ -132,6 +133,7 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.precision.check_device(device)?;
+        experts::check_device(&config, device)?;
         recipe.schedule.validate(recipe.train.steps)?;
         config.validate()?;
         let mup = recipe.mup(&config)?;
@@ -240,7 +242,7 @@ impl<'a> Trainer<'a> {
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
-            if let Some(Done { loss, grad_norm }) = done {
+            if let Some(Done { loss, grad_norm, expert_load }) = done {
                 last_loss = Some(loss);
                 if step == first_step + 1 || last || step.is_multiple_of(self.recipe.train.log_every) {
                     let tokens_per_s = pace.tokens_per_s(self.state.tokens);
@@ -255,6 +257,7 @@ impl<'a> Trainer<'a> {
                         memory_bytes: memory::current_bytes(),
                         noise_scale_rows: self.state.noise_scale.rows(),
                         noise_scale_tokens: self.noise_scale_tokens(),
+                        expert_load,
                     };
                     observer.on_event(&Event::Step(&record))?;
                 }
@@ -353,6 +356,7 @@ impl<'a> Trainer<'a> {
             false => self.update(lr, &batches)?,
         };
         drop(batches);
+        let load = self.expert_load()?;
         self.state.step += 1;
         self.state.samples += rows as u64;
         self.state.tokens += self.tokens_of(rows);
@@ -363,12 +367,13 @@ impl<'a> Trainer<'a> {
                 return Ok(None);
             }
         };
+        let expert_load = self.balance_experts(&load);
         if let (Some(average), Some(model)) = (&mut self.average, &self.model) {
             average.update(model);
         }
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
-        Ok(Some(Done { loss, grad_norm }))
+        Ok(Some(Done { loss, grad_norm, expert_load }))
     }
 
     /// The micro-batches of the current step.
@@ -423,6 +428,7 @@ const LOSS_NOT_FINITE: Skip = Skip::NotFinite("the loss is not finite");
 struct Done {
     loss: f64,
     grad_norm: f64,
+    expert_load: Option<f64>,
 }
 
 /// Speed since the last logged step, pauses for evaluation and checkpoints left out.

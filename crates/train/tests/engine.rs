@@ -30,6 +30,7 @@ fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        experts: None,
         vocab_size: 37,
         d_model: 24,
         n_layers: 5,

@@ -60,6 +60,7 @@ fn step(step: u64) -> StepRecord {
         // Not measured from the first step on.
         noise_scale_rows: (step > 2).then_some(40.0),
         noise_scale_tokens: (step > 2).then_some(20_480.0),
+        expert_load: (step > 2).then_some(1.25),
     }
 }
 

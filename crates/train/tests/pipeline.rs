@@ -34,6 +34,7 @@ fn config(blocks: usize, tied: bool) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        experts: None,
         vocab_size: 37,
         d_model: 16,
         n_layers: blocks,

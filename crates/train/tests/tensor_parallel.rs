@@ -26,6 +26,7 @@ fn llama(n_kv_heads: usize, tied: bool) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        experts: None,
         vocab_size: 61,
         d_model: 24,
         n_layers: 3,

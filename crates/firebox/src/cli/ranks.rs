@@ -46,6 +46,10 @@ pub struct RankArgs {
     /// Divide the tokens between the matrices as well (sequence parallel), with --tp.
     #[arg(long)]
     sequence_parallel: bool,
+    /// Ranks that divide the experts of a mixture (expert parallel): every token travels to the ranks of its experts and back. They share the data with the others: a
+    /// divisor of the ranks that have data of their own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    ep: u16,
     /// Seconds that a rank waits for another before the run fails and names it.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
@@ -90,13 +94,14 @@ impl RankArgs {
             context: self.cp_kind,
             tp: usize::from(self.tp),
             sequence_parallel: self.sequence_parallel,
+            ep: usize::from(self.ep),
         };
         let timeout = Duration::from_secs(self.rank_timeout);
         #[cfg(feature = "mpi")]
         if under_mpirun() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let product = layout.dp_replicate * layout.cp * layout.pp * layout.tp;
+        let product = layout.dp_replicate.max(layout.ep) * layout.cp * layout.pp * layout.tp;
         let ranks = self.ranks.map_or(product, usize::from);
         if ranks == 1 {
             return train(None);

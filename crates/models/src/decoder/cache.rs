@@ -76,7 +76,7 @@ impl Decoder {
             let p = activation::softmax(scores, 3).reshape([1, k, g * n, past + n]);
             let y = p.matmul(value).reshape([1, g * k, n, e]).swap_dims(1, 2).reshape([1, n, g * k * e]);
             x = block.attn.out.forward(y, Pre::Nothing, Some(x));
-            x = block.mlp.forward(x.clone(), block.mlp_norm.before(), Some(x));
+            x = block.feed_forward(x.clone(), Some(x), None);
         }
         cache.tokens += n;
         let last = self.norm.forward(x.narrow(1, n - 1, 1));

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::experts::ExpertsConfig;
+
 /// A decoder's shape; every value is resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -18,7 +20,7 @@ pub struct DecoderConfig {
     pub n_kv_heads: usize,
     /// E: width of a head.
     pub head_dim: usize,
-    /// F: width of the feed-forward layer.
+    /// F: width of the feed-forward layer, or of each expert.
     pub d_ff: usize,
     /// Tokens per row: the longest sequence.
     pub context: usize,
@@ -34,6 +36,9 @@ pub struct DecoderConfig {
     /// Soft-cap of the logits; 0: none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub logit_softcap: f64,
+    /// Experts in place of each block's feed-forward layer; none for a dense model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertsConfig>,
     /// Normalization before each part and at the end.
     pub norm: NormKind,
     /// Added to the variance.
@@ -143,6 +148,9 @@ impl DecoderConfig {
                 return fail(field, cap.to_string(), "must be 0 (none) or from 0.001 to 1000000".into());
             }
         }
+        if let Some(experts) = &self.experts {
+            experts.validate(self)?;
+        }
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -185,12 +193,13 @@ impl DecoderConfig {
         let head_norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
         let attention = linear(d, self.qkv_width()) + head_norms + linear(self.n_heads * self.head_dim, d);
         let mlp = linear(d, self.ff_in_width()) + linear(self.d_ff, d);
+        let mlp = self.experts.map_or(mlp, |experts| experts.num_params(d, mlp));
         let tables = self.vocab_size * d * if self.tied { 1 } else { 2 };
         let positions = if self.positions == Positions::Learned { self.context * d } else { 0 };
         tables + positions + self.n_layers * (attention + mlp + 2 * norm) + norm
     }
 
-    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses, and 12 H E per layer
+    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's), and 12 H E per layer
     /// and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
     pub fn flops_per_token(&self) -> f64 {
         self.n_layers as f64 * self.block_flops_per_token() + (6 * self.vocab_size * self.d_model) as f64
@@ -199,7 +208,9 @@ impl DecoderConfig {
     /// Those of one block.
     pub(crate) fn block_flops_per_token(&self) -> f64 {
         let d = self.d_model;
-        let weights = d * self.qkv_width() + self.n_heads * self.head_dim * d + d * self.ff_in_width() + self.d_ff * d;
+        let mlp = d * self.ff_in_width() + self.d_ff * d;
+        let mlp = self.experts.map_or(mlp, |experts| d * experts.n_experts + experts.experts_per_token * mlp);
+        let weights = d * self.qkv_width() + self.n_heads * self.head_dim * d + mlp;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
         let keys = window * (1.0 - window / (2.0 * context));
         (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys

@@ -1,12 +1,17 @@
-//! Names, layouts and configs of Hugging Face's GPT-2, Llama, Mistral (which is Llama with a sliding window) and Qwen 3 (with QK-norm).
+//! Names, layouts and configs of Hugging Face's GPT-2, Llama, Mistral (which is Llama with a sliding window) and Qwen 3 (with QK-norm), and of the last two's mixtures of
+//! experts.
 //!
 //! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
 //! only maps values in memory: files belong to whoever reads and writes them.
+
+mod experts;
+mod pieces;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+pub use pieces::{Entry, Piece};
 
 /// Which of the two families a decoder is written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,7 +19,8 @@ use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
 pub enum Family {
     /// `GPT2LMHeadModel`
     Gpt2,
-    /// `LlamaForCausalLM`, `MistralForCausalLM` where attention has a window, or `Qwen3ForCausalLM` where queries and keys are normalized.
+    /// `LlamaForCausalLM`, `MistralForCausalLM` where attention has a window, or `Qwen3ForCausalLM` where queries and keys are normalized; with experts
+    /// `MixtralForCausalLM` or `Qwen3MoeForCausalLM`.
     Llama,
     /// Neither: Firebox's own names and config, for combinations that Hugging Face has no class for.
     Firebox,
@@ -25,7 +31,7 @@ pub enum Family {
 pub enum HfError {
     /// It is of an architecture that this decoder does not cover.
     #[error(
-        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, qwen3, firebox: this checkpoint cannot be loaded as a decoder"
+        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, qwen3, mixtral, qwen3_moe, firebox: this checkpoint cannot be loaded as a decoder"
     )]
     Architecture {
         /// Its `model_type`.
@@ -54,30 +60,6 @@ pub enum HfError {
     Shape(#[from] super::config::ConfigError),
 }
 
-/// One tensor of a file and the columns (of an `[in, out]` weight, or entries of a vector) of the decoder's parameter that it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Name in the file.
-    pub name: String,
-    /// Shape in the file.
-    pub shape: Vec<usize>,
-    /// First column and number of columns in the parameter; everything where the parameter is one piece.
-    pub columns: (usize, usize),
-    /// Whether the file's matrix is `[out, in]`.
-    pub transposed: bool,
-}
-
-/// A parameter of the decoder and the tensors that make it up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Path in the module, joined by dots.
-    pub param: String,
-    /// Shape in the module.
-    pub shape: Vec<usize>,
-    /// Tensors of the file.
-    pub pieces: Vec<Piece>,
-}
-
 impl Family {
     /// The family that describes `config` exactly.
     pub fn of(config: &DecoderConfig) -> Self {
@@ -91,7 +73,8 @@ impl Family {
         let llama = config.norm == NormKind::RmsNorm
             && config.feed_forward == FeedForward::SwiGlu
             && matches!(config.positions, Positions::Rotary { .. })
-            && !config.bias;
+            && !config.bias
+            && experts::have_a_class(config);
         // Gemma 2 has soft-caps, but also norms after each part.
         let softcap = config.attention_softcap != 0.0 || config.logit_softcap != 0.0;
         match (gpt2 && !config.qk_norm && !softcap, llama && !(config.qk_norm && config.window.is_some()) && !softcap) {
@@ -131,6 +114,10 @@ impl Family {
             }
             table.linear(name("attn.out", "attn.c_proj", ""), h, &llama, &[("self_attn.o_proj", d)], config.bias);
             table.norm(name("mlp_norm", "ln_2", "post_attention_layernorm"), d, norm_bias);
+            if let Some(experts) = &config.experts {
+                table.entries.extend(experts::entries(self, config, experts, i));
+                continue;
+            }
             let input: &[_] = match config.feed_forward {
                 FeedForward::SwiGlu => &[("mlp.gate_proj", config.d_ff), ("mlp.up_proj", config.d_ff)],
                 FeedForward::Gelu | FeedForward::GeluExact => &[("mlp.up_proj", config.d_ff)],
@@ -202,6 +189,9 @@ impl Family {
                 if let Some(window) = config.window {
                     json["sliding_window"] = window.into();
                 }
+                if let Some(experts) = &config.experts {
+                    experts::write(config, experts, &mut json);
+                }
                 json
             }
             Family::Firebox => json!({
@@ -234,6 +224,8 @@ pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
             (Family::Llama, DecoderConfig { window, ..keys.llama()? })
         }
         "qwen3" => (Family::Llama, keys.qwen3()?),
+        "mixtral" => (Family::Llama, keys.mixtral()?),
+        "qwen3_moe" => (Family::Llama, keys.qwen3_moe()?),
         "firebox" => {
             let decoder = keys.0.get("decoder").cloned().unwrap_or(Value::Null);
             let config = serde_json::from_value(decoder).map_err(|e| HfError::Key {
@@ -315,6 +307,7 @@ impl Keys<'_> {
             qk_norm: false,
             attention_softcap: 0.0,
             logit_softcap: 0.0,
+            experts: None,
             norm: NormKind::LayerNorm,
             norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
             feed_forward: match self.0.get("activation_function") {
@@ -371,6 +364,7 @@ impl Keys<'_> {
             qk_norm: false,
             attention_softcap: 0.0,
             logit_softcap: 0.0,
+            experts: None,
             norm: NormKind::RmsNorm,
             norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
             feed_forward: FeedForward::SwiGlu,
@@ -408,9 +402,7 @@ impl Table {
             Family::Llama => names[1],
             Family::Firebox => param,
         };
-        let columns = (0, shape[shape.len() - 1]);
-        let piece = Piece { name: name.into(), shape: shape.into(), columns, transposed: false };
-        self.entries.push(Entry { param: param.into(), shape: shape.into(), pieces: vec![piece] });
+        self.entries.push(Entry::whole(param, shape, name));
     }
 
     fn norm(&mut self, (ours, [gpt2, llama]): (String, [String; 2]), d: usize, bias: bool) {
@@ -441,50 +433,16 @@ impl Table {
         let mut pieces = vec![];
         for &(part, n) in parts {
             let name = format!("{llama}.{part}.weight");
-            pieces.push(Piece { name, shape: vec![n, inputs], columns: (first, n), transposed: true });
+            pieces.push(Piece {
+                name,
+                shape: vec![n, inputs],
+                rows: (0, inputs),
+                columns: (first, n),
+                transposed: true,
+            });
             first += n;
         }
         self.entries.push(Entry { param: format!("{ours}.weight"), shape: vec![inputs, outputs], pieces });
-    }
-}
-
-impl Entry {
-    /// The file's tensor `piece` from the parameter's values.
-    ///
-    /// # Panics
-    /// If `values` is not of the entry's shape.
-    pub fn split(&self, values: &[f32], piece: &Piece) -> Vec<f32> {
-        let width = self.shape[self.shape.len() - 1];
-        assert_eq!(values.len(), self.shape.iter().product::<usize>(), "{}: values of another shape", self.param);
-        let (first, n) = piece.columns;
-        let rows = values.chunks_exact(width).map(|row| &row[first..first + n]);
-        if !piece.transposed {
-            return rows.flatten().copied().collect();
-        }
-        let height = self.shape[0];
-        let mut out = vec![0.0; n * height];
-        for (r, row) in rows.enumerate() {
-            for (c, v) in row.iter().enumerate() {
-                out[c * height + r] = *v;
-            }
-        }
-        out
-    }
-
-    /// Writes the file's tensor `piece` into the parameter's values; the inverse of [`split`](Self::split).
-    ///
-    /// # Panics
-    /// If a length does not fit.
-    pub fn join(&self, values: &mut [f32], piece: &Piece, tensor: &[f32]) {
-        let width = self.shape[self.shape.len() - 1];
-        let (first, n) = piece.columns;
-        let height = values.len() / width;
-        assert_eq!(tensor.len(), n * height, "{}: tensor of another shape", piece.name);
-        for (r, row) in values.chunks_exact_mut(width).enumerate() {
-            for c in 0..n {
-                row[first + c] = if piece.transposed { tensor[c * height + r] } else { tensor[r * n + c] };
-            }
-        }
     }
 }
 
@@ -559,7 +517,8 @@ mod tests {
                 for e in &entries {
                     let pieces: usize = e.pieces.iter().map(|p| p.shape.iter().product::<usize>()).sum();
                     assert_eq!(pieces, e.shape.iter().product::<usize>(), "{name} {}", e.param);
-                    assert_eq!(e.pieces.iter().map(|p| p.columns.1).sum::<usize>(), e.shape[e.shape.len() - 1]);
+                    let parts: usize = e.pieces.iter().map(|p| p.rows.1 * p.columns.1).sum();
+                    assert_eq!(parts, e.shape.iter().product::<usize>());
                 }
                 let mut names: Vec<_> = entries.iter().flat_map(|e| e.pieces.iter().map(|p| &p.name)).collect();
                 names.sort();
@@ -567,21 +526,6 @@ mod tests {
                 assert_eq!(names.len(), entries.iter().map(|e| e.pieces.len()).sum::<usize>(), "{name}: names repeat");
             }
         }
-    }
-
-    #[test]
-    fn split_and_join_are_inverse() {
-        let config = presets::named("llama-30m").unwrap();
-        let entry = Family::Llama.entries(&config).into_iter().find(|e| e.param == "blocks.1.attn.qkv.weight").unwrap();
-        assert_eq!(entry.pieces.len(), 3);
-        let values: Vec<f32> = (0..entry.shape.iter().product::<usize>()).map(|i| i as f32).collect();
-        let mut back = vec![0.0; values.len()];
-        for piece in &entry.pieces {
-            entry.join(&mut back, piece, &entry.split(&values, piece));
-        }
-        assert_eq!(back, values);
-        let q = entry.split(&values, &entry.pieces[0]);
-        assert_eq!(q[1] as usize, entry.shape[1], "transposed: the second value is one row further down");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod cache;
 mod config;
 mod context;
+mod experts;
 pub mod hf;
 mod model;
 mod parallel;
@@ -11,5 +12,6 @@ pub mod presets;
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 pub use context::{ContextKind, ContextParallel};
+pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};

@@ -9,11 +9,13 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
+use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 use super::context::ContextParallel;
+use super::experts::Experts;
 use super::parallel::TensorParallel;
 use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
@@ -86,8 +88,10 @@ pub struct Block {
     pub attn: Attention,
     /// Norm before the feed-forward layer.
     pub mlp_norm: Norm,
-    /// Feed-forward layer.
-    pub mlp: Mlp,
+    /// Feed-forward layer, unless there are experts.
+    pub mlp: Option<Mlp>,
+    /// The experts in its place.
+    pub experts: Option<Experts>,
 }
 
 /// Projections around attention.
@@ -116,17 +120,19 @@ pub struct Mlp {
 
 /// Makes initial parameters: counted normals keyed by the parameter's name and index, so that they depend on nothing else: a rank makes its part of the
 /// whole alone.
-struct Init<'a> {
+pub(super) struct Init<'a> {
     counter: Counter,
-    device: &'a Device,
+    pub(super) device: &'a Device,
     config: &'a DecoderConfig,
     rank: usize,
     size: usize,
+    /// The ranks that divide the experts.
+    pub(super) experts: Option<&'a Communicator>,
 }
 
 impl Init<'_> {
     /// A parameter whose values are made when they are first used: never, where a checkpoint replaces them.
-    fn param<const D: usize>(
+    pub(super) fn param<const D: usize>(
         &self,
         shape: [usize; D],
         values: impl FnOnce(&Device) -> Tensor<D> + Send + Sync + 'static,
@@ -136,11 +142,22 @@ impl Init<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
-        let counter = self.counter.fork(name);
         let placement = self.config.placement(&format!("{name}.weight"), self.size);
-        let (rank, size) = (self.rank, self.size);
-        let part = placement.shape(&shape, rank, size);
-        let part = [part[0], part[1]];
+        self.placed(name, shape, std, placement, (self.rank, self.size))
+    }
+
+    /// A rank's part of a matrix, or of several.
+    pub(super) fn placed<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+        std: f64,
+        placement: Placement,
+        (rank, size): (usize, usize),
+    ) -> Param<Tensor<D>> {
+        let counter = self.counter.fork(name);
+        let mut part = shape;
+        part.copy_from_slice(&placement.shape(&shape, rank, size));
         self.param(part, move |device| {
             let indices = placement.runs(&shape, rank, size).into_iter().flatten();
             let values: Vec<f32> = indices.map(|i| (f64::from(normal(counter, i as u64)) * std) as f32).collect();
@@ -156,7 +173,7 @@ impl Init<'_> {
         Embedding { weight: self.matrix(name, [rows, d], std) }
     }
 
-    fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
+    pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
         Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)) }
@@ -191,11 +208,12 @@ impl Init<'_> {
                 out: self.linear(&name("attn.out"), [heads, d], residual_std, bias),
             },
             mlp_norm: self.norm(config),
-            mlp: Mlp {
+            mlp: config.experts.is_none().then(|| Mlp {
                 input: self.linear(&name("mlp.input"), [d, config.ff_in_width()], std, bias),
                 output: self.linear(&name("mlp.output"), [config.d_ff, d], residual_std, bias),
                 kind: config.feed_forward,
-            },
+            }),
+            experts: config.experts.map(|experts| Experts::new(experts, self, &name("experts"), config, residual_std)),
         }
     }
 }
@@ -206,7 +224,7 @@ impl Decoder {
     /// # Errors
     /// [`ConfigError`] for an impossible shape.
     pub fn new(config: &DecoderConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
-        Self::make(config, seed, device, None)
+        Self::make(config, seed, device, None, None)
     }
 
     /// The part of one rank where there are several.
@@ -215,10 +233,11 @@ impl Decoder {
         seed: u64,
         device: &Device,
         parallel: Option<TensorParallel>,
+        experts: Option<&Communicator>,
     ) -> Result<Self, ConfigError> {
         config.validate()?;
         let (rank, size) = parallel.as_ref().map_or((0, 1), |parallel| (parallel.rank(), parallel.size()));
-        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size };
+        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size, experts };
         let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
         let rope = match config.positions {
@@ -291,7 +310,8 @@ impl Decoder {
     /// What only a whole model can do.
     #[track_caller]
     pub(crate) fn assert_whole(&self) {
-        assert!(self.parallel().is_none(), "this rank has a part of the model: put the parts together first");
+        let whole = self.parallel().is_none() && self.expert_group().is_none();
+        assert!(whole, "this rank has a part of the model: put the parts together first");
     }
 
     pub(crate) fn attention_config(&self) -> &AttentionConfig {
@@ -400,6 +420,10 @@ impl Staged for Decoder {
         }
     }
 
+    fn is_divided_expert(&self, param: &str) -> bool {
+        self.expert_group().is_some() && !self.config().expert_placement(param).is_replicated()
+    }
+
     fn placement(&self, param: &str) -> Placement {
         self.config().placement(param, self.parallel().map_or(1, TensorParallel::size))
     }
@@ -434,19 +458,21 @@ impl Staged for Decoder {
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
             if fused { y } else { x + self.drop(y, sequence, step, &format!("{place}.{i}")) }
         };
-        let (heads, Block { attn, attn_norm, mlp, mlp_norm }) = (&self.context.attention, block);
+        let (heads, Block { attn, attn_norm, mlp, mlp_norm, .. }) = (&self.context.attention, block);
         let Some(parallel) = self.parallel() else {
             let qkv = block.project(x.clone(), heads);
             let y = self.attend(qkv, sequence);
             let y = attn.out.forward(y, Pre::Nothing, residual(&x));
             let x = join(x, y, "attn");
-            let y = mlp.forward(x.clone(), mlp_norm.before(), residual(&x));
+            let y = block.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
             return Flow::Hidden(join(x, y, "mlp"));
         };
         let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
         let y = self.attend(qkv, sequence);
         let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
         let x = join(x, y, "attn");
+        // PANIC: no model with experts has divided matrices (`DecoderConfig::validate_parallel`).
+        let mlp = mlp.as_ref().expect("a dense layer");
         let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
         let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
         Flow::Hidden(join(x, y, "mlp"))
@@ -463,6 +489,18 @@ impl Block {
                 ops::qk_norm(qkv, [q.weight.val(), k.weight.val()], heads, q.eps)
             }
             _ => qkv,
+        }
+    }
+}
+
+impl Block {
+    /// `x`'s feed-forward layer or experts, and the residual; `[B, T, D] -> [B, T, D]`. `share` is that of the batch in its step, in training.
+    pub(crate) fn feed_forward(&self, x: Tensor<3>, residual: Option<Tensor<3>>, share: Option<f64>) -> Tensor<3> {
+        match (&self.mlp, &self.experts) {
+            (_, Some(experts)) => experts.forward(self.mlp_norm.forward(x), residual, share),
+            (Some(mlp), None) => mlp.forward(x, self.mlp_norm.before(), residual),
+            // PANIC: `Init::block` makes one of them.
+            (None, None) => unreachable!("a block without a feed-forward layer"),
         }
     }
 }

@@ -51,6 +51,10 @@ impl DecoderConfig {
     /// [`ConfigError`] names the first value that does not divide.
     pub fn validate_parallel(&self, size: usize) -> Result<(), ConfigError> {
         let fail = |field, got: usize, expected: String| Err(ConfigError { field, got: got.to_string(), expected });
+        if let Some(experts) = &self.experts {
+            let expected = "must be 0 with tensor parallelism, which divides dense layers: divide the experts (ep)";
+            return fail("n_experts", experts.n_experts, expected.into());
+        }
         for (field, value) in [("vocab_size", self.vocab_size), ("d_ff", self.d_ff)] {
             if value < size {
                 return fail(field, value, format!("must be at least the {size} ranks of tensor parallelism"));
@@ -124,7 +128,7 @@ impl Decoder {
             None
         };
         let parallel = TensorParallel { group: group.clone(), sequence, same_head };
-        Ok(Self::make(config, seed, device, Some(parallel))?)
+        Ok(Self::make(config, seed, device, Some(parallel), None)?)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Shapes from 1M to 70B parameters. Each derives from another where it can.
 
 use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+use super::experts::ExpertsConfig;
 
 /// The single dial: everything follows from the number of blocks. A Llama-style decoder with width 64 per block (nanochat's aspect ratio),
 /// heads of width 64 (32 in models of less than four blocks' width), SwiGLU of 8/3 the width rounded up to a multiple of 32, tied embeddings up to 12 blocks.
@@ -22,6 +23,7 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        experts: None,
         norm: NormKind::RmsNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::SwiGlu,
@@ -54,6 +56,7 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        experts: None,
         norm: NormKind::LayerNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::Gelu,
@@ -96,17 +99,24 @@ pub fn all() -> Vec<(&'static str, DecoderConfig)> {
         positions: Positions::Rotary { theta: 500_000.0 },
         ..base
     };
+    let small = || DecoderConfig { d_model: 128, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 352, ..depth(2, 2048) };
     vec![
-        (
-            "firebox-1m",
-            DecoderConfig { d_model: 128, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 352, ..depth(2, 2048) },
-        ),
+        ("firebox-1m", small()),
         ("nanogpt-cpu", nanogpt_cpu(65)),
         (
             "firebox-4m",
             DecoderConfig { d_model: 256, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 704, ..depth(4, 4096) },
         ),
         ("firebox-14m", DecoderConfig { context: 256, vocab_size: 4096, tied: false, dropout: 0.0, ..gpt2(6, 384, 6) }),
+        (
+            "firebox-moe-3m",
+            DecoderConfig {
+                d_ff: 192,
+                qk_norm: true,
+                experts: Some(ExpertsConfig { n_experts: 8, experts_per_token: 2, ..ExpertsConfig::default() }),
+                ..small()
+            },
+        ),
         ("llama-30m", DecoderConfig { n_kv_heads: 4, context: 1024, ..depth(8, 8192) }),
         ("gpt2", gpt2(12, 768, 12)),
         ("gpt2-medium", gpt2(24, 1024, 16)),

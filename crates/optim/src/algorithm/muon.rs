@@ -18,7 +18,7 @@ use crate::params::ParamKind;
 ///
 /// As `torch.optim.Muon`, with two differences: products are in f32, not bfloat16, and the default scale s is the one of Liu et al.,
 /// 0.2 √max(rows, columns), with which the learning rate and decay of AdamW can be kept, for both kinds of parameters. A packed projection (queries, keys, values)
-/// is one matrix. State: 4 bytes per element of a matrix, AdamW's 8 of the rest.
+/// is one matrix; a parameter of three dimensions is as many matrices as the first says, as those of experts. State: 4 bytes per element of a matrix, AdamW's 8 of the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MuonConfig {
@@ -74,10 +74,11 @@ impl MuonConfig {
     }
 }
 
-/// Input and output width of a matrix that Muon trains; none of what AdamW does.
-fn matrix(param: Geometry<'_>) -> Option<[usize; 2]> {
+/// Number, input and output width of the matrices that Muon trains; none of what AdamW does.
+fn matrices(param: Geometry<'_>) -> Option<[usize; 3]> {
     match (param.kind, param.shape) {
-        (ParamKind::Matrix, &[input, output]) => Some([input, output]),
+        (ParamKind::Matrix, &[input, output]) => Some([1, input, output]),
+        (ParamKind::Matrix, &[n, input, output]) => Some([n, input, output]),
         _ => None,
     }
 }
@@ -98,14 +99,14 @@ impl Rule for MuonConfig {
     }
 
     fn slots(&self, param: Geometry<'_>) -> Vec<Slot> {
-        match matrix(param) {
+        match matrices(param) {
             Some(_) => vec![Slot::signed("momentum", param.shape)],
             None => self.adamw().slots(param),
         }
     }
 
     fn step(&self, at: &At<'_>, param: Tensor<1>, grad: Tensor<1>, state: &mut [State]) -> Tensor<1> {
-        let Some([input, output]) = matrix(at.param) else { return self.adamw().step(at, param, grad, state) };
+        let Some([n, input, output]) = matrices(at.param) else { return self.adamw().step(at, param, grad, state) };
         let [momentum] = state else { return param };
         let mu = self.momentum as f32;
         let sum = lerp(momentum.take(&param.device()), grad.clone(), at.grad_scale, 1.0 - self.momentum);
@@ -114,7 +115,12 @@ impl Rule for MuonConfig {
             false => sum.clone(),
         };
         momentum.set(sum, at.seed);
-        let update = orthogonal(u.reshape([input, output]), self.ns_steps).reshape([input * output]);
+        let size = input * output;
+        let one = |i: usize| {
+            let matrix = u.clone().narrow(0, i * size, size).reshape([input, output]);
+            orthogonal(matrix, self.ns_steps).reshape([size])
+        };
+        let update = if n == 1 { one(0) } else { Tensor::cat((0..n).map(one).collect(), 0) };
         let (input, output) = (input as f64, output as f64);
         let scale = match self.scale {
             MuonScale::MatchAdamw => 0.2 * input.max(output).sqrt(),
@@ -143,4 +149,51 @@ pub(crate) fn orthogonal(x: Tensor<2>, steps: usize) -> Tensor<2> {
         x = x.clone() * a + ops::linear(gram * b + square * c, x, None);
     }
     if wide { x } else { x.transpose() }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use burn::module::{Module, Param};
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::{DecayRule, NamedGrads, Optimizer, values};
+
+    #[derive(Module, Debug)]
+    struct Apart {
+        first: Param<Tensor<2>>,
+        second: Param<Tensor<2>>,
+    }
+
+    #[derive(Module, Debug)]
+    struct Together {
+        both: Param<Tensor<3>>,
+    }
+
+    #[test]
+    fn matrices_of_one_parameter_are_trained_as_if_apart() {
+        let device = Device::default().autodiff();
+        let numbers = |salt: f32| -> Vec<f32> { (0..15).map(|i| (i as f32 * 0.7 + salt).sin()).collect() };
+        let matrix = |salt| Param::from_tensor(Tensor::from_data(TensorData::new(numbers(salt), [5, 3]), &device));
+        let mut apart = Apart { first: matrix(0.1), second: matrix(0.4) };
+        let both = [numbers(0.1), numbers(0.4)].concat();
+        let both = Tensor::from_data(TensorData::new(both, [2, 5, 3]), &device);
+        let mut together = Together { both: Param::from_tensor(both) };
+        let make = || Optimizer::new(MuonConfig::default(), DecayRule::Matrices).unwrap();
+        let (mut of_apart, mut of_together) = (make(), make());
+        let grad =
+            |values: Vec<f32>| Tensor::from_data(TensorData::new(values.clone(), [values.len()]), &Device::default());
+        for step in 0..3 {
+            let [a, b] = [numbers(1.0 + step as f32), numbers(7.0 - step as f32)];
+            let mut grads = NamedGrads::from_iter([("both".to_owned(), grad([a.clone(), b.clone()].concat()))]);
+            together = of_together.step(1e-2, together, &mut grads).unwrap();
+            let mut grads = NamedGrads::from_iter([("first".to_owned(), grad(a)), ("second".to_owned(), grad(b))]);
+            apart = of_apart.step(1e-2, apart, &mut grads).unwrap();
+        }
+        let flat = |values: Vec<(crate::ParamInfo, Tensor<1>)>| -> Vec<f32> {
+            values.into_iter().flat_map(|(_, x)| x.to_data().iter::<f32>().collect::<Vec<_>>()).collect()
+        };
+        assert_eq!(flat(values(&together)), flat(values(&apart)));
+    }
 }

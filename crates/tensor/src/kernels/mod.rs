@@ -13,6 +13,7 @@ pub(crate) mod bf16;
 pub(crate) mod compact;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
+pub(crate) mod experts;
 pub(crate) mod factored;
 pub(crate) mod half;
 pub(crate) mod linear;

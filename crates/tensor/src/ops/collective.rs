@@ -18,6 +18,7 @@
 //! threads it is [`Threads::run`](firebox_parallel::Threads::run), which catches the panics.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
@@ -92,6 +93,23 @@ pub fn copy_columns_to<const D: usize>(x: Tensor<D>, from: usize, group: &Commun
     run(x, Kind::Columns { from }, group)
 }
 
+/// Rows that each rank sends to each, `counts[0]` of them in the order of the ranks, of which `counts[1]` come from each. Their gradients go back the same way.
+///
+/// # Shapes
+/// - `x`: `[rows sent, D]`; output `[rows received, D]`
+///
+/// # Panics
+/// If `x` is not on a CPU backend or has other rows, or a rank of the group fails or sends other counts.
+pub(super) fn exchange_rows(x: Tensor<2>, counts: [Arc<[usize]>; 2], group: &Communicator) -> Tensor<2> {
+    let rows = x.dims()[0];
+    assert_eq!(
+        counts[0].iter().sum::<usize>(),
+        rows,
+        "exchange: {rows} rows, but {counts:?} are to be sent and received"
+    );
+    run(x, Kind::Rows { counts }, group)
+}
+
 fn run<const D: usize>(x: Tensor<D>, kind: Kind, group: &Communicator) -> Tensor<D> {
     if group.size() == 1 {
         return x;
@@ -143,13 +161,14 @@ pub(crate) struct Collective {
     group: Communicator,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Kind {
     Copy,
     Reduce,
     Gather { batch: usize, tokens: usize },
     Scatter { batch: usize, tokens: usize },
     Columns { from: usize },
+    Rows { counts: [Arc<[usize]>; 2] },
 }
 
 impl Collective {
@@ -157,6 +176,20 @@ impl Collective {
         let d = shape[2];
         *shape = vec![b, t, d];
         all_gather(&self.group, B::values(x).as_ref(), b * t, d)
+    }
+
+    fn exchange<B: HostBackend>(
+        &self,
+        x: FloatTensor<B>,
+        [there, back]: [&[usize]; 2],
+        shape: &mut [usize],
+    ) -> Vec<f32> {
+        let d = shape[1];
+        let of_rows = |rows: &[usize]| rows.iter().map(|rows| rows * d).collect::<Vec<_>>();
+        let (received, counts) = done(self.group.all_to_all(B::values(x).as_ref(), &of_rows(there)));
+        assert_eq!(counts, of_rows(back), "exchange: other rows came than were announced");
+        shape[0] = back.iter().sum();
+        received
     }
 
     fn scatter<B: HostBackend>(&self, x: FloatTensor<B>, shape: &mut Vec<usize>) -> Vec<f32> {
@@ -173,7 +206,7 @@ impl Vjp<1> for Collective {
 
     fn forward<B: HostBackend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
         let mut shape = dims::<B>(&x);
-        let values = match self.kind {
+        let values = match &self.kind {
             Kind::Copy | Kind::Columns { .. } => return x,
             Kind::Reduce => {
                 let x = B::values(x);
@@ -182,8 +215,9 @@ impl Vjp<1> for Collective {
                 all_reduce(&self.group, &mut sum);
                 sum
             }
-            Kind::Gather { batch, tokens } => self.gather::<B>(x, [batch, tokens], &mut shape),
+            Kind::Gather { batch, tokens } => self.gather::<B>(x, [*batch, *tokens], &mut shape),
             Kind::Scatter { .. } => self.scatter::<B>(x, &mut shape),
+            Kind::Rows { counts } => self.exchange::<B>(x, [&counts[0], &counts[1]], &mut shape),
         };
         B::tensor(values, &shape)
     }
@@ -195,14 +229,14 @@ impl Vjp<1> for Collective {
         [dx]: [Sink<B>; 1],
     ) -> [Option<FloatTensor<B>>; 1] {
         let mut shape = dims::<B>(&grad);
-        let values = match self.kind {
+        let values = match &self.kind {
             Kind::Reduce => return [dx.hand_over(grad)],
             Kind::Copy => {
                 let mut sum = B::into_vec(grad);
                 all_reduce(&self.group, &mut sum);
                 sum
             }
-            Kind::Columns { from } => {
+            &Kind::Columns { from } => {
                 let (mut sum, width) = (B::into_vec(grad), shape.last().copied().unwrap_or(0));
                 let mut shared: Vec<f32> =
                     sum.chunks_exact(width.max(1)).flat_map(|row| row[from..].iter().copied()).collect();
@@ -214,7 +248,8 @@ impl Vjp<1> for Collective {
                 sum
             }
             Kind::Gather { .. } => self.scatter::<B>(grad, &mut shape),
-            Kind::Scatter { batch, tokens } => self.gather::<B>(grad, [batch, tokens], &mut shape),
+            Kind::Scatter { batch, tokens } => self.gather::<B>(grad, [*batch, *tokens], &mut shape),
+            Kind::Rows { counts } => self.exchange::<B>(grad, [&counts[1], &counts[0]], &mut shape),
         };
         [dx.put(&shape, values)]
     }

@@ -10,6 +10,7 @@ use super::collective::Collective;
 use super::cross_entropy::{self, CrossEntropy};
 use super::deferred;
 use super::embedding::Embedding;
+use super::experts::{Combine, GroupedLinear, RouterWeights};
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
 use super::parallel_linear::ParallelLinear;
@@ -53,6 +54,14 @@ pub(crate) trait FusedOps: Backend {
     fn fused_dropout(x: FloatTensor<Self>, op: Dropout) -> FloatTensor<Self>;
     fn fused_attention(qkv: FloatTensor<Self>, op: Attention) -> FloatTensor<Self>;
     fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self>;
+    fn fused_router_weights(logits: FloatTensor<Self>, op: RouterWeights) -> FloatTensor<Self>;
+    fn fused_grouped_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: GroupedLinear) -> FloatTensor<Self>;
+    fn fused_combine(
+        y: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        op: Combine,
+    ) -> FloatTensor<Self>;
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -126,6 +135,24 @@ macro_rules! host_backend {
             }
             fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
                 op.forward::<Self>([table])
+            }
+            fn fused_router_weights(logits: FloatTensor<Self>, op: RouterWeights) -> FloatTensor<Self> {
+                op.forward::<Self>([logits])
+            }
+            fn fused_grouped_linear(
+                x: FloatTensor<Self>,
+                w: FloatTensor<Self>,
+                op: GroupedLinear,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([x, w])
+            }
+            fn fused_combine(
+                y: FloatTensor<Self>,
+                weights: FloatTensor<Self>,
+                residual: FloatTensor<Self>,
+                op: Combine,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([y, weights, residual])
             }
             fn fused_linear_cross_entropy(
                 hidden: FloatTensor<Self>,
@@ -206,6 +233,20 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     }
     fn fused_embedding(table: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [table])
+    }
+    fn fused_router_weights(logits: FloatTensor<Self>, op: RouterWeights) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [logits])
+    }
+    fn fused_grouped_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: GroupedLinear) -> FloatTensor<Self> {
+        apply::<B, C, _, 2>(op, [x, w])
+    }
+    fn fused_combine(
+        y: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        op: Combine,
+    ) -> FloatTensor<Self> {
+        apply::<B, C, _, 3>(op, [y, weights, residual])
     }
     fn fused_linear_cross_entropy(
         hidden: FloatTensor<Self>,

@@ -11,6 +11,8 @@ mod compute;
 mod cross_entropy;
 mod deferred;
 mod embedding;
+mod expert_parallel;
+pub mod experts;
 mod extension;
 mod factored;
 pub(crate) mod formula;

@@ -111,6 +111,9 @@ pub struct StepRecord {
     /// The same in tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub noise_scale_tokens: Option<f64>,
+    /// How uneven the choice of experts was in the step, where there are any: tokens of the busiest expert over the mean, in the worst block. 1: even.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_load: Option<f64>,
 }
 
 /// One evaluation on the held-out text: a line of `metrics.jsonl`.

@@ -62,7 +62,8 @@ impl Observer for TensorBoard {
                     ("memory/resident_bytes", record.memory_bytes as f64),
                 ];
                 let noise = record.noise_scale_rows.map(|rows| ("train/noise_scale_rows", rows));
-                let scalars: Vec<_> = always.into_iter().chain(noise).collect();
+                let load = record.expert_load.map(|load| ("train/expert_load", load));
+                let scalars: Vec<_> = always.into_iter().chain(noise).chain(load).collect();
                 self.write(record.step, &Content::Scalars(&scalars))
             }
             Event::Evaluated(record) => {

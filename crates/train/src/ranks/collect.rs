@@ -30,6 +30,8 @@ pub struct Parted<'a> {
     pub placement: Placement,
     /// Whether those divide it that ZeRO divides things among: then their parts follow one another.
     pub by_data: bool,
+    /// Whether those divide it by experts, before that.
+    pub by_experts: bool,
 }
 
 impl Collect {
@@ -67,7 +69,7 @@ impl Collect {
         tensor: &Parted<'_>,
         mine: impl FnOnce() -> Vec<f32>,
     ) -> Result<Option<Vec<f32>>, CommError> {
-        let Axes { shard, replicas, pp, tp, .. } = &self.axes;
+        let Axes { shard, replicas, pp, tp, ep, .. } = &self.axes;
         let [to_replica, to_shard, to_pp, to_tp] = self.coordinates(root);
         // Its own copy is enough.
         if replicas.rank() != to_replica {
@@ -76,7 +78,10 @@ impl Collect {
         let owner = self.owners.get(tensor.param).copied().unwrap_or(0);
         let mut values = None;
         if pp.size() == 1 || owner == pp.rank() {
-            if tensor.by_data {
+            if tensor.by_experts {
+                let mine = if tensor.by_data || shard.rank() < ep.size() { mine() } else { vec![] };
+                values = gather(shard, mine, to_shard)?.map(|parts| of_experts(&parts, ep.size(), tensor.shape));
+            } else if tensor.by_data {
                 values = gather(shard, mine(), to_shard)?.map(|parts| parts.concat());
             } else if shard.rank() == to_shard && (tp.rank() == to_tp || !tensor.placement.is_replicated()) {
                 values = Some(mine());
@@ -99,6 +104,16 @@ impl Collect {
 
 /// Of messages of this kind.
 const TAG: u32 = 0;
+
+/// A tensor of shape `shape` from the parts of the ranks of blocks of `block`: a place in a block has some of the experts, of which those at this place have parts one
+/// after the other.
+fn of_experts(parts: &[Vec<f32>], block: usize, shape: &[usize]) -> Vec<f32> {
+    let order = (0..block).flat_map(|place| (place..parts.len()).step_by(block));
+    let mut whole: Vec<f32> = order.flat_map(|rank| parts[rank].iter().copied()).collect();
+    // A count of steps is the same of each part.
+    whole.truncate(shape.iter().product());
+    whole
+}
 
 /// What each rank of a group has, on one of them.
 fn gather(group: &Communicator, mine: Vec<f32>, to: usize) -> Result<Option<Vec<Vec<f32>>>, CommError> {

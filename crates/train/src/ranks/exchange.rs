@@ -20,7 +20,8 @@ type Sent = Pending<(Vec<f32>, Vec<usize>)>;
 pub struct Exchange<'a> {
     ranks: &'a Ranks,
     sum: BTreeMap<String, Vec<f32>>,
-    under_way: VecDeque<(usize, Sent)>,
+    /// Of which stage, and whether of experts that are divided.
+    under_way: VecDeque<(usize, bool, Sent)>,
 }
 
 impl<'a> Exchange<'a> {
@@ -34,11 +35,10 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// [`TrainError::Comm`]; [`TrainError::Input`] for a parameter without a gradient, which the ranks could not agree on.
     pub fn stage(&mut self, stage: usize, grads: Option<NamedGrads>) -> Result<(), TrainError> {
-        let Ranks { comm, sums, stages, .. } = self.ranks;
-        let (mut data, mut counts) = (vec![], vec![0; comm.size()]);
+        let names = &self.ranks.stages[stage];
+        let mut whole = BTreeMap::new();
         if let Some(mut grads) = grads {
-            let mut whole = BTreeMap::new();
-            for name in &stages[stage] {
+            for name in names {
                 let grad = grads.remove(name).ok_or_else(|| TrainError::Input {
                     what: "ranks",
                     expected: "a model whose trainable parameters all take part in the loss".into(),
@@ -46,7 +46,13 @@ impl<'a> Exchange<'a> {
                 })?;
                 whole.insert(name, to_host(grad));
             }
-            for (parts, count) in sums.iter().zip(&mut counts) {
+        }
+        for (experts, division) in self.ranks.divisions.all() {
+            if experts && !names.iter().any(|name| self.ranks.divisions.is_expert(name)) {
+                continue;
+            }
+            let (mut data, mut counts) = (vec![], vec![0; division.comm.size()]);
+            for (parts, count) in division.sums.iter().zip(&mut counts) {
                 for (name, values) in &whole {
                     if let Some(part) = parts.get(*name) {
                         data.extend_from_slice(&values[part.clone()]);
@@ -54,8 +60,8 @@ impl<'a> Exchange<'a> {
                     }
                 }
             }
+            self.under_way.push_back((stage, experts, division.comm.start_all_to_all(data, counts)?));
         }
-        self.under_way.push_back((stage, comm.start_all_to_all(data, counts)?));
         while self.under_way.len() > UNDER_WAY {
             self.take()?;
         }
@@ -64,9 +70,10 @@ impl<'a> Exchange<'a> {
 
     /// Waits for the oldest, and adds up what came.
     fn take(&mut self) -> Result<(), CommError> {
-        let Some((stage, pending)) = self.under_way.pop_front() else { return Ok(()) };
+        let Some((stage, experts, pending)) = self.under_way.pop_front() else { return Ok(()) };
         let (data, counts) = pending.wait()?;
-        let mine = &self.ranks.sums[self.ranks.comm.rank()];
+        let Some(division) = self.ranks.divisions.of(experts) else { return Ok(()) };
+        let mine = division.added();
         let mut rest = &data[..];
         // In the order of the ranks, which is that of their micro-batches.
         for _ in counts.iter().filter(|&&count| count > 0) {

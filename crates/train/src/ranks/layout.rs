@@ -70,6 +70,8 @@ pub struct Layout {
     pub tp: usize,
     /// Whether they divide the tokens between the matrices as well (sequence parallel).
     pub sequence_parallel: bool,
+    /// Of the ranks that have data of their own, how many divide the experts among them; the others have copies of these.
+    pub ep: usize,
 }
 
 impl Default for Layout {
@@ -83,6 +85,7 @@ impl Default for Layout {
             context: ContextKind::Ring,
             tp: 1,
             sequence_parallel: false,
+            ep: 1,
         }
     }
 }
@@ -104,6 +107,10 @@ pub struct Axes {
     pub(super) pp: Communicator,
     /// Those that have other parts of the matrices.
     pub tp: Communicator,
+    /// Of those that have other data, those that have the other experts.
+    pub ep: Communicator,
+    /// And those that have the same.
+    pub(super) expert_dp: Communicator,
 }
 
 impl Layout {
@@ -112,7 +119,7 @@ impl Layout {
     /// # Errors
     /// [`TrainError::Input`] for degrees that do not divide the ranks; [`TrainError::Comm`].
     pub fn axes(&self, world: &Communicator) -> Result<Axes, TrainError> {
-        let (n, Self { zero, dp_replicate, cp, pp, tp, .. }) = (world.size(), *self);
+        let (n, Self { zero, dp_replicate, cp, pp, tp, ep, .. }) = (world.size(), *self);
         let copies = dp_replicate * cp * pp * tp;
         if copies == 0 || !n.is_multiple_of(copies) {
             let expected = format!("degrees whose product divides the {n} ranks");
@@ -123,7 +130,7 @@ impl Layout {
             let expected = "1 with zero 0, where every rank has a copy of all; or zero 1, 2 or 3".into();
             return Err(TrainError::Input { what: "dp-replicate", expected, got: dp_replicate.to_string() });
         }
-        let degrees = Degrees { dp_replicate, dp_shard: n / copies, cp, pp, tp, ..Degrees::default() };
+        let degrees = Degrees { dp_replicate, dp_shard: n / copies, cp, pp, tp, ep };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",
             expected: "a mesh".into(),
@@ -131,6 +138,7 @@ impl Layout {
         })?;
         let axes = [Axis::DpCp, Axis::Dp, Axis::Cp, Axis::Shard, Axis::DpReplicate, Axis::Pp, Axis::Tp];
         let [dp_cp, dp, cp, shard, replicas, pp, tp] = axes.map(|axis| mesh.group(axis).clone());
-        Ok(Axes { dp_cp, dp, cp, shard, replicas, pp, tp })
+        let [ep, expert_dp] = [Axis::Ep, Axis::ExpertDp].map(|axis| mesh.group(axis).clone());
+        Ok(Axes { dp_cp, dp, cp, shard, replicas, pp, tp, ep, expert_dp })
     }
 }

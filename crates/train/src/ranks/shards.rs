@@ -81,7 +81,7 @@ impl<M: Staged> Shards<M> {
     /// # Errors
     /// [`CommError`].
     pub fn whole(&self, ranks: &Ranks) -> Result<Option<M>, CommError> {
-        let (group, mut whole) = (&ranks.shard, HashMap::new());
+        let (group, mut whole) = (&ranks.divisions.dense.shard, HashMap::new());
         for name in ranks.shapes.keys() {
             if group.rank() > 0 {
                 if let Some(part) = self.held.get(name) {
@@ -90,7 +90,7 @@ impl<M: Staged> Shards<M> {
                 continue;
             }
             let mut values = vec![0.0; ranks.elements(name)];
-            for (rank, parts) in ranks.parts.iter().enumerate() {
+            for (rank, parts) in ranks.divisions.dense.parts.iter().enumerate() {
                 let Some(range) = parts.get(name) else { continue };
                 let part = match self.held.get(name) {
                     Some(part) if rank == 0 => to_host(to_f32(part.clone())),
@@ -130,7 +130,7 @@ impl<M: Staged> Gather<'_, M> {
         let parts = names.iter().filter_map(|name| held.get(name));
         let mine: Vec<f32> = parts.flat_map(|part| to_host(to_f32(part.clone()))).collect();
         let elements = names.iter().map(|name| self.ranks.elements(name)).sum();
-        self.ranks.shard.start_all_gather(mine, elements)
+        self.ranks.divisions.dense.shard.start_all_gather(mine, elements)
     }
 }
 
@@ -142,7 +142,7 @@ impl<M: Staged> StageSource<M> for Gather<'_, M> {
         };
         self.coming = next.map(|next| Ok::<_, CommError>((next, self.start(next)?))).transpose()?;
         let (names, Self { ranks, shards, .. }) = (self.names(stage), self);
-        let whole = super::together(&names, &ranks.parts, |name| ranks.elements(name), &came);
+        let whole = super::together(&names, &ranks.divisions.dense.parts, |name| ranks.elements(name), &came);
         drop(came);
         let model = if record { &shards.shapes } else { &shards.plain };
         Ok(shards.precision.hold(set_parameters(model.clone(), whole.into_iter().collect())))

@@ -7,6 +7,7 @@ use firebox_data::Batch;
 use firebox_models::decoder::Decoder;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::values;
+use firebox_parallel::Communicator;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
@@ -68,23 +69,19 @@ impl Trainer<'_> {
         if let Some(shards) = &self.shards {
             return self.evaluated_by_stage(ranks, shards, batches);
         }
-        let mut total = 0;
-        let mine = batches.filter(|_| {
-            total += 1;
-            (total - 1) % ranks.size() == ranks.rank()
-        });
-        let mine = tallies(model, mine, &self.token_bytes, |batch| ranks.tokens_of(&batch));
-        Self::of_all(ranks, mine, total)
+        let mut turns = Turns::new(ranks, batches);
+        let mine = tallies(model, &mut turns, &self.token_bytes, |batch| ranks.tokens_of(&batch));
+        Self::of_all(ranks, mine, &turns)
     }
 
     /// Puts together what each rank has found of its batches, and of its tokens of them.
-    fn of_all(ranks: &Ranks, mine: Vec<Tally>, total: usize) -> Result<Evaluation, TrainError> {
-        let mut mine: Vec<[f64; 3]> = mine.into_iter().map(Tally::into).collect();
+    fn of_all<I>(ranks: &Ranks, mine: Vec<Tally>, turns: &Turns<'_, I>) -> Result<Evaluation, TrainError> {
+        let mut mine: Vec<[f64; 3]> = mine.into_iter().take(turns.mine).map(Tally::into).collect();
         let nats: Vec<f64> = mine.iter().map(|[nats, ..]| *nats).collect();
         for ([nats, ..], sum) in mine.iter_mut().zip(ranks.over_context(&nats)?) {
             *nats = sum;
         }
-        let all: Vec<Tally> = ranks.in_turns(&mine, total)?.into_iter().map(Tally::from).collect();
+        let all: Vec<Tally> = ranks.in_turns(&mine, turns.total)?.into_iter().map(Tally::from).collect();
         Ok(Tally::evaluation(&all))
     }
 
@@ -97,7 +94,7 @@ impl Trainer<'_> {
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
         let pipeline = pipe.usual();
-        let (mut total, mut mine) = (0, vec![]);
+        let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
         let mut waiting: Vec<(Tally, TokenBatch)> = vec![];
         let mut run = |waiting: &mut Vec<(Tally, TokenBatch)>| -> Result<(), TrainError> {
             let (tallies, batches): (Vec<Tally>, Vec<TokenBatch>) = waiting.drain(..).unzip();
@@ -105,19 +102,16 @@ impl Trainer<'_> {
             mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
             Ok(())
         };
-        for batch in batches {
-            total += 1;
-            if (total - 1) % ranks.size() == ranks.rank() {
-                let tally = Tally::of(&batch, &self.token_bytes);
-                let targets = batch.target_count();
-                waiting.push((tally, ranks.tokens_of(&token_batch(batch, targets))));
-                if waiting.len() == AT_ONCE {
-                    run(&mut waiting)?;
-                }
+        for batch in &mut turns {
+            let tally = Tally::of(&batch, &self.token_bytes);
+            let targets = batch.target_count();
+            waiting.push((tally, ranks.tokens_of(&token_batch(batch, targets))));
+            if waiting.len() == AT_ONCE {
+                run(&mut waiting)?;
             }
         }
         run(&mut waiting)?;
-        Self::of_all(ranks, mine, total)
+        Self::of_all(ranks, mine, &turns)
     }
 
     /// The same where ranks have divided the parameters: they bring each stage together for a few batches of each.
@@ -125,38 +119,39 @@ impl Trainer<'_> {
         &self,
         ranks: &Ranks,
         shards: &Shards<Decoder>,
-        mut batches: impl Iterator<Item = Batch>,
+        batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
-        let (mut total, mut mine) = (0, vec![]);
+        let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
         loop {
-            let round: Vec<Batch> = batches.by_ref().take(AT_ONCE * ranks.size()).collect();
-            if round.is_empty() {
-                break;
-            }
-            total += round.len();
-            let of_rank = round.into_iter().skip(ranks.rank()).step_by(ranks.size()).map(|batch| {
+            let before = turns.total;
+            let of_rank = turns.round(AT_ONCE).into_iter().map(|batch| {
                 let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
                 (tally, ranks.tokens_of(&token_batch(batch, targets)))
             });
             let (tallies, tokens): (Vec<Tally>, Vec<TokenBatch>) = of_rank.unzip();
+            if turns.total == before {
+                break;
+            }
             let losses = losses_by_stage(self.model().n_stages(), &tokens, &mut shards.gather(ranks))?;
             mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
         }
-        Self::of_all(ranks, mine, total)
+        Self::of_all(ranks, mine, &turns)
     }
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
     pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
+        let copies = model.expert_group().map_or(1, Communicator::size);
         let model = match &self.shards {
             Some(shards) if ranks.is_first_copy() => shards.whole(ranks)?,
             Some(_) => None,
-            None => Some(model).filter(|_| ranks.is_first()),
+            None => Some(model).filter(|_| ranks.copy() < copies),
         };
         let Some(model) = model else { return Ok(None) };
         let model = model.with_context(None);
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
+        let Some(model) = self.whole_experts(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();
         let empty = Decoder::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
@@ -185,6 +180,33 @@ impl Trainer<'_> {
         Ok(Some(set_parameters(made, whole)))
     }
 
+    /// The experts put together, on the first of the ranks that have divided them.
+    fn whole_experts(&self, ranks: &Ranks, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+        let Some(group) = model.expert_group() else { return Ok(Some(model)) };
+        let (config, mut whole) = (model.config(), HashMap::new());
+        for (info, part) in values(&model) {
+            let placement = config.expert_placement(&info.name);
+            let mut all = to_host(part);
+            // What other stages have is empty.
+            if !placement.is_replicated() && info.elements() > 0 {
+                let mut parts = vec![0.0; placement.full_shape(&info.shape).iter().product()];
+                group.all_gather(&all, &mut parts)?;
+                all = parts;
+            }
+            if info.elements() > 0 {
+                whole.insert(info.name, all);
+            }
+        }
+        if group.rank() > 0 {
+            return Ok(None);
+        }
+        let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        if let Some(pipe) = ranks.pipe() {
+            made = pipe.usual().part(made, pipe.group.rank())?;
+        }
+        Ok(Some(set_parameters(made, whole)))
+    }
+
     fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
         let tokenizer = &self.dataset.tokenizer;
         let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
@@ -193,6 +215,42 @@ impl Trainer<'_> {
         let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
         let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
         Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
+    }
+}
+
+/// This rank's turns of the batches. Where experts are divided, ranks must go through as many batches each: one whose turn does not come in the last round
+/// takes the first batch of that round as well, which does not count.
+struct Turns<'a, I> {
+    ranks: &'a Ranks,
+    batches: I,
+    /// Batches until now, and how many of them were this rank's turn.
+    total: usize,
+    mine: usize,
+}
+
+impl<'a, I: Iterator<Item = Batch>> Turns<'a, I> {
+    fn new(ranks: &'a Ranks, batches: I) -> Self {
+        Self { ranks, batches, total: 0, mine: 0 }
+    }
+
+    /// The next of this rank's, at most `most`, while other ranks take as many.
+    fn round(&mut self, most: usize) -> Vec<Batch> {
+        self.take(most).collect()
+    }
+}
+
+impl<I: Iterator<Item = Batch>> Iterator for Turns<'_, I> {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        let (rank, size) = (self.ranks.rank(), self.ranks.size());
+        let mut round: Vec<Batch> = self.batches.by_ref().take(size).collect();
+        self.total += round.len();
+        if rank < round.len() {
+            self.mine += 1;
+            return Some(round.swap_remove(rank));
+        }
+        round.into_iter().next().filter(|_| self.ranks.divide_experts())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use firebox_models::Placement;
 use firebox_models::decoder::{ContextParallel, Decoder, DecoderConfig, TensorParallelError};
 use firebox_optim::{ParamInfo, StateTensor, parameters};
 use firebox_parallel::Communicator;
@@ -30,12 +31,13 @@ impl Trainer<'_> {
         if watch.noise_scale_every > 0 {
             return fail("watch.noise_scale_every", "0 with several ranks", watch.noise_scale_every.to_string());
         }
-        let divided = layout.pp * layout.tp > 1 || layout.zero.divides();
+        let divided = layout.pp * layout.tp * layout.ep > 1 || layout.zero.divides();
         if divided && self.optimizer.averages() {
-            let got = format!("zero {}, pp {}, tp {}", u8::from(layout.zero), layout.pp, layout.tp);
+            let Layout { zero, pp, tp, ep, .. } = layout;
+            let got = format!("zero {}, pp {pp}, tp {tp}, ep {ep}", u8::from(zero));
             return fail(
                 "ranks",
-                "zero 0, pp 1 and tp 1 with schedule_free, whose averages are needed as a whole",
+                "zero 0, pp 1, tp 1 and ep 1 with schedule_free, whose averages are needed as a whole",
                 got,
             );
         }
@@ -51,9 +53,11 @@ impl Trainer<'_> {
                             every one of them";
             return fail("zero", expected, "3".into());
         }
-        if layout.pp * layout.tp > 1 || layout.zero == Zero::Parameters {
-            let whole = "pp 1, tp 1 and zero 0, 1 or 2: it needs the whole model on each rank";
-            let got = format!("pp {}, tp {}, zero {}", layout.pp, layout.tp, u8::from(layout.zero));
+        self.check_experts(&layout)?;
+        if layout.pp * layout.tp * layout.ep > 1 || layout.zero == Zero::Parameters {
+            let whole = "pp 1, tp 1, ep 1 and zero 0, 1 or 2: it needs the whole model on each rank";
+            let Layout { zero, pp, tp, ep, .. } = layout;
+            let got = format!("pp {pp}, tp {tp}, ep {ep}, zero {}", u8::from(zero));
             if average.is_some() {
                 return fail("average", whole, got);
             }
@@ -64,6 +68,11 @@ impl Trainer<'_> {
                 return fail("optimizer.kind = \"sophia\"", whole, got);
             }
         }
+        if layout.ep > 1 && train.batch_warmup.is_some() {
+            let expected =
+                "none with ep: the ranks that divide the experts need as many micro-batches each in every step";
+            return fail("train.batch_warmup", expected, "one".into());
+        }
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
@@ -72,6 +81,9 @@ impl Trainer<'_> {
         }
         if layout.cp > 1 {
             model = Self::divide_rows(model, &axes.cp, &layout)?;
+        }
+        if layout.ep > 1 {
+            model = self.divide_experts(model, &axes.ep)?;
         }
         let (ranks, model) = Ranks::new(world, axes, layout, model, &self.optimizer, (micro_batches, shapes))?;
         if layout.pp > 1 {
@@ -95,16 +107,21 @@ impl Trainer<'_> {
     /// Parts of parameters are for the optimizer to take.
     pub(super) fn of_this_rank(&self) -> Result<impl Fn(StateTensor) -> Option<StateTensor> + use<>, TrainError> {
         let (model, divided) = (self.model(), self.ranks.as_ref().and_then(Ranks::divided_state));
-        let config = model.config().clone();
-        let grid = model.parallel().map_or((0, 1), |parallel| (parallel.group().rank(), parallel.group().size()));
+        let grid = Grid::of(model);
         let here = parameters(model)?.into_iter().filter(|info| info.trainable);
-        let whole = |info: ParamInfo| (config.placement(&info.name, grid.1).full_shape(&info.shape), info.name);
-        let shapes: BTreeMap<String, Vec<usize>> = here.map(whole).map(|(shape, name)| (name, shape)).collect();
+        let whole = |info: ParamInfo| {
+            let placement = grid.as_ref().map_or_else(Placement::replicated, |grid| grid.placement(&info.name));
+            (info.name, placement.full_shape(&info.shape))
+        };
+        let shapes: BTreeMap<String, Vec<usize>> = here.map(whole).collect();
         let all: BTreeSet<String> = divided.into_iter().flatten().map(|(name, _)| name.clone()).collect();
         Ok(move |tensor: StateTensor| {
             let param = tensor.name.rsplit_once('.').map_or("", |(param, _)| param);
             let elsewhere = all.contains(&tensor.name) && !shapes.contains_key(param);
-            (!elsewhere).then(|| cut_state(&config, &shapes, tensor, grid))
+            (!elsewhere).then(|| match &grid {
+                Some(grid) => grid.cut(&shapes, tensor),
+                None => tensor,
+            })
         })
     }
 
@@ -126,51 +143,109 @@ impl Trainer<'_> {
         group: &Communicator,
         sequence_parallel: bool,
     ) -> Result<Decoder, TrainError> {
-        if !self.optimizer.works_by_elements(&model)? {
-            return Err(TrainError::Input {
-                what: "tp",
-                expected: "1 with optimizers and clippings of whole matrices; adamw, adam, sgd, lion and ademamix work on parts".into(),
-                got: group.size().to_string(),
-            });
-        }
-        let (config, device) = (model.config().clone(), model.embed.weight.val().device());
+        self.check_works_by_elements("tp", &model, group)?;
+        let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
         let part = Decoder::sharded(&config, self.recipe.seed, &device, group, sequence_parallel);
-        let part = part.map_err(|error| match error {
-            TensorParallelError::Config(error) => TrainError::Model(error),
-            TensorParallelError::Comm(error) => TrainError::Comm(error),
-            other => TrainError::Input { what: "tp", expected: "1".into(), got: other.to_string() },
-        })?;
-        let (rank, size) = (group.rank(), group.size());
+        let part = part.map_err(|error| cannot_divide("tp", error))?;
+        let grid = Grid::new(&model, group, false);
+        self.divide(model, part, &grid)
+    }
+
+    /// This rank's experts, and what the optimizer remembers of them.
+    fn divide_experts(&mut self, model: Decoder, group: &Communicator) -> Result<Decoder, TrainError> {
+        self.check_works_by_elements("ep", &model, group)?;
+        let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
+        let part = Decoder::with_divided_experts(&config, self.recipe.seed, &device, group);
+        let part = part.map_err(|error| cannot_divide("ep", error))?;
+        let grid = Grid::new(&model, group, true);
+        self.divide(model, part, &grid)
+    }
+
+    fn check_works_by_elements(
+        &self,
+        what: &'static str,
+        model: &Decoder,
+        group: &Communicator,
+    ) -> Result<(), TrainError> {
+        if self.optimizer.works_by_elements(model)? {
+            return Ok(());
+        }
+        Err(TrainError::Input {
+            what,
+            expected:
+                "1 with optimizers and clippings of whole matrices; adamw, adam, sgd, lion and ademamix work on parts"
+                    .into(),
+            got: group.size().to_string(),
+        })
+    }
+
+    /// Gives `part`, made for it, this rank's part of the values of `model`, and the optimizer that of its state.
+    fn divide(&mut self, model: Decoder, part: Decoder, grid: &Grid) -> Result<Decoder, TrainError> {
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
+        let (rank, size) = (grid.rank, grid.size);
         for (info, whole) in later(&model) {
-            let (placement, shape) = (config.placement(&info.name, size), info.shape.clone());
+            let (placement, shape) = (grid.placement(&info.name), info.shape.clone());
             let part: Later = Box::new(move || placement.shard(&whole(), &shape, rank, size));
             parts.insert(info.name.clone(), part);
             shapes.insert(info.name, info.shape);
         }
         drop(model);
         let part = set_later(part, parts).with_loss(self.recipe.train.loss());
-        let cut = |tensor| cut_state(&config, &shapes, tensor, (rank, size));
+        let cut = |tensor| grid.cut(&shapes, tensor);
         let state: Vec<StateTensor> = self.optimizer.state().map(cut).collect();
         self.optimizer.load_state::<_, TrainError>(&part, state.into_iter().map(Ok))?;
         Ok(self.recipe.precision.hold(part))
     }
 }
 
-/// What of a whole tensor of the optimizer's state belongs to the part of the matrices of one rank of several. One that does not fit comes back as it is.
-fn cut_state(
-    config: &DecoderConfig,
-    shapes: &BTreeMap<String, Vec<usize>>,
-    tensor: StateTensor,
-    (rank, size): (usize, usize),
-) -> StateTensor {
-    let (param, kind) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
-    match shapes.get(param).filter(|shape| kind != "steps" && **shape == tensor.shape) {
-        None => tensor,
-        Some(shape) => {
-            let placement = config.placement(param, size);
-            let values = placement.shard(&tensor.values, shape, rank, size);
-            StateTensor { shape: placement.shape(shape, rank, size), values, name: tensor.name }
+/// What makes a model one that ranks cannot divide.
+fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
+    match error {
+        TensorParallelError::Config(error) => TrainError::Model(error),
+        TensorParallelError::Comm(error) => TrainError::Comm(error),
+        other => TrainError::Input { what, expected: "1".into(), got: other.to_string() },
+    }
+}
+
+/// How ranks divide the parameters of a model: by matrices, or by experts.
+struct Grid {
+    config: DecoderConfig,
+    rank: usize,
+    size: usize,
+    experts: bool,
+}
+
+impl Grid {
+    fn new(model: &Decoder, group: &Communicator, experts: bool) -> Self {
+        Self { config: model.config().clone(), rank: group.rank(), size: group.size(), experts }
+    }
+
+    /// As the parameters of `model` are divided, if they are.
+    fn of(model: &Decoder) -> Option<Self> {
+        match (model.parallel(), model.expert_group()) {
+            (Some(parallel), _) => Some(Self::new(model, parallel.group(), false)),
+            (None, Some(group)) => Some(Self::new(model, group, true)),
+            (None, None) => None,
+        }
+    }
+
+    fn placement(&self, param: &str) -> Placement {
+        match self.experts {
+            true => self.config.expert_placement(param),
+            false => self.config.placement(param, self.size),
+        }
+    }
+
+    /// This rank's part of a whole tensor of the optimizer's state, where `shapes` are those of whole parameters. One that does not fit comes back as it is.
+    fn cut(&self, shapes: &BTreeMap<String, Vec<usize>>, tensor: StateTensor) -> StateTensor {
+        let (param, kind) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
+        match shapes.get(param).filter(|shape| kind != "steps" && **shape == tensor.shape) {
+            None => tensor,
+            Some(shape) => {
+                let placement = self.placement(param);
+                let values = placement.shard(&tensor.values, shape, self.rank, self.size);
+                StateTensor { shape: placement.shape(shape, self.rank, self.size), values, name: tensor.name }
+            }
         }
     }
 }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use firebox_models::Placement;
 use firebox_models::decoder::Decoder;
 use firebox_models::decoder::hf::{Entry, Family};
+use firebox_models::{Placement, Staged};
 use firebox_optim::{Average, Optimizer, StateTensor};
 use firebox_parallel::ReduceOp;
 use firebox_tensor::ops::to_f32;
@@ -221,6 +221,7 @@ impl Snapshot {
                     shape: &entry.shape,
                     placement: self.placement(&entry.param),
                     by_data: self.shards.is_some(),
+                    by_experts: model.is_divided_expert(&entry.param),
                 },
                 specs: specs(entry),
                 mine: Box::new(move || values.clone().map(to_host).unwrap_or_default()),
@@ -244,7 +245,7 @@ impl Snapshot {
             // Of divided matrices each state has the shape of the part; counts are the same everywhere.
             let placement = if kind == "steps" { Placement::replicated() } else { self.placement(param) };
             Item {
-                tensor: Parted { param, shape, placement, by_data },
+                tensor: Parted { param, shape, placement, by_data, by_experts: self.model.is_divided_expert(param) },
                 specs: vec![TensorSpec::f32(name.clone(), shape.clone())],
                 mine: Box::new(|| part(name)),
                 encode: Box::new(|values| vec![bytemuck::cast_slice(&values).to_vec()]),

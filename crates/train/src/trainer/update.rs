@@ -156,6 +156,8 @@ impl Trainer<'_> {
                 self.gradients(&drawn, None)?.1
             }
         };
+        // They have chosen experts once more than the step.
+        self.model().take_expert_load();
         let targets: usize = batches.iter().map(targets).sum();
         grads.scale(1.0 / self.state.loss_scale.factor);
         let finite = grads.all_finite();
