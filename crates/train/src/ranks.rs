@@ -8,6 +8,7 @@
 mod collect;
 mod exchange;
 mod layout;
+mod traffic;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -6,6 +6,7 @@ mod held_out;
 mod layout;
 mod persist;
 mod save;
+mod seen;
 mod update;
 
 use std::path::{Path, PathBuf};
@@ -22,12 +23,14 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::engine::Engine;
 use crate::evaluate::token_batch;
+use crate::fault;
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::noise::NoiseScale;
 use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
 use crate::ranks::Ranks;
 use crate::recipe::Recipe;
+use crate::timeline::Recorder;
 use crate::watch::Watch;
 
 pub use held_out::prompt_ids;
@@ -100,6 +103,9 @@ pub struct Trainer<'a> {
     ranks: Option<Ranks>,
     /// The checkpoint that is being written.
     saving: Option<save::Saving>,
+    recorder: Recorder,
+    /// The step whose timeline is shown.
+    shown: Option<u64>,
     #[cfg(test)]
     fault: Option<faults::Fault>,
 }
@@ -152,6 +158,8 @@ impl<'a> Trainer<'a> {
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             ranks: None,
             saving: None,
+            recorder: Recorder::default(),
+            shown: None,
             dataset,
             recipe,
             #[cfg(test)]
@@ -228,7 +236,9 @@ impl<'a> Trainer<'a> {
             self.saved(false, observer)?;
             let step_started = Instant::now();
             let lr = self.recipe.schedule.lr_at(self.recipe.peak_lr(), self.state.step, self.recipe.train.steps);
+            let before = self.before_step();
             let done = self.step(lr, observer)?;
+            let worked = self.after_step(&before);
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
@@ -247,10 +257,12 @@ impl<'a> Trainer<'a> {
                         memory_bytes: memory::current_bytes(),
                         noise_scale_rows: self.state.noise_scale.rows(),
                         noise_scale_tokens: self.noise_scale_tokens(),
+                        ranks: self.seen(&worked)?,
                     };
                     observer.on_event(&Event::Step(&record))?;
                 }
             }
+            self.show(worked, observer)?;
             if !last && is_due(step, self.recipe.eval.every) {
                 let limit = self.recipe.eval.max_batches;
                 self.evaluate(if limit == 0 { None } else { Some(limit) }, observer)?;
@@ -259,6 +271,9 @@ impl<'a> Trainer<'a> {
                     stopped = "early stop";
                     break;
                 }
+            }
+            if let Some(ranks) = &self.ranks {
+                fault::at_checkpoint(ranks.world_rank(), step, &self.dir.join("checkpoints"));
             }
             if !last && is_due(step, self.recipe.checkpoint.every) {
                 self.save(false, observer)?;

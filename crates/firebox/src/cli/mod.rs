@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod launch;
 mod lr_find;
 mod prepare;
 mod ranks;
@@ -85,6 +86,9 @@ enum CliError {
     Output(#[source] std::io::Error),
     #[error(transparent)]
     Threads(#[from] firebox::tensor::threads::ThreadsError),
+    /// A program that should have the ranks.
+    #[error("cannot start {0}: {1}; install it (Debian: openmpi-bin), or train with --ranks")]
+    Launch(String, #[source] std::io::Error),
     /// A rank that failed, and how.
     #[error("{0}; go on with --resume")]
     Ranks(String),

@@ -8,12 +8,12 @@ use firebox::parallel::Mpi;
 use firebox::parallel::pipeline::Schedule;
 use firebox::parallel::{Communicator, Failure, Threads, WorldError};
 use firebox::tensor::threads::for_rank;
-use firebox::train::{Layout, Zero};
+use firebox::train::{Layout, TrainError, Zero};
 
 use super::CliError;
 
 /// Options of runs on several ranks. The parameters are those of one rank, bit for bit; a run goes on with any number of ranks.
-#[derive(Args, Clone, Copy)]
+#[derive(Args, Clone)]
 pub struct RankArgs {
     /// Train on N ranks, threads of this process that share the micro-batches of every step; each has its share of the compute threads. Under mpirun the ranks
     /// are its processes instead.
@@ -37,6 +37,40 @@ pub struct RankArgs {
     /// Seconds that a rank waits for another before the run fails and names it.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
+    /// Ranks whose progress is shown too, by number and comma, or `all`: only the first speaks otherwise.
+    #[arg(long, value_name = "RANKS", value_parser = LogRanks::parse)]
+    log_rank: Option<LogRanks>,
+}
+
+/// Whose progress is shown.
+#[derive(Clone)]
+pub enum LogRanks {
+    All,
+    These(Vec<usize>),
+}
+
+impl LogRanks {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        let numbers = text.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+        numbers.map(Self::These).map_err(|_| format!("expected numbers of ranks such as 1,3 or all, got {text}"))
+    }
+
+    /// Whether a rank of `size` is among them.
+    pub fn has(&self, rank: usize, size: usize) -> Result<bool, CliError> {
+        match self {
+            Self::All => Ok(true),
+            Self::These(ranks) => match ranks.iter().find(|rank| **rank >= size) {
+                None => Ok(ranks.contains(&rank)),
+                Some(missing) => {
+                    let expected = format!("numbers of ranks from 0 to {}", size - 1);
+                    Err(TrainError::Input { what: "--log-rank", expected, got: missing.to_string() }.into())
+                }
+            },
+        }
+    }
 }
 
 fn zero(text: &str) -> Result<Zero, String> {
@@ -55,6 +89,21 @@ fn schedule(text: &str) -> Result<Schedule, String> {
 }
 
 impl RankArgs {
+    /// Ranks that have one model together.
+    pub fn of_model(&self) -> usize {
+        usize::from(self.pp) * usize::from(self.tp)
+    }
+
+    /// Whether all copies of the model must have equally many micro-batches.
+    pub fn is_even(&self) -> bool {
+        self.pp > 1
+    }
+
+    /// Whose progress is shown besides the first's.
+    pub fn logged(&self) -> Option<LogRanks> {
+        self.log_rank.clone()
+    }
+
     /// Runs `train` on every rank, on its share of `threads`; what the first one returns.
     pub fn run<T: Send + 'static>(
         self,
@@ -70,10 +119,10 @@ impl RankArgs {
         };
         let timeout = Duration::from_secs(self.rank_timeout);
         #[cfg(feature = "mpi")]
-        if under_mpirun() {
+        if is_rank() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = self.ranks.map_or(layout.pp * layout.tp, usize::from);
+        let ranks = self.ranks.map_or(self.of_model(), usize::from);
         if ranks == 1 {
             return train(None);
         }
@@ -90,8 +139,7 @@ impl RankArgs {
 const RANK: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"];
 
 /// Whether this process was started by one of them.
-#[cfg(feature = "mpi")]
-fn under_mpirun() -> bool {
+pub fn is_rank() -> bool {
     RANK.iter().any(|name| std::env::var_os(name).is_some())
 }
 

@@ -1,8 +1,8 @@
 //! `firebox train` and `firebox recipe`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use clap::Args;
 use firebox::data::Dataset;
@@ -11,12 +11,13 @@ use firebox::tensor::device::Backend;
 use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::observe::compare::gzip_xz;
-use firebox::train::observe::{Event, Observer, Observers, Summary};
+use firebox::train::observe::{Event, Observer, Observers, Progress, Summary};
 use firebox::train::recipe::BUILT_IN;
 use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer};
 
+use super::launch::{self, LaunchArgs};
 use super::prepare::DataArgs;
-use super::ranks::{RankArgs, speaks};
+use super::ranks::{LogRanks, RankArgs, speaks};
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -56,8 +57,13 @@ pub struct TrainArgs {
     /// Seed, instead of the recipe's.
     #[arg(long)]
     seed: Option<u64>,
+    /// Record what each rank does in the tenth step from the start: timeline.json, for ui.perfetto.dev, and a picture in the report.
+    #[arg(long)]
+    timeline: bool,
     #[command(flatten)]
     ranks: RankArgs,
+    #[command(flatten)]
+    launch: LaunchArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -82,6 +88,9 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         Some(from) => args.cooldown(from)?,
         None => {
             let (recipe, dir) = args.recipe()?;
+            if args.launch.elsewhere() {
+                args.launch(&recipe, &dir)?;
+            }
             let found = checkpoint(&dir, args.resume)?;
             (recipe, dir, found)
         }
@@ -90,8 +99,18 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
     if speaks() {
         println!("{}", dataset.stats);
     }
-    let job =
-        Job { recipe, dir, found, dataset, described, backend: args.device.backend, threads, interrupt: interrupt() };
+    let job = Job {
+        recipe,
+        dir,
+        found,
+        dataset,
+        described,
+        backend: args.device.backend,
+        threads,
+        timeline: args.timeline,
+        logged: args.ranks.logged(),
+        interrupt: interrupt(),
+    };
     let dir = job.dir.clone();
     let summary = args.ranks.run(threads, move |ranks| job.train(ranks))?;
     if speaks() {
@@ -110,6 +129,8 @@ struct Job {
     backend: Backend,
     /// Of all ranks together.
     threads: usize,
+    timeline: bool,
+    logged: Option<LogRanks>,
     interrupt: Arc<AtomicBool>,
 }
 
@@ -125,13 +146,22 @@ impl Job {
         if rank == 0 {
             println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
         }
+        let logged = self.logged.as_ref().map(|logged| logged.has(rank, size)).transpose()?;
         if let Some((comm, layout)) = ranks {
             trainer = trainer.with_ranks(comm, layout)?;
+        }
+        if self.timeline {
+            trainer = trainer.with_timeline();
         }
         let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
         info.program = program();
         if rank > 0 {
-            return Ok(trainer.run(&info, &mut Observers::new(), &self.interrupt)?);
+            let mut observers = Observers::new();
+            if logged == Some(true) {
+                observers.push(Progress::of_rank(rank));
+                observers.on_event(&Event::RunStarted(&info))?;
+            }
+            return Ok(trainer.run(&info, &mut observers, &self.interrupt)?);
         }
         if size > 1 {
             let per_rank = (self.threads / size).max(1);
@@ -141,7 +171,11 @@ impl Job {
         if firebox::tensor::device::is_fused(&device) {
             info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into()) * size as f64;
         }
-        let mut observers = Observers::standard();
+        let mut observers = if logged.is_some() { Observers::files() } else { Observers::standard() };
+        if logged.is_some() {
+            // Lines, like those of the others.
+            observers.push(Progress::of_rank(rank));
+        }
         observers.on_event(&Event::RunStarted(&info))?;
         if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
             compare(dataset, dir)?;
@@ -197,6 +231,18 @@ impl TrainArgs {
         println!("cooling down from {}", found.checkpoint.path().display());
         let copy = cooldown.start(&dir)?;
         Ok((recipe, dir, Some(copy)))
+    }
+
+    /// Trains in other processes, and ends as they do.
+    fn launch(&self, recipe: &Recipe, dir: &Path) -> Result<(), CliError> {
+        let micro_batches = recipe.train.batch_rows.div_ceil(recipe.train.micro_rows());
+        let job = launch::Job {
+            dir,
+            of_model: self.ranks.of_model(),
+            even: self.ranks.is_even().then_some(micro_batches),
+            resume: self.resume,
+        };
+        std::process::exit(self.launch.run(&job)?)
     }
 
     fn run_dir(&self, name: &str) -> PathBuf {
@@ -255,7 +301,24 @@ fn interrupt() -> Arc<AtomicBool> {
     if let Err(error) = installed {
         eprintln!("warning: Ctrl-C will not write a checkpoint: {error}");
     }
+    #[cfg(unix)]
+    stop_upon_usr1(&flag);
     flag
+}
+
+/// SIGUSR1 does the same: mpirun passes it on to the ranks, and Slurm sends it before a job's time is over (`--signal=USR1@120`).
+#[cfg(unix)]
+fn stop_upon_usr1(flag: &Arc<AtomicBool>) {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    extern "C" fn stop(_: libc::c_int) {
+        if let Some(flag) = FLAG.get() {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
+    if FLAG.set(flag.clone()).is_ok() {
+        // SAFETY: the handler reads what is set already and stores a flag, which a signal handler may.
+        unsafe { libc::signal(libc::SIGUSR1, stop as *const () as libc::sighandler_t) };
+    }
 }
 
 fn conclude(summary: &Summary, dir: &Path) {

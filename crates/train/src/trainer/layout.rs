@@ -8,6 +8,7 @@ use firebox_parallel::Communicator;
 
 use super::Trainer;
 use crate::TrainError;
+use crate::fault;
 use crate::model_io::{set_parameters, to_host};
 use crate::ranks::{Layout, Ranks, Zero};
 use crate::recipe::Recipe;
@@ -50,6 +51,7 @@ impl Trainer<'_> {
                 return fail("optimizer.kind = \"sophia\"", whole, got);
             }
         }
+        fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
