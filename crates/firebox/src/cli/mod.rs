@@ -23,7 +23,7 @@ use firebox::train::observe::ObserveError;
 #[derive(Parser)]
 #[command(name = "firebox", version, arg_required_else_help = true)]
 struct Cli {
-    /// Compute threads; one per core if not given.
+    /// Compute threads; one per core if not given, of a process of MPI its share of them.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     #[command(subcommand)]
@@ -140,7 +140,8 @@ pub fn main() -> ExitCode {
         // Help and version.
         Err(help) => help.exit(),
     };
-    if let Err(error) = firebox::tensor::threads::init(cli.threads.map_or(0, usize::from)) {
+    let threads = cli.threads.map_or_else(ranks::default_threads, usize::from);
+    if let Err(error) = firebox::tensor::threads::init(threads) {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }

@@ -143,6 +143,26 @@ pub fn is_rank() -> bool {
     RANK.iter().any(|name| std::env::var_os(name).is_some())
 }
 
+/// What launchers call the number of processes that share a machine.
+const LOCAL_SIZE: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"];
+
+/// The compute threads of this process where nobody says how many; 0 for one per core. A process of MPI has its share of the machine's cores, unless its
+/// launcher has bound it to some.
+pub fn default_threads() -> usize {
+    let said = std::env::var_os("RAYON_NUM_THREADS").is_some();
+    if said || !cfg!(feature = "mpi") || !is_rank() {
+        return 0;
+    }
+    let local = LOCAL_SIZE.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok()).unwrap_or(1);
+    let usable = std::thread::available_parallelism().map_or(1, usize::from);
+    #[cfg(unix)]
+    // SAFETY: a question to the system.
+    let all = usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).unwrap_or(usable);
+    #[cfg(not(unix))]
+    let all = usable;
+    if usable == all { (usable / local.max(1)).max(1) } else { usable }
+}
+
 /// Whether this process is the one that tells the user what happens: not the second of many.
 pub fn speaks() -> bool {
     let rank = RANK.iter().find_map(|name| std::env::var(name).ok());

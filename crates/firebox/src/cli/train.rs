@@ -17,7 +17,7 @@ use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer};
 
 use super::launch::{self, LaunchArgs};
 use super::prepare::DataArgs;
-use super::ranks::{LogRanks, RankArgs, speaks};
+use super::ranks::{LogRanks, RankArgs, is_rank, speaks};
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -127,7 +127,7 @@ struct Job {
     dataset: Dataset,
     described: String,
     backend: Backend,
-    /// Of all ranks together.
+    /// Of all ranks of this process together.
     threads: usize,
     timeline: bool,
     logged: Option<LogRanks>,
@@ -164,7 +164,7 @@ impl Job {
             return Ok(trainer.run(&info, &mut observers, &self.interrupt)?);
         }
         if size > 1 {
-            let per_rank = (self.threads / size).max(1);
+            let per_rank = if is_rank() { self.threads } else { (self.threads / size).max(1) };
             println!("{size} ranks of {per_rank} compute thread{}", if per_rank == 1 { "" } else { "s" });
         }
         println!();
