@@ -148,7 +148,7 @@ fn an_elastic_run_that_is_killed_again_and_again_ends_as_if_it_never_was() {
     let lab = Lab::new(150);
     let kills = std::env::var("FIREBOX_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(KILLS);
     let steps = format!("train.steps={}", 40 * kills);
-    let args = [&MICRO[..], &["--set", &steps, "--set", "checkpoint.every=2", "--set", "eval.every=40"]].concat();
+    let args = [&MICRO[..], &["--set", &steps, "--set", "checkpoint.every=4", "--set", "eval.every=40"]].concat();
     let want = undisturbed(&lab, &args).fingerprint();
     let command = lab.train("killed", &[&args[..], &["--ranks", "3", "--elastic"]].concat());
     let ended = kill_at_random(command, &lab.run("killed"), kills, false, &mut Random(5)).succeeded();

@@ -101,9 +101,22 @@ fn plain_mpirun_does_as_well_and_data_parallel_ranks_give_the_same_bits() {
     let firebox = lab.train("many", &RUN);
     let mut command = Command::new("mpirun");
     command.args(["--oversubscribe", "--allow-run-as-root", "-n", "3"]).arg(firebox.get_program());
-    command.args(firebox.get_args()).current_dir(lab.path(".")).env("FIREBOX_CACHE", lab.path("cache"));
+    command
+        .args(firebox.get_args())
+        .arg("--timeline")
+        .current_dir(lab.path("."))
+        .env("FIREBOX_CACHE", lab.path("cache"));
     Ended::new(command.stdin(Stdio::null()).output().unwrap(), "mpirun".into()).succeeded();
     want.assert_equals(&lab.run("many").fingerprint(), "mpirun -n 3");
+
+    let timeline = lab.run("many").json("timeline.json");
+    let spans = timeline["traceEvents"].as_array().unwrap();
+    for rank in 0..3 {
+        let of = |kind: &str| spans.iter().filter(|span| span["pid"] == rank && span["cat"] == kind).count();
+        assert!(of("forward") >= 2 && of("forward") == of("backward") && of("communication") > 0, "rank {rank}");
+    }
+    let last = lab.run("many").metrics().into_iter().rfind(|line| line["loss"].is_f64()).unwrap();
+    assert!(last["bytes_sent"].as_u64() > Some(0) && last["overlap"].is_f64(), "{last}");
 }
 
 #[test]
@@ -175,7 +188,7 @@ fn threads_and_processes_in_turns_are_killed_again_and_again_and_the_run_ends_as
     let lab = Lab::new(150);
     let kills = std::env::var("FIREBOX_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(KILLS);
     let steps = format!("train.steps={}", 60 * kills);
-    let args = [&RUN[..], &["--set", &steps, "--set", "checkpoint.every=2", "--set", "eval.every=40"]].concat();
+    let args = [&RUN[..], &["--set", &steps, "--set", "checkpoint.every=4", "--set", "eval.every=40"]].concat();
     let want = lab.trained("one", &args).fingerprint();
     let run = lab.run("killed");
     let mut random = Random(7);

@@ -81,8 +81,7 @@ impl LaunchArgs {
             }
             let from = now.map_or("the beginning".to_owned(), |step| format!("step {step}"));
             let mut with = String::new();
-            if let (Some(n), Some(128..)) = (ranks, status.code()) {
-                // mpirun ends with this where a process was killed; it then ends the others.
+            if let (Some(n), true) = (ranks, one_was_killed(status)) {
                 let left = fewer(n - 1, job);
                 with = match left {
                     Some(left) => format!(" on {left} of {n} ranks"),
@@ -101,6 +100,12 @@ fn fewer(left: usize, job: &Job<'_>) -> Option<usize> {
     let copies = (1..=left / job.of_model).rev();
     let mut copies = copies.filter(|copies| job.even.is_none_or(|micro_batches| micro_batches.is_multiple_of(*copies)));
     copies.next().map(|copies| copies * job.of_model)
+}
+
+/// Whether mpirun has ended because one of its processes was killed, upon which it ends the others. Its exit code then is 128 and the signal's number, or that
+/// alone; a rank's own are 1, and 101 of a panic.
+fn one_was_killed(status: ExitStatus) -> bool {
+    status.code().is_some_and(|code| code != 1 && code != 101)
 }
 
 /// The step of the last checkpoint, whole or not: what counts is that there is another one.
