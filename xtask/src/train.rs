@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -24,6 +24,7 @@ use crate::workspace::Workspace;
   cargo xtask train my-recipe.toml --backend wgpu        a recipe of yours on the GPU
   cargo xtask train -- --depth 6 --set optimizer.lr=1e-3 the default run, larger
   cargo xtask train --ranks 2 -- --zero 2                on two ranks that divide the optimizer's state
+  cargo xtask train --mpi 4 -- --elastic                 on four processes, and on with those that remain if one is lost
   cargo xtask train -- --help                            all options of `firebox train`
 
 The first build takes about 7 minutes on 2 cores (a GPU backend: another 16); later ones take seconds.
@@ -37,7 +38,7 @@ pub struct Train {
     /// Train on N ranks, threads of one process that share the work of every step.
     #[arg(long, value_name = "N", conflicts_with = "mpi")]
     ranks: Option<u16>,
-    /// Train on N processes of MPI: builds with it, and starts `mpirun`. Needs an MPI with its headers and libclang (Debian: openmpi-bin libopenmpi-dev
+    /// Train on N processes of MPI: builds with it; Firebox starts `mpirun`. Needs an MPI with its headers and libclang (Debian: openmpi-bin libopenmpi-dev
     /// libclang-dev).
     #[arg(long, value_name = "N")]
     mpi: Option<u16>,
@@ -135,32 +136,15 @@ impl Train {
             .ok()
             .and_then(|here| binary.strip_prefix(here).map(Path::to_path_buf).ok())
             .unwrap_or(binary);
-        let (program, before) = self.launcher(&binary);
-        let mut command = Command::new(&program);
-        command.args(before).args(&arguments);
-        if self.mpi.is_some() {
-            // Open MPI refuses to be run by root, who is the only user of many a container.
-            command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-        }
-        replace_self(command, &program)
+        let mut command = Command::new(&binary);
+        command.args(&arguments);
+        replace_self(command, &binary)
     }
 
     fn features(&self) -> Vec<&'static str> {
         let mut features = self.backend.features();
         features.extend(self.mpi.map(|_| "mpi"));
         features
-    }
-
-    /// What is started, and its arguments before those of Firebox.
-    fn launcher(&self, binary: &Path) -> (PathBuf, Vec<String>) {
-        match self.mpi {
-            None => (binary.to_path_buf(), vec![]),
-            // More ranks than cores are allowed: a test of a layout need not be fast.
-            Some(ranks) => {
-                let before = ["--oversubscribe", "-n", &ranks.to_string(), &binary.display().to_string()];
-                (PathBuf::from("mpirun"), before.map(str::to_owned).to_vec())
-            }
-        }
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -172,6 +156,9 @@ impl Train {
         }
         if let Some(ranks) = self.ranks {
             arguments.extend(["--ranks".to_owned(), ranks.to_string()]);
+        }
+        if let Some(ranks) = self.mpi {
+            arguments.extend(["--mpi".to_owned(), ranks.to_string()]);
         }
         arguments.extend(self.options.iter().cloned());
         arguments
@@ -216,10 +203,11 @@ mod tests {
     fn ranks_are_threads_or_processes_of_mpi() {
         let threads = Train { ranks: Some(3), ..train(None, Backend::Ndarray, &["--zero", "2"]) };
         assert_eq!(threads.arguments(), ["train", "--ranks", "3", "--zero", "2"]);
-        assert_eq!(threads.launcher(Path::new("fb")), (PathBuf::from("fb"), vec![]));
-        let mpi = Train { mpi: Some(4), ..train(None, Backend::Ndarray, &[]) };
-        let before = ["--oversubscribe", "-n", "4", "fb"].map(str::to_owned).to_vec();
-        assert_eq!((mpi.launcher(Path::new("fb")), mpi.features()), ((PathBuf::from("mpirun"), before), vec!["mpi"]));
+        let mpi = Train { mpi: Some(4), ..train(None, Backend::Ndarray, &["--elastic"]) };
+        assert_eq!(
+            (mpi.arguments(), mpi.features()),
+            (["train", "--mpi", "4", "--elastic"].map(str::to_owned).to_vec(), vec!["mpi"])
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use crate::collectives::{Call, Collectives, Lane, Operation, Signature};
 use crate::element::{Element, ReduceOp};
 use crate::error::{CommError, Result};
+use crate::meter::{Meter, sent};
 
 /// One rank's handle to a group of ranks, whatever carries their messages.
 ///
@@ -26,8 +27,27 @@ pub struct Communicator {
 }
 
 struct Inner {
-    engine: Arc<dyn Collectives>,
+    link: Link,
     worker: Mutex<Option<Worker>>,
+}
+
+/// An engine whose calls are counted.
+#[derive(Clone)]
+struct Link {
+    engine: Arc<dyn Collectives>,
+    meter: Arc<Meter>,
+}
+
+impl Link {
+    fn call(&self, lane: Lane, call: Call<'_>) -> Result<()> {
+        let size = self.engine.world_ranks().len();
+        if size == 1 {
+            // Nobody to talk to.
+            return self.engine.call(lane, call);
+        }
+        let counts = sent(&call, self.engine.rank(), size);
+        self.meter.call(call.signature().operation, counts, || self.engine.call(lane, call))
+    }
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -44,7 +64,7 @@ impl Drop for Inner {
         if let Some(Worker { jobs, thread }) = worker {
             if thread::panicking() {
                 // What was started may wait for calls that will not come now: tell the others first.
-                self.engine.abandon("it panicked");
+                self.link.engine.abandon("it panicked");
             }
             drop(jobs);
             // The jobs catch nothing and panic nowhere; had one panicked, its result would have been missed already.
@@ -60,14 +80,23 @@ impl fmt::Debug for Communicator {
 }
 
 impl Communicator {
-    /// A handle over an engine.
+    /// A handle over an engine, for the rank that is the current thread.
     pub fn new(engine: Arc<dyn Collectives>) -> Self {
-        Self { inner: Arc::new(Inner { engine, worker: Mutex::new(None) }) }
+        Self::metered(engine, Arc::new(Meter::new()))
+    }
+
+    fn metered(engine: Arc<dyn Collectives>, meter: Arc<Meter>) -> Self {
+        Self { inner: Arc::new(Inner { link: Link { engine, meter }, worker: Mutex::new(None) }) }
+    }
+
+    /// What this rank has sent, and how long it took, in this group and all others of its world.
+    pub fn meter(&self) -> &Meter {
+        &self.inner.link.meter
     }
 
     /// The number of this rank in the group, from 0.
     pub fn rank(&self) -> usize {
-        self.inner.engine.rank()
+        self.inner.link.engine.rank()
     }
 
     /// The number of ranks in the group.
@@ -77,7 +106,7 @@ impl Communicator {
 
     /// The world's number of each rank of the group; errors name ranks by these.
     pub fn world_ranks(&self) -> &[usize] {
-        self.inner.engine.world_ranks()
+        self.inner.link.engine.world_ranks()
     }
 
     /// Waits until every rank is here.
@@ -86,7 +115,7 @@ impl Communicator {
     ///
     /// As all collectives: [`CommError::RankLost`], [`CommError::Timeout`], [`CommError::Mismatch`].
     pub fn barrier(&self) -> Result<()> {
-        self.inner.engine.call(Lane::Blocking, Call::Barrier)
+        self.inner.link.call(Lane::Blocking, Call::Barrier)
     }
 
     /// Reduces `data`, of the same length on all ranks, in place.
@@ -98,7 +127,7 @@ impl Communicator {
     /// Other lengths, types or operations on other ranks, lost and late ranks.
     pub fn all_reduce<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
         let data = T::bytes_mut(data);
-        self.inner.engine.call(Lane::Blocking, Call::AllReduce { data, dtype: T::DTYPE, op })
+        self.inner.link.call(Lane::Blocking, Call::AllReduce { data, dtype: T::DTYPE, op })
     }
 
     /// Reduces `data`, of the same length on all ranks, and gives each rank a part of the result.
@@ -110,7 +139,7 @@ impl Communicator {
     /// Parts of another length together, other lengths of `data`, types or operations on other ranks, lost and late ranks.
     pub fn reduce_scatter<T: Element>(&self, data: &[T], out: &mut [T], op: ReduceOp) -> Result<()> {
         let (data, out) = (T::bytes(data), T::bytes_mut(out));
-        self.inner.engine.call(Lane::Blocking, Call::ReduceScatter { data, out, dtype: T::DTYPE, op })
+        self.inner.link.call(Lane::Blocking, Call::ReduceScatter { data, out, dtype: T::DTYPE, op })
     }
 
     /// Puts the `data` of all ranks, which may differ in length, one after the other into `out` in the order of the ranks.
@@ -120,7 +149,7 @@ impl Communicator {
     /// An `out` that is not as long as all parts together, other lengths of `out` or types on other ranks, lost and late ranks.
     pub fn all_gather<T: Element>(&self, data: &[T], out: &mut [T]) -> Result<()> {
         let (data, out) = (T::bytes(data), T::bytes_mut(out));
-        self.inner.engine.call(Lane::Blocking, Call::AllGather { data, out, dtype: T::DTYPE })
+        self.inner.link.call(Lane::Blocking, Call::AllGather { data, out, dtype: T::DTYPE })
     }
 
     /// Sends to each rank its part of `data`, `counts[rank]` elements in the order of the ranks, and returns what came for this
@@ -131,7 +160,7 @@ impl Communicator {
     /// Counts that are not one per rank or do not add up to `data`, other types on other ranks, lost and late ranks.
     pub fn all_to_all<T: Element>(&self, data: &[T], counts: &[usize]) -> Result<(Vec<T>, Vec<usize>)> {
         self.check_counts(data.len(), counts)?;
-        all_to_all(self.inner.engine.as_ref(), Lane::Blocking, data, counts)
+        all_to_all(&self.inner.link, Lane::Blocking, data, counts)
     }
 
     /// Copies the `data` of `root` to all other ranks, where it is of the same length.
@@ -142,7 +171,7 @@ impl Communicator {
     pub fn broadcast<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
         self.check_rank("broadcast", root)?;
         let data = T::bytes_mut(data);
-        self.inner.engine.call(Lane::Blocking, Call::Broadcast { data, dtype: T::DTYPE, root })
+        self.inner.link.call(Lane::Blocking, Call::Broadcast { data, dtype: T::DTYPE, root })
     }
 
     /// Hands `data` over for rank `to` and returns at once: the message is on its way without a further call, and between threads it is
@@ -153,7 +182,11 @@ impl Communicator {
     /// A receiver that is no other rank of the group, or is lost.
     pub fn send<T: Element>(&self, data: Vec<T>, to: usize, tag: u32) -> Result<()> {
         self.check_peer("send", to)?;
-        self.inner.engine.send(to, tag, T::into_buffer(data))
+        let Link { engine, meter } = &self.inner.link;
+        let bytes = size_of_val(&data[..]) as u64;
+        engine.send(to, tag, T::into_buffer(data))?;
+        meter.count(bytes, 1);
+        Ok(())
     }
 
     /// Waits for the next message from rank `from` with this tag.
@@ -173,17 +206,18 @@ impl Communicator {
     /// A sender that is no other rank of the group; when waiting, as [`recv`](Self::recv).
     pub fn start_recv<T: Element>(&self, from: usize, tag: u32) -> Result<Pending<Vec<T>>> {
         self.check_peer("recv", from)?;
-        let engine = self.inner.engine.clone();
+        let Link { engine, meter } = self.inner.link.clone();
         let place = engine.post_recv(from, tag)?;
         Ok(Pending::new(move || {
-            let message = engine.recv(from, tag, place)?;
+            let operation = Operation::Recv { from, tag };
+            let message = meter.call(operation, (0, 0), || engine.recv(from, tag, place))?;
             let got = format!("{} {}", message.len(), message.dtype());
             let ranks = engine.world_ranks();
             T::from_buffer(message).ok_or_else(|| CommError::WrongType {
                 from: ranks[from],
                 got,
                 at: ranks[engine.rank()],
-                call: Signature { operation: Operation::Recv { from, tag }, data: None },
+                call: Signature { operation, data: None },
             })
         }))
     }
@@ -194,7 +228,7 @@ impl Communicator {
     ///
     /// The communication thread cannot be started; when waiting, as `barrier`.
     pub fn start_barrier(&self) -> Result<Pending<()>> {
-        self.start(|engine| engine.call(Lane::Background, Call::Barrier))
+        self.start(Operation::Barrier, |link| link.call(Lane::Background, Call::Barrier))
     }
 
     /// [`all_reduce`](Self::all_reduce) in the background; gives `data` back, reduced.
@@ -203,9 +237,9 @@ impl Communicator {
     ///
     /// The communication thread cannot be started; when waiting, as `all_reduce`.
     pub fn start_all_reduce<T: Element>(&self, mut data: Vec<T>, op: ReduceOp) -> Result<Pending<Vec<T>>> {
-        self.start(move |engine| {
+        self.start(Operation::AllReduce(op), move |link| {
             let call = Call::AllReduce { data: T::bytes_mut(&mut data), dtype: T::DTYPE, op };
-            engine.call(Lane::Background, call).map(|()| data)
+            link.call(Lane::Background, call).map(|()| data)
         })
     }
 
@@ -220,9 +254,9 @@ impl Communicator {
         mut out: Vec<T>,
         op: ReduceOp,
     ) -> Result<Pending<(Vec<T>, Vec<T>)>> {
-        self.start(move |engine| {
+        self.start(Operation::ReduceScatter(op), move |link| {
             let call = Call::ReduceScatter { data: T::bytes(&data), out: T::bytes_mut(&mut out), dtype: T::DTYPE, op };
-            engine.call(Lane::Background, call).map(|()| (out, data))
+            link.call(Lane::Background, call).map(|()| (out, data))
         })
     }
 
@@ -232,10 +266,10 @@ impl Communicator {
     ///
     /// The communication thread cannot be started; when waiting, as `all_gather`.
     pub fn start_all_gather<T: Element>(&self, data: Vec<T>, len: usize) -> Result<Pending<Vec<T>>> {
-        self.start(move |engine| {
+        self.start(Operation::AllGather, move |link| {
             let mut out = vec![T::default(); len];
             let call = Call::AllGather { data: T::bytes(&data), out: T::bytes_mut(&mut out), dtype: T::DTYPE };
-            engine.call(Lane::Background, call).map(|()| out)
+            link.call(Lane::Background, call).map(|()| out)
         })
     }
 
@@ -251,7 +285,7 @@ impl Communicator {
         counts: Vec<usize>,
     ) -> Result<Pending<(Vec<T>, Vec<usize>)>> {
         self.check_counts(data.len(), &counts)?;
-        self.start(move |engine| all_to_all(engine, Lane::Background, &data, &counts))
+        self.start(Operation::AllToAll, move |link| all_to_all(link, Lane::Background, &data, &counts))
     }
 
     /// [`broadcast`](Self::broadcast) in the background; gives `data` back, which is then the root's.
@@ -261,9 +295,9 @@ impl Communicator {
     /// A root that is no rank of the group, or the communication thread cannot be started; when waiting, as `broadcast`.
     pub fn start_broadcast<T: Element>(&self, mut data: Vec<T>, root: usize) -> Result<Pending<Vec<T>>> {
         self.check_rank("broadcast", root)?;
-        self.start(move |engine| {
+        self.start(Operation::Broadcast { root }, move |link| {
             let call = Call::Broadcast { data: T::bytes_mut(&mut data), dtype: T::DTYPE, root };
-            engine.call(Lane::Background, call).map(|()| data)
+            link.call(Lane::Background, call).map(|()| data)
         })
     }
 
@@ -274,13 +308,19 @@ impl Communicator {
     ///
     /// As all collectives.
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
-        self.inner.engine.split(color, key).map(|engine| engine.map(Self::new))
+        let Link { engine, meter } = &self.inner.link;
+        let others = self.size() as u64 - 1;
+        // A color and a key to each other rank.
+        let counts = (2 * size_of::<i64>() as u64 * others, others);
+        let part = meter.call(Operation::Split, counts, || engine.split(color, key))?;
+        Ok(part.map(|engine| Self::metered(engine, meter.clone())))
     }
 
     /// Hands a job to the communication thread, which is started by the first one.
     fn start<R: Send + 'static>(
         &self,
-        job: impl FnOnce(&dyn Collectives) -> Result<R> + Send + 'static,
+        operation: Operation,
+        job: impl FnOnce(&Link) -> Result<R> + Send + 'static,
     ) -> Result<Pending<R>> {
         let failed = |why: String| CommError::Engine { operation: "start the communication thread", why };
         let mut worker = self.inner.worker.lock().unwrap_or_else(PoisonError::into_inner);
@@ -295,17 +335,19 @@ impl Communicator {
                 none.insert(Worker { jobs, thread })
             }
         };
-        let engine = self.inner.engine.clone();
+        let link = self.inner.link.clone();
+        let (meter, alone) = (link.meter.clone(), self.size() == 1);
         let (result, done): (_, Receiver<Result<R>>) = mpsc::sync_channel(1);
         let job = Box::new(move || {
             // Nobody may be waiting any more: the others still need this rank's part.
-            let _ = result.send(job(engine.as_ref()));
+            let _ = result.send(job(&link));
         });
         worker.jobs.send(job).map_err(|_| failed("it has ended".to_owned()))?;
         Ok(Pending::new(move || {
             let ended =
                 |_| CommError::Engine { operation: "wait", why: "the communication thread has ended".to_owned() };
-            done.recv().map_err(ended)?
+            let wait = || done.recv().map_err(ended);
+            if alone { wait()? } else { meter.await_background(operation, wait)? }
         }))
     }
 
@@ -338,16 +380,11 @@ impl Communicator {
     }
 }
 
-fn all_to_all<T: Element>(
-    engine: &dyn Collectives,
-    lane: Lane,
-    data: &[T],
-    counts: &[usize],
-) -> Result<(Vec<T>, Vec<usize>)> {
+fn all_to_all<T: Element>(link: &Link, lane: Lane, data: &[T], counts: &[usize]) -> Result<(Vec<T>, Vec<usize>)> {
     let (mut out, mut out_counts) = (T::into_buffer(vec![]), vec![]);
     let call =
         Call::AllToAll { data: T::bytes(data), dtype: T::DTYPE, counts, out: &mut out, out_counts: &mut out_counts };
-    engine.call(lane, call)?;
+    link.call(lane, call)?;
     // Ranks have agreed on the type.
     Ok((T::from_buffer(out).unwrap_or_default(), out_counts))
 }

@@ -8,6 +8,8 @@
 //! - [`pipeline`]: schedules (all-forward-all-backward, 1F1B, interleaved, ZB-H1, ZB-V) as lists of actions per rank, a checker
 //!   that proves them, a simulator that times them, and cutting a model into stages by cost.
 //!
+//! - [`Meter`]: what a rank sends, how long it waits for others, and how much of its communication goes on behind its computations.
+//!
 //! Reductions are made in the order of the ranks: the same bits every time. A rank that panics, ends, hangs, or makes another
 //! call than the others is an error on every rank that waits for it, and the error names it.
 //!
@@ -46,6 +48,7 @@ mod communicator;
 mod element;
 mod error;
 mod mesh;
+mod meter;
 #[cfg(feature = "mpi")]
 mod mpi;
 pub mod pipeline;
@@ -60,4 +63,5 @@ pub use element::{Buffer, DType, Element, ReduceOp};
 pub use error::{CommError, Result};
 pub use half::bf16;
 pub use mesh::{Axis, Coordinates, Degrees, Mesh, MeshError};
+pub use meter::{Meter, Place, Recorded, Traffic, clock};
 pub use world::{DEFAULT_TIMEOUT, Failure, Threads, WorldError, spawn};

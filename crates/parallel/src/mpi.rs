@@ -20,6 +20,7 @@ use crate::collectives::{Call, Collectives, Lane, Operation, Signature, members}
 use crate::communicator::Communicator;
 use crate::element::{Buffer, DType, Element, reduce_parts};
 use crate::error::{CommError, Result};
+use crate::meter::met;
 use crate::threads::{check_lengths, even_parts};
 use crate::world::{DEFAULT_TIMEOUT, Failure, WorldError, message};
 
@@ -167,7 +168,9 @@ impl MpiEngine {
         let mut polls = 0;
         let _polling = self.link.polling();
         loop {
+            let mut begun = false;
             let busy = self.link.poll(|inbox| {
+                begun = open.iter().all(|from| inbox.has_begun(self.ranks[*from], self.context, channel, place));
                 open.retain(|from| match inbox.take(self.ranks[*from], self.context, channel, place) {
                     Some(message) => got.insert(*from, message).is_some(),
                     None => true,
@@ -181,6 +184,9 @@ impl MpiEngine {
                     _ => Ok(()),
                 }
             })?;
+            if begun {
+                met();
+            }
             if open.is_empty() {
                 return Ok(order.iter().filter_map(|from| got.remove(from)).collect());
             }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::collectives::{Call, Collectives, Lane, Operation, Signature, members};
 use crate::element::{Buffer, reduce_parts};
 use crate::error::{CommError, Result};
+use crate::meter::met;
 
 /// How often a waiting rank looks whether those it waits for are still there.
 const LOOK: Duration = Duration::from_millis(10);
@@ -172,6 +173,7 @@ impl ThreadEngine {
             let checked = check(&calls, &self.group.ranks);
             match &checked {
                 Ok(()) => {
+                    met();
                     state.arrived = 0;
                     state.here.fill(false);
                     state.phase += 1;
@@ -184,6 +186,7 @@ impl ThreadEngine {
         let phase = state.phase;
         loop {
             if state.phase != phase {
+                met();
                 return Ok(state.posted.iter().flatten().copied().collect());
             }
             if let Some(error) = &state.broken {

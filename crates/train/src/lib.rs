@@ -40,6 +40,7 @@ mod curvature;
 pub mod engine;
 mod error;
 pub mod evaluate;
+mod fault;
 pub mod generate;
 pub mod lr_find;
 pub mod model_io;
@@ -50,6 +51,7 @@ mod optimizer_recipe;
 mod precision;
 mod ranks;
 pub mod recipe;
+pub mod timeline;
 mod trainer;
 mod watch;
 

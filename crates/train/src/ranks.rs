@@ -10,6 +10,7 @@ mod division;
 mod exchange;
 mod layout;
 mod shards;
+mod traffic;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

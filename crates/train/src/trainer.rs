@@ -8,6 +8,7 @@ mod held_out;
 mod layout;
 mod persist;
 mod save;
+mod seen;
 mod update;
 
 use std::path::{Path, PathBuf};
@@ -24,12 +25,14 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::engine::Engine;
 use crate::evaluate::token_batch;
+use crate::fault;
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
 use crate::noise::NoiseScale;
 use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
 use crate::ranks::{Ranks, Shards};
 use crate::recipe::Recipe;
+use crate::timeline::Recorder;
 use crate::watch::Watch;
 
 pub use held::Held;
@@ -107,6 +110,9 @@ pub struct Trainer<'a> {
     shards: Option<Shards<Decoder>>,
     /// Bytes of the gradients of the last step, all micro-batches added up.
     gradient_bytes: usize,
+    recorder: Recorder,
+    /// The step whose timeline is shown.
+    shown: Option<u64>,
     #[cfg(test)]
     fault: Option<faults::Fault>,
 }
@@ -162,6 +168,8 @@ impl<'a> Trainer<'a> {
             saving: None,
             shards: None,
             gradient_bytes: 0,
+            recorder: Recorder::default(),
+            shown: None,
             dataset,
             recipe,
             #[cfg(test)]
@@ -238,7 +246,9 @@ impl<'a> Trainer<'a> {
             self.saved(false, observer)?;
             let step_started = Instant::now();
             let lr = self.recipe.schedule.lr_at(self.recipe.peak_lr(), self.state.step, self.recipe.train.steps);
+            let before = self.before_step();
             let done = self.step(lr, observer)?;
+            let worked = self.after_step(&before);
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
@@ -258,10 +268,12 @@ impl<'a> Trainer<'a> {
                         noise_scale_rows: self.state.noise_scale.rows(),
                         noise_scale_tokens: self.noise_scale_tokens(),
                         expert_load,
+                        ranks: self.seen(&worked)?,
                     };
                     observer.on_event(&Event::Step(&record))?;
                 }
             }
+            self.show(worked, observer)?;
             if !last && is_due(step, self.recipe.eval.every) {
                 let limit = self.recipe.eval.max_batches;
                 self.evaluate(if limit == 0 { None } else { Some(limit) }, observer)?;
@@ -270,6 +282,9 @@ impl<'a> Trainer<'a> {
                     stopped = "early stop";
                     break;
                 }
+            }
+            if let Some(ranks) = &self.ranks {
+                fault::at_checkpoint(ranks.world_rank(), step, &self.dir.join("checkpoints"));
             }
             if !last && is_due(step, self.recipe.checkpoint.every) {
                 self.save(false, observer)?;

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use firebox_train::observe::compare::{self, Baselines};
 use firebox_train::observe::{
-    EvalRecord, Event, MetricsWriter, ObserveError, Observer, Observers, Progress, RunInfo, StepRecord, Summary,
-    metrics, report,
+    EvalRecord, Event, MetricsWriter, ObserveError, Observer, Observers, Progress, RanksRecord, RunInfo, StepRecord,
+    Summary, metrics, report,
 };
 
 /// A run folder that is gone at the end of its test.
@@ -61,6 +61,15 @@ fn step(step: u64) -> StepRecord {
         noise_scale_rows: (step > 2).then_some(40.0),
         noise_scale_tokens: (step > 2).then_some(20_480.0),
         expert_load: (step > 2).then_some(1.25),
+        // As if the run went on on ranks.
+        ranks: (step > 3).then_some(RanksRecord {
+            bytes_sent: 1 << 40,
+            messages_sent: 96,
+            idle: 0.1 / 3.0,
+            communication: 0.02,
+            overlap: Some(0.75),
+            bubble: (step > 4).then_some(0.11),
+        }),
     }
 }
 
@@ -131,6 +140,9 @@ fn metrics_come_back_as_they_were_written() {
     assert_eq!(of_step, ["grad_norm", "loss", "lr", "memory_bytes", "mfu", "step", "tokens", "tokens_per_s"]);
     let of_later = keys(&lines[2]);
     assert!(["noise_scale_rows", "noise_scale_tokens"].iter().all(|key| of_later.iter().any(|k| k == key)));
+    let of_ranks = ["bytes_sent", "messages_sent", "idle", "communication", "overlap", "bubble"];
+    let (with, without) = (keys(&lines[4]), keys(&lines[2]));
+    assert!(of_ranks.iter().all(|key| with.iter().any(|k| k == key) && without.iter().all(|k| k != key)), "{with:?}");
     let mut of_eval = keys(&lines[5]);
     of_eval.sort();
     assert_eq!(of_eval, ["step", "tokens", "val_bpb", "val_loss"]);
@@ -331,6 +343,8 @@ fn the_report_has_every_part_and_escapes_what_it_shows() {
         "Learning rate",
         "Gradient norm",
         "Speed, tokens per second",
+        "Ranks: share of time",
+        "Ranks: share of communication",
         "Resident memory",
         "1.07 GB",
         "1 step was skipped",
@@ -352,8 +366,8 @@ fn the_report_has_every_part_and_escapes_what_it_shows() {
     // Nothing is loaded: the only address is the name of the SVG language.
     let addresses = html.matches("http://").count() + html.matches("https://").count();
     assert_eq!(addresses, html.matches("http://www.w3.org/2000/svg").count());
-    // Nine drawings, the large one for two widths.
-    assert_eq!(html.matches("<svg").count(), 9);
+    // Eleven drawings, the large one for two widths.
+    assert_eq!(html.matches("<svg").count(), 11);
     assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
     assert_eq!(html.matches("<section").count(), html.matches("</section>").count());
 

@@ -14,7 +14,7 @@ use firebox_parallel::{Axis, Communicator, Degrees, Mesh, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::ops::{Compute, Sequence};
 use firebox_train::TrainError;
-use firebox_train::engine::pipeline::{Event, Pipeline, write_chrome_trace};
+use firebox_train::engine::pipeline::{Event, Pipeline};
 use firebox_train::engine::{Engine, Recompute};
 use firebox_train::model_io::{parameters, to_host};
 
@@ -369,7 +369,7 @@ fn two_pipelines_side_by_side_add_up_to_one_rank() {
 }
 
 #[test]
-fn what_was_done_is_a_trace() {
+fn what_was_done_has_its_times() {
     let ranks = Case::new(config(8, true)).ranks(4, Schedule::ZeroBubbleH1);
     let events: Vec<Vec<Event>> = ranks.into_iter().map(|rank| rank.events).collect();
     let origin = events.iter().flatten().map(|event| event.start).min().unwrap();
@@ -382,15 +382,6 @@ fn what_was_done_is_a_trace() {
     }
     let bubble = timeline.bubble_share();
     assert!(bubble > 0.0 && bubble < 1.0, "{bubble}");
-
-    let mut json = vec![];
-    write_chrome_trace(&events, &mut json).unwrap();
-    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
-    let written = json["traceEvents"].as_array().unwrap();
-    assert_eq!(written.len(), events.iter().map(Vec::len).sum::<usize>());
-    let waits = |event: &&serde_json::Value| event["cat"] == "wait" && event["tid"] == 3;
-    assert_eq!(written.iter().filter(waits).count(), MICRO_BATCHES, "the last rank waits for activations alone");
-    assert!(written.iter().all(|event| event["ts"].as_f64() >= Some(0.0) && event["dur"].as_f64() >= Some(0.0)));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod launch;
 mod lr_find;
 mod prepare;
 mod ranks;
@@ -22,7 +23,7 @@ use firebox::train::observe::ObserveError;
 #[derive(Parser)]
 #[command(name = "firebox", version, arg_required_else_help = true)]
 struct Cli {
-    /// Compute threads; one per core if not given.
+    /// Compute threads; one per core if not given, of a process of MPI its share of them.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     #[command(subcommand)]
@@ -85,6 +86,9 @@ enum CliError {
     Output(#[source] std::io::Error),
     #[error(transparent)]
     Threads(#[from] firebox::tensor::threads::ThreadsError),
+    /// A program that should have the ranks.
+    #[error("cannot start {0}: {1}; install it (Debian: openmpi-bin), or train with --ranks")]
+    Launch(String, #[source] std::io::Error),
     /// A rank that failed, and how.
     #[error("{0}; go on with --resume")]
     Ranks(String),
@@ -136,7 +140,8 @@ pub fn main() -> ExitCode {
         // Help and version.
         Err(help) => help.exit(),
     };
-    if let Err(error) = firebox::tensor::threads::init(cli.threads.map_or(0, usize::from)) {
+    let threads = cli.threads.map_or_else(ranks::default_threads, usize::from);
+    if let Err(error) = firebox::tensor::threads::init(threads) {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }

@@ -9,12 +9,12 @@ use firebox::parallel::Mpi;
 use firebox::parallel::pipeline::Schedule;
 use firebox::parallel::{Communicator, Failure, Threads, WorldError};
 use firebox::tensor::threads::for_rank;
-use firebox::train::{Layout, Zero};
+use firebox::train::{Layout, TrainError, Zero};
 
 use super::CliError;
 
 /// Options of runs on several ranks. The parameters are those of one rank, bit for bit; a run goes on with any number of ranks.
-#[derive(Args, Clone, Copy)]
+#[derive(Args, Clone)]
 pub struct RankArgs {
     /// Train on N ranks, threads of this process that share the micro-batches of every step; each has its share of the compute threads. Under mpirun the ranks
     /// are its processes instead.
@@ -53,6 +53,40 @@ pub struct RankArgs {
     /// Seconds that a rank waits for another before the run fails and names it.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
+    /// Ranks whose progress is shown too, by number and comma, or `all`: only the first speaks otherwise.
+    #[arg(long, value_name = "RANKS", value_parser = LogRanks::parse)]
+    log_rank: Option<LogRanks>,
+}
+
+/// Whose progress is shown.
+#[derive(Clone)]
+pub enum LogRanks {
+    All,
+    These(Vec<usize>),
+}
+
+impl LogRanks {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        let numbers = text.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+        numbers.map(Self::These).map_err(|_| format!("expected numbers of ranks such as 1,3 or all, got {text}"))
+    }
+
+    /// Whether a rank of `size` is among them.
+    pub fn has(&self, rank: usize, size: usize) -> Result<bool, CliError> {
+        match self {
+            Self::All => Ok(true),
+            Self::These(ranks) => match ranks.iter().find(|rank| **rank >= size) {
+                None => Ok(ranks.contains(&rank)),
+                Some(missing) => {
+                    let expected = format!("numbers of ranks from 0 to {}", size - 1);
+                    Err(TrainError::Input { what: "--log-rank", expected, got: missing.to_string() }.into())
+                }
+            },
+        }
+    }
 }
 
 fn zero(text: &str) -> Result<Zero, String> {
@@ -79,6 +113,27 @@ fn context(text: &str) -> Result<ContextKind, String> {
 }
 
 impl RankArgs {
+    /// Of how many the number of ranks is a multiple.
+    pub fn of_model(&self) -> usize {
+        self.of_data() * [self.cp, self.pp, self.tp].map(usize::from).iter().product::<usize>()
+    }
+
+    /// Of how many the number of those that have data of their own is a multiple.
+    pub fn of_data(&self) -> usize {
+        // The one excludes the other.
+        usize::from(self.dp_replicate.max(self.ep))
+    }
+
+    /// Whether all that have data of their own must have equally many micro-batches.
+    pub fn is_even(&self) -> bool {
+        self.pp > 1 || self.ep > 1
+    }
+
+    /// Whose progress is shown besides the first's.
+    pub fn logged(&self) -> Option<LogRanks> {
+        self.log_rank.clone()
+    }
+
     /// Runs `train` on every rank, on its share of `threads`; what the first one returns.
     pub fn run<T: Send + 'static>(
         self,
@@ -98,11 +153,10 @@ impl RankArgs {
         };
         let timeout = Duration::from_secs(self.rank_timeout);
         #[cfg(feature = "mpi")]
-        if under_mpirun() {
+        if is_rank() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let product = layout.dp_replicate.max(layout.ep) * layout.cp * layout.pp * layout.tp;
-        let ranks = self.ranks.map_or(product, usize::from);
+        let ranks = self.ranks.map_or(self.of_model(), usize::from);
         if ranks == 1 {
             return train(None);
         }
@@ -119,9 +173,28 @@ impl RankArgs {
 const RANK: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"];
 
 /// Whether this process was started by one of them.
-#[cfg(feature = "mpi")]
-fn under_mpirun() -> bool {
+pub fn is_rank() -> bool {
     RANK.iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// What launchers call the number of processes that share a machine.
+const LOCAL_SIZE: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"];
+
+/// The compute threads of this process where nobody says how many; 0 for one per core. A process of MPI has its share of the machine's cores, unless its
+/// launcher has bound it to some.
+pub fn default_threads() -> usize {
+    let said = std::env::var_os("RAYON_NUM_THREADS").is_some();
+    if said || !cfg!(feature = "mpi") || !is_rank() {
+        return 0;
+    }
+    let local = LOCAL_SIZE.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok()).unwrap_or(1);
+    let usable = std::thread::available_parallelism().map_or(1, usize::from);
+    #[cfg(unix)]
+    // SAFETY: a question to the system.
+    let all = usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).unwrap_or(usable);
+    #[cfg(not(unix))]
+    let all = usable;
+    if usable == all { (usable / local.max(1)).max(1) } else { usable }
 }
 
 /// Whether this process is the one that tells the user what happens: not the second of many.

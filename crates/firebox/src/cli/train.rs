@@ -1,8 +1,8 @@
 //! `firebox train` and `firebox recipe`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use clap::Args;
 use firebox::data::Dataset;
@@ -12,12 +12,13 @@ use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::engine::Recompute;
 use firebox::train::observe::compare::gzip_xz;
-use firebox::train::observe::{Event, Observer, Observers, Summary};
+use firebox::train::observe::{Event, Observer, Observers, Progress, Summary};
 use firebox::train::recipe::BUILT_IN;
 use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer, Zero};
 
+use super::launch::{self, LaunchArgs};
 use super::prepare::DataArgs;
-use super::ranks::{RankArgs, speaks};
+use super::ranks::{LogRanks, RankArgs, is_rank, speaks};
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -57,8 +58,13 @@ pub struct TrainArgs {
     /// Seed, instead of the recipe's.
     #[arg(long)]
     seed: Option<u64>,
+    /// Record what each rank does in the tenth step from the start: timeline.json, for ui.perfetto.dev, and a picture in the report.
+    #[arg(long)]
+    timeline: bool,
     #[command(flatten)]
     ranks: RankArgs,
+    #[command(flatten)]
+    launch: LaunchArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -83,6 +89,9 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         Some(from) => args.cooldown(from)?,
         None => {
             let (recipe, dir) = args.recipe()?;
+            if args.launch.elsewhere() {
+                args.launch(&recipe, &dir)?;
+            }
             let found = checkpoint(&dir, args.resume)?;
             (recipe, dir, found)
         }
@@ -91,8 +100,18 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
     if speaks() {
         println!("{}", dataset.stats);
     }
-    let job =
-        Job { recipe, dir, found, dataset, described, backend: args.device.backend, threads, interrupt: interrupt() };
+    let job = Job {
+        recipe,
+        dir,
+        found,
+        dataset,
+        described,
+        backend: args.device.backend,
+        threads,
+        timeline: args.timeline,
+        logged: args.ranks.logged(),
+        interrupt: interrupt(),
+    };
     let dir = job.dir.clone();
     let summary = args.ranks.run(threads, move |ranks| job.train(ranks))?;
     if speaks() {
@@ -109,8 +128,10 @@ struct Job {
     dataset: Dataset,
     described: String,
     backend: Backend,
-    /// Of all ranks together.
+    /// Of all ranks of this process together.
     threads: usize,
+    timeline: bool,
+    logged: Option<LogRanks>,
     interrupt: Arc<AtomicBool>,
 }
 
@@ -128,8 +149,12 @@ impl Job {
         if rank == 0 {
             println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
         }
+        let logged = self.logged.as_ref().map(|logged| logged.has(rank, size)).transpose()?;
         if let Some((comm, layout)) = ranks {
             trainer = trainer.with_ranks(comm, layout)?;
+        }
+        if self.timeline {
+            trainer = trainer.with_timeline();
         }
         if let Some(checkpoint) = found {
             trainer.restore(checkpoint)?;
@@ -137,10 +162,15 @@ impl Job {
         let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
         info.program = program();
         if rank > 0 {
-            return Ok(trainer.run(&info, &mut Observers::new(), &self.interrupt)?);
+            let mut observers = Observers::new();
+            if logged == Some(true) {
+                observers.push(Progress::of_rank(rank));
+                observers.on_event(&Event::RunStarted(&info))?;
+            }
+            return Ok(trainer.run(&info, &mut observers, &self.interrupt)?);
         }
         if size > 1 {
-            let per_rank = (self.threads / size).max(1);
+            let per_rank = if is_rank() { self.threads } else { (self.threads / size).max(1) };
             println!("{size} ranks of {per_rank} compute thread{}", if per_rank == 1 { "" } else { "s" });
             if recomputed {
                 println!(
@@ -152,7 +182,11 @@ impl Job {
         if firebox::tensor::device::is_fused(&device) {
             info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into()) * size as f64;
         }
-        let mut observers = Observers::standard();
+        let mut observers = if logged.is_some() { Observers::files() } else { Observers::standard() };
+        if logged.is_some() {
+            // Lines, like those of the others.
+            observers.push(Progress::of_rank(rank));
+        }
         observers.on_event(&Event::RunStarted(&info))?;
         if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
             compare(dataset, dir)?;
@@ -208,6 +242,19 @@ impl TrainArgs {
         println!("cooling down from {}", found.checkpoint.path().display());
         let copy = cooldown.start(&dir)?;
         Ok((recipe, dir, Some(copy)))
+    }
+
+    /// Trains in other processes, and ends as they do.
+    fn launch(&self, recipe: &Recipe, dir: &Path) -> Result<(), CliError> {
+        let micro_batches = recipe.train.batch_rows.div_ceil(recipe.train.micro_rows());
+        let job = launch::Job {
+            dir,
+            of_model: self.ranks.of_model(),
+            of_data: self.ranks.of_data(),
+            even: self.ranks.is_even().then_some(micro_batches),
+            resume: self.resume,
+        };
+        std::process::exit(self.launch.run(&job)?)
     }
 
     fn run_dir(&self, name: &str) -> PathBuf {
@@ -266,7 +313,24 @@ fn interrupt() -> Arc<AtomicBool> {
     if let Err(error) = installed {
         eprintln!("warning: Ctrl-C will not write a checkpoint: {error}");
     }
+    #[cfg(unix)]
+    stop_upon_usr1(&flag);
     flag
+}
+
+/// SIGUSR1 does the same: mpirun passes it on to the ranks, and Slurm sends it before a job's time is over (`--signal=USR1@120`).
+#[cfg(unix)]
+fn stop_upon_usr1(flag: &Arc<AtomicBool>) {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    extern "C" fn stop(_: libc::c_int) {
+        if let Some(flag) = FLAG.get() {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
+    if FLAG.set(flag.clone()).is_ok() {
+        // SAFETY: the handler reads what is set already and stores a flag, which a signal handler may.
+        unsafe { libc::signal(libc::SIGUSR1, stop as *const () as libc::sighandler_t) };
+    }
 }
 
 fn conclude(summary: &Summary, dir: &Path) {

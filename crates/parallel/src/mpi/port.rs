@@ -93,6 +93,11 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
+    /// Whether a message is here or on its way.
+    pub fn has_begun(&self, from: usize, context: i64, channel: i64, place: u64) -> bool {
+        self.places.get(&(from, context, channel)).is_some_and(|begun| *begun > place)
+    }
+
     pub fn take(&mut self, from: usize, context: i64, channel: i64, place: u64) -> Option<Received> {
         self.messages.remove(&(from, context, channel, place))
     }

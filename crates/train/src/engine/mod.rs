@@ -52,21 +52,8 @@ impl Engine {
         step: u64,
         total: &mut NamedGrads,
     ) -> Result<f64, TrainError> {
-        self.gradients_seen(model, batch, step, total, &mut |_| {})
-    }
-
-    /// The same; `see` is shown the gradients of this batch alone, a stage's at a time, before they are added.
-    pub(crate) fn gradients_seen<M: Staged>(
-        &self,
-        model: &M,
-        batch: &TokenBatch,
-        step: u64,
-        total: &mut NamedGrads,
-        see: &mut dyn FnMut(&NamedGrads),
-    ) -> Result<f64, TrainError> {
         let mut pass = self.forward(model, batch, step)?;
         while let Some(grads) = pass.backward(model)? {
-            see(&grads);
             total.add(grads);
         }
         Ok(pass.loss())

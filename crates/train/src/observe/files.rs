@@ -8,11 +8,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{Event, ObserveError, Observer};
+use crate::timeline::write_chrome_trace;
 
 /// A file of a run folder that is larger than this was not written by Firebox.
 const MAX_SMALL_FILE: u64 = 16 << 20;
 
-/// Writes `run.json`, `recipe.toml`, `samples/step-N.txt` and, at the end, `summary.json`.
+/// Writes `run.json`, `recipe.toml`, `samples/step-N.txt`, `timeline.json` and, at the end, `summary.json`.
 ///
 /// At a start it removes what a run that went further left behind (the old summary, and samples after the first step), and files that a process
 /// was writing aside when it was killed.
@@ -38,6 +39,9 @@ impl Observer for RunFiles {
                 remove_abandoned(&self.dir)?;
                 remove_abandoned(&samples)?;
                 remove_if_there(&self.dir.join("summary.json"))?;
+                if info.start_step == 0 {
+                    remove_if_there(&self.dir.join("timeline.json"))?;
+                }
                 for (step, path) in samples_in(&self.dir)? {
                     if step > info.start_step || info.start_step == 0 {
                         remove_if_there(&path)?;
@@ -51,6 +55,12 @@ impl Observer for RunFiles {
             }
             Event::Sampled { step, text } => {
                 replace(&self.dir.join("samples").join(format!("step-{step}.txt")), text.as_bytes())
+            }
+            Event::Timeline { step, ranks } => {
+                let mut text = vec![];
+                let path = self.dir.join("timeline.json");
+                write_chrome_trace(*step, ranks, &mut text).map_err(ObserveError::write(&path))?;
+                replace(&path, &text)
             }
             Event::Finished(summary) => write_json(&self.dir.join("summary.json"), summary),
             _ => Ok(()),

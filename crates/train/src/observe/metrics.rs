@@ -6,7 +6,7 @@
 //! {"step":11,"skipped":"the loss is not finite"}
 //! ```
 //!
-//! A number that is not finite is `null`. Every line is flushed as it is written, so that a killed run loses at most the
+//! With several ranks, a step has the keys of [`RanksRecord`](super::RanksRecord) as well. A number that is not finite is `null`. Every line is flushed as it is written, so that a killed run loses at most the
 //! line it was at.
 
 use std::fs::File;
@@ -171,7 +171,7 @@ impl Observer for MetricsWriter {
                 }
                 Ok(())
             }
-            Event::Sampled { .. } | Event::CheckpointSaved { .. } => Ok(()),
+            Event::Sampled { .. } | Event::Timeline { .. } | Event::CheckpointSaved { .. } => Ok(()),
         }
     }
 }

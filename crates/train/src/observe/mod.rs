@@ -11,6 +11,7 @@
 //!   recipe.toml       the resolved recipe
 //!   metrics.jsonl     a line per logged step, evaluation and skipped step ([`metrics`])
 //!   summary.json      the result ([`Summary`]); absent while the run goes on
+//!   timeline.json     what each rank did in one step, where that was asked for ([`timeline`](crate::timeline))
 //!   baselines.json    what gzip and xz make of the held-out text ([`compare`])
 //!   samples/step-N.txt
 //!   events.out.tfevents.*    for `tensorboard --logdir RUN`
@@ -59,9 +60,11 @@ use std::path::{Path, PathBuf};
 pub use files::RunFiles;
 pub use metrics::MetricsWriter;
 pub use progress::Progress;
-pub use record::{EvalRecord, RunInfo, StepRecord, Summary};
+pub use record::{EvalRecord, RanksRecord, RunInfo, StepRecord, Summary};
 pub use report::ReportWriter;
 pub use tensorboard::TensorBoard;
+
+use crate::timeline::Span;
 
 /// Something that happened in a run, in the order in which it happened.
 #[derive(Debug, Clone, Copy)]
@@ -78,6 +81,13 @@ pub enum Event<'a> {
         step: u64,
         /// What the model wrote.
         text: &'a str,
+    },
+    /// What each rank did in the step that was to be shown.
+    Timeline {
+        /// The step.
+        step: u64,
+        /// By rank.
+        ranks: &'a [Vec<Span>],
     },
     /// A checkpoint is whole and in its place.
     CheckpointSaved {

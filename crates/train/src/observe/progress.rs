@@ -60,6 +60,11 @@ impl Progress {
         Self { output: Output::Lines { to: Box::new(to), every }, run: None }
     }
 
+    /// Plain lines on standard error, each behind the number of a rank, where several ranks speak.
+    pub fn of_rank(rank: usize) -> Self {
+        Self::lines(Prefixed { prefix: format!("[rank {rank}] "), text: String::new(), to: io::stderr() }, PLAIN_EVERY)
+    }
+
     /// A line that stays: above the bar, or one of the plain ones.
     fn say(&mut self, text: &str) {
         match &mut self.output {
@@ -137,6 +142,27 @@ impl Progress {
         }
         self.say(&closing_line(summary));
         self.run = None;
+    }
+}
+
+/// Writes lines behind a prefix, all of a flush in one piece: others write to the same place.
+struct Prefixed<W> {
+    prefix: String,
+    text: String,
+    to: W,
+}
+
+impl<W: Write> Write for Prefixed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.text.push_str(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let lines: String = self.text.lines().map(|line| format!("{}{line}\n", self.prefix)).collect();
+        self.text.clear();
+        self.to.write_all(lines.as_bytes())?;
+        self.to.flush()
     }
 }
 
@@ -238,6 +264,7 @@ impl Observer for Progress {
             Event::Sampled { step, text } => {
                 self.say(&format!("step {}: a sample\n{}", count(*step), sample_block(text)));
             }
+            Event::Timeline { step, .. } => self.say(&format!("step {}: timeline.json", count(*step))),
             Event::CheckpointSaved { step, path } => {
                 self.say(&format!("step {}: checkpoint {}", count(*step), path.display()));
             }
@@ -256,5 +283,21 @@ impl Drop for Progress {
         if let Output::Bar(bar) = &self.output {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn each_line_of_a_rank_is_behind_its_number() {
+        let mut written = vec![];
+        let mut to = Prefixed { prefix: "[rank 2] ".into(), text: String::new(), to: &mut written };
+        writeln!(to, "step 1\n  a sample").unwrap();
+        to.flush().unwrap();
+        to.flush().unwrap();
+        assert_eq!(String::from_utf8(written).unwrap(), "[rank 2] step 1\n[rank 2]   a sample\n");
     }
 }

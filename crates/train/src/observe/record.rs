@@ -114,6 +114,28 @@ pub struct StepRecord {
     /// How uneven the choice of experts was in the step, where there are any: tokens of the busiest expert over the mean, in the worst block. 1: even.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<f64>,
+    /// What ranks did, where there are several.
+    #[serde(flatten)]
+    pub ranks: Option<RanksRecord>,
+}
+
+/// What the ranks of a run did in a step: keys of the same line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct RanksRecord {
+    /// Bytes that they sent to each other, all together; see [`Traffic`](firebox_parallel::Traffic).
+    pub bytes_sent: u64,
+    /// Messages, all together.
+    pub messages_sent: u64,
+    /// The share of their time for which they waited for others, from 0 to 1.
+    pub idle: f64,
+    /// The share for which they stood while data moved.
+    pub communication: f64,
+    /// Of the time in which data moved, the share in which the rank computed; absent where none moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<f64>,
+    /// The share of the pipelines' time in which ranks computed nothing; absent without pipelines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bubble: Option<f64>,
 }
 
 /// One evaluation on the held-out text: a line of `metrics.jsonl`.

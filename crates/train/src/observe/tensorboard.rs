@@ -63,7 +63,13 @@ impl Observer for TensorBoard {
                 ];
                 let noise = record.noise_scale_rows.map(|rows| ("train/noise_scale_rows", rows));
                 let load = record.expert_load.map(|load| ("train/expert_load", load));
-                let scalars: Vec<_> = always.into_iter().chain(noise).chain(load).collect();
+                let ranks = record.ranks.into_iter().flat_map(|ranks| {
+                    let sent = [("ranks/bytes_sent", ranks.bytes_sent as f64), ("ranks/idle", ranks.idle)];
+                    let overlap = ranks.overlap.map(|overlap| ("ranks/overlap", overlap));
+                    let bubble = ranks.bubble.map(|bubble| ("ranks/bubble", bubble));
+                    sent.into_iter().chain(overlap).chain(bubble)
+                });
+                let scalars: Vec<_> = always.into_iter().chain(noise).chain(load).chain(ranks).collect();
                 self.write(record.step, &Content::Scalars(&scalars))
             }
             Event::Evaluated(record) => {
@@ -77,7 +83,7 @@ impl Observer for TensorBoard {
                 self.open = None;
                 Ok(())
             }
-            Event::CheckpointSaved { .. } | Event::Skipped { .. } => Ok(()),
+            Event::Timeline { .. } | Event::CheckpointSaved { .. } | Event::Skipped { .. } => Ok(()),
         }
     }
 }

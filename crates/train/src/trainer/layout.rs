@@ -11,6 +11,7 @@ use firebox_tensor::device::is_fused;
 use super::Trainer;
 use crate::TrainError;
 use crate::engine::Recompute;
+use crate::fault;
 use crate::model_io::{Later, later, set_later};
 use crate::ranks::{Layout, Ranks, Shards, Zero};
 use crate::recipe::Recipe;
@@ -73,6 +74,7 @@ impl Trainer<'_> {
                 "none with ep: the ranks that divide the experts need as many micro-batches each in every step";
             return fail("train.batch_warmup", expected, "one".into());
         }
+        fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);

@@ -7,8 +7,10 @@ use firebox_optim::NamedGrads;
 use super::{GRADIENT_NOT_FINITE, LOSS_NOT_FINITE, Skip, Trainer, Updated, is_due, targets};
 use crate::TrainError;
 use crate::curvature::drawn;
+use crate::fault::{self, Place};
 use crate::noise::Part;
 use crate::ranks::{Ranks, Zero};
+use crate::timeline::Kind;
 
 impl Trainer<'_> {
     /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
@@ -43,10 +45,13 @@ impl Trainer<'_> {
         if measured {
             self.state.noise_scale.take(&parts, grad_norm * grad_norm);
         }
-        if let Some(shards) = &mut self.shards {
-            shards.step(&mut self.optimizer, lr, &clipping, &mut grads)?;
+        let Self { recorder, optimizer, shards, .. } = self;
+        if let Some(shards) = shards {
+            let update = || shards.step(optimizer, lr, &clipping, &mut grads);
+            recorder.span(Kind::Update, || "update".into(), update)?;
         } else if let Some(model) = self.model.take() {
-            let model = self.optimizer.step_clipped(lr, &clipping, model, &mut grads)?;
+            let update = || optimizer.step_clipped(lr, &clipping, model, &mut grads);
+            let model = recorder.span(Kind::Update, || "update".into(), update)?;
             self.model = Some(self.gather(model)?);
         }
         Ok(Ok((loss, grad_norm)))
@@ -67,7 +72,17 @@ impl Trainer<'_> {
                 }
             };
             let counter = counter(self.state.step, i);
-            loss += self.engine.gradients_seen(self.model(), batch, counter, &mut grads, &mut see)?;
+            let forward = || self.engine.forward(self.model(), batch, counter);
+            let mut pass = self.recorder.span(Kind::Forward, || format!("forward of micro-batch {i}"), forward)?;
+            let backward = || -> Result<(), TrainError> {
+                while let Some(of_stage) = pass.backward(self.model())? {
+                    see(&of_stage);
+                    grads.add(of_stage);
+                }
+                Ok(())
+            };
+            self.recorder.span(Kind::Backward, || format!("backward of micro-batch {i}"), backward)?;
+            loss += pass.loss();
             if let Some(parts) = &mut parts {
                 let share = targets(batch) as f64 * batch.loss_scale;
                 parts.push(Part { rows: batch.sequence.batch(), share, squares });
@@ -86,13 +101,20 @@ impl Trainer<'_> {
         let model = self.model();
         let device = model.embed.weight.lazy_device().inner();
         let mut exchange = ranks.exchange();
+        let fail_at = |place| fault::at(place, ranks.world_rank(), self.state.step + 1);
+        fail_at(Place::Forward);
         if let Some(pipe) = ranks.pipe() {
             let mine = (ranks.rank()..batches.len()).step_by(ranks.size());
             let counters: Vec<u64> = mine.clone().map(|i| counter(self.state.step, i)).collect();
             let batches: Vec<TokenBatch> = mine.zip(&counters).map(|(i, &count)| prepare(count, &batches[i])).collect();
             let pipeline = pipe.pipeline(model, batches.len())?;
-            let mut sink = |stage: usize, _: usize, grads: NamedGrads| exchange.stage(stage, Some(grads));
+            let mut sink = |stage: usize, _: usize, grads: NamedGrads| {
+                fail_at(Place::Backward);
+                exchange.stage(stage, Some(grads))
+            };
             let done = self.engine.pipeline_step(model, &pipeline, &batches, &counters, &pipe.group, &mut sink)?;
+            self.recorder.pipeline(&done.events);
+            fail_at(Place::Collective);
             let mut grads = ranks.finish(exchange, &device)?;
             if ranks.zero() == Zero::None {
                 pipeline.share(model, &pipe.group, &mut grads)?;
@@ -106,9 +128,13 @@ impl Trainer<'_> {
                 let counter = counter(self.state.step, i);
                 let batch = batches.get(i).map(|batch| prepare(counter, batch));
                 let batch = batch.as_ref().map(|batch| (batch, counter));
-                let mut sink = |stage, grads| exchange.stage(stage, grads);
-                let loss = self.engine.gradients_by_stage(model, batch, &mut shards.gather(ranks), &mut sink)?;
-                losses.extend(loss);
+                let mut sink = |stage, grads| {
+                    fail_at(Place::Backward);
+                    exchange.stage(stage, grads)
+                };
+                let through = || self.engine.gradients_by_stage(model, batch, &mut shards.gather(ranks), &mut sink);
+                let name = || format!("forward and backward of micro-batch {i}");
+                losses.extend(self.recorder.span(Kind::Backward, name, through)?);
                 continue;
             }
             let Some(batch) = batches.get(i) else {
@@ -119,17 +145,24 @@ impl Trainer<'_> {
             };
             let counter = counter(self.state.step, i);
             let batch = prepare(counter, batch);
-            let mut pass = self.engine.forward(model, &batch, counter)?;
+            let forward = || self.engine.forward(model, &batch, counter);
+            let mut pass = self.recorder.span(Kind::Forward, || format!("forward of micro-batch {i}"), forward)?;
             losses.push(pass.loss());
-            let mut stage = model.n_stages();
-            while let Some(grads) = pass.backward(model)? {
-                stage -= 1;
-                exchange.stage(stage, Some(grads))?;
-            }
-            for stage in (0..stage).rev() {
-                exchange.stage(stage, Some(NamedGrads::new()))?;
-            }
+            let backward = || -> Result<(), TrainError> {
+                let mut stage = model.n_stages();
+                while let Some(grads) = pass.backward(model)? {
+                    stage -= 1;
+                    exchange.stage(stage, Some(grads))?;
+                    fail_at(Place::Backward);
+                }
+                for stage in (0..stage).rev() {
+                    exchange.stage(stage, Some(NamedGrads::new()))?;
+                }
+                Ok(())
+            };
+            self.recorder.span(Kind::Backward, || format!("backward of micro-batch {i}"), backward)?;
         }
+        fail_at(Place::Collective);
         let grads = ranks.finish(exchange, &device)?;
         let losses: Vec<[f64; 1]> = ranks.over_context(&losses)?.into_iter().map(|loss| [loss]).collect();
         let losses = ranks.in_turns(&losses, batches.len())?;

@@ -1,13 +1,12 @@
 //! Executes a rank's list.
 
 use std::collections::BTreeMap;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_models::{Flow, Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 use firebox_parallel::pipeline::{Action, Payload, Work};
-use firebox_parallel::{Communicator, Pending};
+use firebox_parallel::{Communicator, Pending, clock};
 use firebox_tensor::ops::{Deferred, defer_weights};
 
 use super::{Event, Executed, Pipeline, Shared};
@@ -103,17 +102,16 @@ impl Engine {
             losses: vec![0.0; batches.len()],
             sink,
         };
-        let (clock, began) = (SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), Instant::now());
         let mut events = Vec::with_capacity(list.len());
         run.post(receives.next())?;
         for action in list.iter().copied() {
-            let start = clock + began.elapsed();
+            let start = clock();
             run.execute(action)?;
             if matches!(action, Action::Recv { .. }) {
                 // The next message may come while this rank computes.
                 run.post(receives.next())?;
             }
-            events.push(Event { action, start, end: clock + began.elapsed() });
+            events.push(Event { action, start, end: clock() });
         }
         let loss = run.share_loss()?;
         Ok(Executed { loss, events })

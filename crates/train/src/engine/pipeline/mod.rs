@@ -20,7 +20,7 @@ use firebox_parallel::pipeline::{self, Plan, Schedule};
 use crate::TrainError;
 
 pub use execute::Sink;
-pub use trace::{Event, write_chrome_trace};
+pub use trace::Event;
 
 /// A model's stages on the ranks of a pipeline.
 #[derive(Debug, Clone, PartialEq)]

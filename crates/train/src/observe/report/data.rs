@@ -6,6 +6,7 @@ use crate::observe::compare::Baselines;
 use crate::observe::metrics::{self, Metrics};
 use crate::observe::record::{RunInfo, Summary};
 use crate::observe::{EvalRecord, ObserveError, StepRecord, files};
+use crate::timeline::Timeline;
 
 /// At most this many samples are shown, first and last among them.
 const MAX_SAMPLES: usize = 8;
@@ -22,6 +23,8 @@ pub(super) struct Run {
     pub metrics: Metrics,
     pub summary: Option<Summary>,
     pub baselines: Option<Baselines>,
+    /// What each rank did in a step.
+    pub timeline: Option<Timeline>,
     /// (step, text), lowest step first.
     pub samples: Vec<(u64, String)>,
     /// The latest checkpoint: (step, folder).
@@ -47,6 +50,8 @@ impl Run {
             metrics: metrics.unwrap_or_default(),
             summary: files::read_json(&dir.join("summary.json"), "the summary of a run")?,
             baselines: files::read_json(&dir.join("baselines.json"), "sizes of compressed text")?,
+            // One that is too large to be read is no reason to go without a report.
+            timeline: files::read_json(&dir.join("timeline.json"), "a timeline").unwrap_or_default(),
             samples,
             checkpoint: files::numbered(&dir.join("checkpoints"), "step-", "")?.pop(),
             dir: dir.to_path_buf(),

@@ -8,6 +8,7 @@ mod charts;
 mod data;
 mod page;
 mod plots;
+mod timeline;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

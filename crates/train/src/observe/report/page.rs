@@ -50,6 +50,7 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
         figures(&mut html, run)?;
         comparison(&mut html, run)?;
         html.push_str(&plots);
+        super::timeline::render(&mut html, run)?;
         noise_scale(&mut html, run)?;
         skipped(&mut html, run)?;
         samples(&mut html, run)?;

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use super::charts::{Drawing, Ink, Look, Plot, Series, smooth};
 use super::data::Run;
 use super::page::Esc;
-use crate::observe::format::{bytes, count, figure, tick};
-use crate::observe::{ObserveError, StepRecord};
+use crate::observe::format::{bytes, count, figure, percent, tick};
+use crate::observe::{ObserveError, RanksRecord, StepRecord};
 
 /// Sizes of plots, CSS pixels: one that takes the page's width, and the one used beside another or on a phone.
 const WIDE: (u32, u32) = (880, 340);
@@ -64,6 +64,10 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
 
     let noisy = run.metrics.steps.iter().filter_map(|r| Some((r.step as f64, r.noise_scale_rows?)));
     let noise: Vec<(f64, f64)> = noisy.collect();
+    let of_ranks = |value: fn(&RanksRecord) -> Option<f64>| -> Vec<(f64, f64)> {
+        let seen = run.metrics.steps.iter().filter_map(|r| Some((r.step as f64, value(r.ranks.as_ref()?)?)));
+        seen.collect()
+    };
     let gradient = line(|r| r.grad_norm);
     let speed = line(|r| r.tokens_per_s);
     let small = [
@@ -114,6 +118,23 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
             marks: Vec::new(),
             from_zero: true,
             value: figure,
+        },
+        Plot {
+            title: "Ranks: share of time, waiting for others (pipelines: bubble)",
+            series: vec![
+                series("waits".into(), Ink::First, Look::Line, of_ranks(|ranks| Some(ranks.idle))),
+                series("bubble".into(), Ink::Second, Look::Line, of_ranks(|ranks| ranks.bubble)),
+            ],
+            marks: Vec::new(),
+            from_zero: true,
+            value: percent,
+        },
+        Plot {
+            title: "Ranks: share of communication behind computation",
+            series: vec![series(String::new(), Ink::First, Look::Line, of_ranks(|ranks| ranks.overlap))],
+            marks: Vec::new(),
+            from_zero: true,
+            value: percent,
         },
         Plot {
             title: "Resident memory",
