@@ -52,12 +52,15 @@ fn train(ranks: usize, layout: Layout, dir: &Path, dataset: &Arc<Dataset>, extra
         let device = Backend::NdArray.device().unwrap();
         let checkpoint = from.as_ref().map(|from| Checkpoint::open(from).unwrap());
         let mut trainer = match &checkpoint {
-            Some(at) => Trainer::resume(recipe.clone(), &dir, &dataset, &device, at).unwrap(),
+            Some(at) => Trainer::open(recipe.clone(), &dir, &dataset, &device, at).unwrap(),
             None => Trainer::new(recipe.clone(), &dir, &dataset, &device, None).unwrap(),
         };
         let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
         if let Some(comm) = comm {
             trainer = trainer.with_ranks(comm, layout)?;
+        }
+        if let Some(at) = &checkpoint {
+            trainer.restore(at).unwrap();
         }
         let mut observers = Observers::new();
         let info = RunInfo { dir: dir.clone(), ..RunInfo::default() };
@@ -123,10 +126,25 @@ fn copies_states_and_stages_are_divided_as_with_dense_layers() {
             assert_eq!(self::loads(&many), loads, "what ranks saw is added up");
         }
         // Only the norm's last bit may differ; in bf16 that rounds other parameters up.
-        let divided = train(3, data(2), &dir.path().join(format!("{name}-zero")), &dataset, extra, None);
-        let bound = if name == "bf16" { 2e-2 } else { 1e-5 };
-        assert!((divided / loss - 1.0).abs() < bound, "{name}: {divided}, one rank {loss}");
+        for zero in [2, 3].into_iter().filter(|zero| *zero < 3 || name == "aux") {
+            let many = dir.path().join(format!("{name}-zero-{zero}"));
+            let divided = train(3, data(zero), &many, &dataset, extra, None);
+            let bound = if name == "bf16" { 2e-2 } else { 1e-5 };
+            assert!((divided / loss - 1.0).abs() < bound, "{name}, zero {zero}: {divided}, one rank {loss}");
+        }
     }
+}
+
+#[test]
+fn rows_can_be_divided_where_nothing_is_of_whole_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let extra = ["model.router_bias_rate=0.05", "model.router_aux_loss=0"];
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let loss = train(0, data(0), &one, &dataset, &extra, None);
+    let divided = train(2, Layout { cp: 2, ..data(0) }, &two, &dataset, &extra, None);
+    assert!((divided / loss - 1.0).abs() < 1e-5, "{divided}, one rank {loss}");
+    assert_eq!(loads(&two), loads(&one));
 }
 
 #[test]
@@ -237,6 +255,9 @@ fn what_ranks_with_experts_cannot_do_is_said_before_the_start() {
         (2, experts(1, 2), &[], "n_experts"),
         (2, experts(2, 1), &["optimizer.kind=muon"], "whole matrices"),
         (2, experts(2, 1), &["train.batch_warmup={ start_rows = 4, steps = 2 }"], "batch_warmup"),
+        (2, Layout { zero: Zero::Parameters, ..experts(2, 1) }, &[], "zero 3"),
+        (2, Layout { cp: 2, ..data(0) }, &[], "router_bias_rate balances"),
+        (2, data(3), &["model.router_bias_rate=0.1"], "biases are on every rank"),
         (2, experts(2, 1), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
     ] {
         let mut recipe = recipe(extra);

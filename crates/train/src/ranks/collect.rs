@@ -79,6 +79,7 @@ impl Collect {
         let mut values = None;
         if pp.size() == 1 || owner == pp.rank() {
             if tensor.by_experts {
+                // The first block is enough where all have the same.
                 let mine = if tensor.by_data || shard.rank() < ep.size() { mine() } else { vec![] };
                 values = gather(shard, mine, to_shard)?.map(|parts| of_experts(&parts, ep.size(), tensor.shape));
             } else if tensor.by_data {

@@ -130,6 +130,10 @@ impl Layout {
             let expected = "1 with zero 0, where every rank has a copy of all; or zero 1, 2 or 3".into();
             return Err(TrainError::Input { what: "dp-replicate", expected, got: dp_replicate.to_string() });
         }
+        if ep > 1 && (cp > 1 || dp_replicate > 1 || zero == Zero::Parameters) {
+            let expected = "1 with cp, dp-replicate or zero 3: it divides the experts among whole ranks".into();
+            return Err(TrainError::Input { what: "ep", expected, got: ep.to_string() });
+        }
         let degrees = Degrees { dp_replicate, dp_shard: n / copies, cp, pp, tp, ep };
         let mesh = Mesh::new(degrees, world.clone()).map_err(|error| TrainError::Input {
             what: "ranks",

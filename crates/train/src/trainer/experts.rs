@@ -18,35 +18,28 @@ pub(super) fn check_device(config: &DecoderConfig, device: &Device) -> Result<()
     Ok(())
 }
 
-impl Trainer<'_> {
-    /// What ranks cannot do with a mixture of experts.
-    pub(super) fn check_experts(&self, layout: &Layout) -> Result<(), TrainError> {
-        let Some(experts) = self.model.as_ref().and_then(|model| model.config().experts) else { return Ok(()) };
-        let Layout { zero, dp_replicate, cp, ep, .. } = *layout;
-        let fail = |what, expected: &str, got: usize| {
-            Err(TrainError::Input { what, expected: expected.into(), got: got.to_string() })
-        };
-        if cp > 1 {
-            return fail("cp", "1 with experts, whose load is balanced over all tokens of a micro-batch", cp);
-        }
-        if zero == Zero::Parameters && ep > 1 {
-            return fail("zero", "0, 1 or 2 with ep, which divides most parameters already", 3);
-        }
-        if zero == Zero::Parameters && experts.router_bias_rate > 0.0 {
-            let expected =
-                "0, 1 or 2 with model.router_bias_rate, whose biases each rank keeps; or model.router_aux_loss";
-            return fail("zero", expected, 3);
-        }
-        if dp_replicate > 1 && ep > 1 {
-            return fail(
-                "dp-replicate",
-                "1 with ep, whose ranks divide what zero says among all with the same experts",
-                dp_replicate,
-            );
-        }
-        Ok(())
+/// What ranks cannot do with experts.
+pub(super) fn check_layout(config: &DecoderConfig, layout: &Layout, batch_grows: bool) -> Result<(), TrainError> {
+    let fail = |what, expected: &str, got: String| Err(TrainError::Input { what, expected: expected.into(), got });
+    if layout.ep > 1 && batch_grows {
+        let expected = "none with ep: the ranks that divide the experts need as many micro-batches each in every step";
+        return fail("train.batch_warmup", expected, "one".into());
     }
+    let Some(experts) = &config.experts else { return Ok(()) };
+    let of_whole_rows = experts.router_aux_loss > 0.0 || experts.capacity_factor > 0.0;
+    if layout.cp > 1 && of_whole_rows {
+        let expected = "1 with a balancing loss or a capacity of experts, which are of all tokens of a micro-batch; \
+                        model.router_bias_rate balances without";
+        return fail("cp", expected, layout.cp.to_string());
+    }
+    if layout.zero == Zero::Parameters && experts.router_bias_rate > 0.0 {
+        let expected = "0, 1 or 2 with model.router_bias_rate: biases are on every rank";
+        return fail("zero", expected, "3".into());
+    }
+    Ok(())
+}
 
+impl Trainer<'_> {
     /// How many tokens of the step chose each expert, on all ranks; empty without experts.
     pub(super) fn expert_load(&self) -> Result<Vec<u64>, TrainError> {
         let load = self.model().take_expert_load();

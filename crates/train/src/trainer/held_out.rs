@@ -124,7 +124,7 @@ impl Trainer<'_> {
         let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
         loop {
             let before = turns.total;
-            let of_rank = turns.round(AT_ONCE).into_iter().map(|batch| {
+            let of_rank = turns.by_ref().take(AT_ONCE).map(|batch| {
                 let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
                 (tally, ranks.tokens_of(&token_batch(batch, targets)))
             });
@@ -231,11 +231,6 @@ struct Turns<'a, I> {
 impl<'a, I: Iterator<Item = Batch>> Turns<'a, I> {
     fn new(ranks: &'a Ranks, batches: I) -> Self {
         Self { ranks, batches, total: 0, mine: 0 }
-    }
-
-    /// The next of this rank's, at most `most`, while other ranks take as many.
-    fn round(&mut self, most: usize) -> Vec<Batch> {
-        self.take(most).collect()
     }
 }
 

@@ -54,7 +54,7 @@ impl Trainer<'_> {
                             every one of them";
             return fail("zero", expected, "3".into());
         }
-        self.check_experts(&layout)?;
+        super::experts::check_layout(self.model().config(), &layout, train.batch_warmup.is_some())?;
         if layout.pp * layout.tp * layout.ep > 1 || layout.zero == Zero::Parameters {
             let whole = "pp 1, tp 1, ep 1 and zero 0, 1 or 2: it needs the whole model on each rank";
             let Layout { zero, pp, tp, ep, .. } = layout;
@@ -68,11 +68,6 @@ impl Trainer<'_> {
             if self.optimizer.curvature_is_due(0) {
                 return fail("optimizer.kind = \"sophia\"", whole, got);
             }
-        }
-        if layout.ep > 1 && train.batch_warmup.is_some() {
-            let expected =
-                "none with ep: the ranks that divide the experts need as many micro-batches each in every step";
-            return fail("train.batch_warmup", expected, "one".into());
         }
         fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
