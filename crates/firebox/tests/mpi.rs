@@ -139,7 +139,8 @@ fn a_lost_process_is_named_and_elastic_goes_on_with_the_others() {
         let begun = Instant::now();
         let ended = Ended::new(lab.train("lost", &all).env("FIREBOX_FAULT", fault).output().unwrap(), fault.into());
         assert!(begun.elapsed() < IN_TIME, "{fault}: {:?}", begun.elapsed());
-        assert!(!matches!(ended.code, Some(0 | 2)), "{fault}: {:?}", ended.code);
+        assert_eq!(ended.code, Some(1), "{fault}: {}", ended.stderr);
+        assert!(ended.stderr.lines().any(|line| line.starts_with("error:") && line.contains("--resume")), "{fault}");
         assert!(
             ended.stderr.contains(says) || ended.stdout.contains(says),
             "{fault}: {}\n{}",

@@ -20,7 +20,7 @@ const MAX_RESTARTS: u32 = 3;
 #[derive(Args, Clone, Copy)]
 pub struct LaunchArgs {
     /// Train on N processes of MPI: starts mpirun. Needs a firebox that was built with the feature mpi.
-    #[arg(long, value_name = "N", conflicts_with = "ranks", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", conflicts_with_all = ["ranks", "cooldown_from"], value_parser = clap::value_parser!(u16).range(1..))]
     mpi: Option<u16>,
     /// When ranks are lost, start again from the last checkpoint: processes of MPI with those that remain, as far as they can be divided as before, threads with all.
     #[arg(long, conflicts_with = "cooldown_from")]
@@ -69,8 +69,12 @@ impl LaunchArgs {
                 command.env_remove("FIREBOX_FAULT");
             }
             let status = watch(command)?;
-            if !self.elastic || stopping() || matches!(status.code(), Some(0 | 2 | 130)) {
+            let lost = ranks.is_some() && one_was_killed(status);
+            if matches!(status.code(), Some(0 | 2 | 130)) || stopping() || !(self.elastic || lost) {
                 return Ok(status.code().unwrap_or(1));
+            }
+            if !self.elastic {
+                return Err(CliError::Ranks(format!("a process was killed ({}); mpirun says which", ended(status))));
             }
             let now = latest(job.dir);
             in_vain = if now > before { 0 } else { in_vain + 1 };
@@ -83,7 +87,7 @@ impl LaunchArgs {
             }
             let from = now.map_or("the beginning".to_owned(), |step| format!("step {step}"));
             let mut with = String::new();
-            if let (Some(n), true) = (ranks, one_was_killed(status)) {
+            if let (Some(n), true) = (ranks, lost) {
                 let left = fewer(n - 1, job);
                 with = match left {
                     Some(left) => format!(" on {left} of {n} ranks"),

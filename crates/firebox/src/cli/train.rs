@@ -308,7 +308,9 @@ fn interrupt() -> Arc<AtomicBool> {
         if seen.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; once more to stop without a checkpoint");
+        if speaks() {
+            eprintln!("stopping after this step; once more to stop without a checkpoint");
+        }
     });
     if let Err(error) = installed {
         eprintln!("warning: Ctrl-C will not write a checkpoint: {error}");
