@@ -31,11 +31,11 @@ pub struct LaunchArgs {
 pub struct Job<'a> {
     /// Its folder.
     pub dir: &'a Path,
-    /// Ranks that have a model together: their number is a multiple of this.
-    pub of_model: usize,
-    /// The number of those that have data of their own is a multiple of this.
-    pub of_data: usize,
-    /// Micro-batches of a step, where they must have equally many.
+    /// Ranks that have the same rows: the others are so many times this,
+    pub same_data: usize,
+    /// a multiple of these,
+    pub data_degrees: [usize; 2],
+    /// and a divisor of the micro-batches of a step, where they must have equally many.
     pub even: Option<usize>,
     pub resume: bool,
 }
@@ -103,10 +103,11 @@ impl LaunchArgs {
 
 /// The largest number of ranks, of so many that are left, that can be divided as the job is.
 fn fewer(left: usize, job: &Job<'_>) -> Option<usize> {
-    let copies = (1..=left / job.of_model).rev();
-    let even = |copies: &usize| job.even.is_none_or(|micro_batches| micro_batches.is_multiple_of(copies * job.of_data));
-    let mut copies = copies.filter(even);
-    copies.next().map(|copies| copies * job.of_model)
+    let fits = |copies: &usize| {
+        job.data_degrees.iter().all(|degree| copies.is_multiple_of(*degree))
+            && job.even.is_none_or(|micro_batches| micro_batches.is_multiple_of(*copies))
+    };
+    (1..=left / job.same_data).rev().find(fits).map(|copies| copies * job.same_data)
 }
 
 /// Whether mpirun has ended because one of its processes was killed, upon which it ends the others. Its exit code then is 128 and the signal's number, or that
@@ -260,12 +261,14 @@ mod tests {
 
     #[test]
     fn as_many_ranks_go_on_as_can_be_divided_alike() {
-        let job = |of_model, even| Job { dir: Path::new("run"), of_model, of_data: 1, even, resume: false };
+        let job = |same_data, even| Job { dir: Path::new("run"), same_data, data_degrees: [1, 1], even, resume: false };
         assert_eq!(fewer(7, &job(1, None)), Some(7));
         assert_eq!(fewer(7, &job(2, None)), Some(6));
         // Eight micro-batches: one, two or four pipelines.
         assert_eq!(fewer(7, &job(2, Some(8))), Some(4));
         assert_eq!(fewer(3, &job(4, Some(8))), None);
         assert_eq!(fewer(0, &job(1, None)), None);
+        // Groups that divide experts are whole.
+        assert_eq!(fewer(7, &Job { data_degrees: [1, 2], ..job(1, Some(8)) }), Some(4));
     }
 }

@@ -113,20 +113,24 @@ fn context(text: &str) -> Result<ContextKind, String> {
 }
 
 impl RankArgs {
-    /// Of how many the number of ranks is a multiple.
-    pub fn of_model(&self) -> usize {
-        self.of_data() * [self.cp, self.pp, self.tp].map(usize::from).iter().product::<usize>()
+    /// The least number of ranks for such a layout.
+    pub fn least(&self) -> usize {
+        usize::from(self.dp_replicate.max(self.ep)) * self.with_the_same_data()
     }
 
-    /// Of how many the number of those that have data of their own is a multiple.
-    pub fn of_data(&self) -> usize {
-        // The one excludes the other.
-        usize::from(self.dp_replicate.max(self.ep))
+    /// Ranks that have the same rows.
+    pub fn with_the_same_data(&self) -> usize {
+        [self.cp, self.pp, self.tp].into_iter().map(usize::from).product()
     }
 
-    /// Whether all that have data of their own must have equally many micro-batches.
+    /// What the number of those that have other rows must be a multiple of.
+    pub fn data_degrees(&self) -> [usize; 2] {
+        [self.dp_replicate, self.ep].map(usize::from)
+    }
+
+    /// Whether these must have equally many micro-batches.
     pub fn is_even(&self) -> bool {
-        self.pp > 1 || self.ep > 1
+        self.pp * self.ep > 1
     }
 
     /// Whose progress is shown besides the first's.
@@ -156,7 +160,7 @@ impl RankArgs {
         if is_rank() {
             return Mpi::default().timeout(timeout).run(|comm| train(Some((comm, layout)))).map_err(failed);
         }
-        let ranks = self.ranks.map_or(self.of_model(), usize::from);
+        let ranks = self.ranks.map_or(self.least(), usize::from);
         if ranks == 1 {
             return train(None);
         }

@@ -153,11 +153,11 @@ impl Job {
         if let Some((comm, layout)) = ranks {
             trainer = trainer.with_ranks(comm, layout)?;
         }
-        if self.timeline {
-            trainer = trainer.with_timeline();
-        }
         if let Some(checkpoint) = found {
             trainer.restore(checkpoint)?;
+        }
+        if self.timeline {
+            trainer = trainer.with_timeline();
         }
         let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
         info.program = program();
@@ -249,8 +249,8 @@ impl TrainArgs {
         let micro_batches = recipe.train.batch_rows.div_ceil(recipe.train.micro_rows());
         let job = launch::Job {
             dir,
-            of_model: self.ranks.of_model(),
-            of_data: self.ranks.of_data(),
+            same_data: self.ranks.with_the_same_data(),
+            data_degrees: self.ranks.data_degrees(),
             even: self.ranks.is_even().then_some(micro_batches),
             resume: self.resume,
         };

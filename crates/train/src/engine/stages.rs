@@ -6,6 +6,7 @@ use firebox_optim::NamedGrads;
 use super::{Engine, first_stage};
 use crate::TrainError;
 use crate::model_io::to_host;
+use crate::timeline::{Kind, Recorder};
 
 /// Brings the parameters of stages.
 pub(crate) trait StageSource<M> {
@@ -17,7 +18,7 @@ pub(crate) trait StageSource<M> {
 impl Engine {
     /// [`gradients`](Self::gradients) of a batch in a training step, with the parameters of each stage from `source`. A kept graph would hold parameters, so
     /// all stages but the last are recomputed, whatever `recompute` says; to the bits of the results that makes no difference. `sink` gets what is complete
-    /// after each stage, from the last to the first. Without a batch, `source` and `sink` hear the same, and nothing is computed.
+    /// after each stage, from the last to the first; `recorder` what is computed. Without a batch, `source` and `sink` hear the same, and nothing is computed.
     ///
     /// # Errors
     /// Those of `source` and `sink`; [`TrainError::Offload`].
@@ -27,6 +28,7 @@ impl Engine {
         batch: Option<(&TokenBatch, u64)>,
         source: &mut dyn StageSource<M>,
         sink: &mut dyn FnMut(usize, Option<NamedGrads>) -> Result<(), TrainError>,
+        recorder: &Recorder,
     ) -> Result<Option<f64>, TrainError> {
         let (last, first) = (shapes.n_stages() - 1, first_stage(shapes)?);
         let mut pass = batch.map(|(batch, step)| self.start(first, false, batch, step)).transpose()?;
@@ -34,21 +36,25 @@ impl Engine {
         for i in 0..last {
             let plain = source.bring(i, false, Some(i + 1))?;
             if let Some(pass) = &mut pass {
-                flow = pass.run(&plain, i, flow)?;
+                let forward = || pass.run(&plain, i, flow);
+                flow = recorder.span(Kind::Forward, || format!("forward of stage {i}"), forward)?;
             }
         }
         let before = |i: usize| i.checked_sub(1).filter(|&before| before >= first);
         let mut stage = Some(source.bring(last, true, before(last))?);
         let mut loss = None;
         if let (Some(pass), Some(model)) = (&mut pass, &stage) {
-            pass.loss = Some(pass.keep(model, last, flow).loss());
+            let forward = || pass.keep(model, last, flow).loss();
+            pass.loss = Some(recorder.span(Kind::Forward, || format!("forward of stage {last}"), forward));
             loss = Some(pass.loss());
         }
         for i in (0..=last).rev() {
             let mut grads = pass.is_some().then(NamedGrads::new);
             if i >= first {
                 let model = stage.take().map_or_else(|| source.bring(i, true, before(i)), Ok)?;
-                if let Some(complete) = pass.as_mut().map(|pass| pass.backward(&model)).transpose()?.flatten() {
+                let backward = || pass.as_mut().map(|pass| pass.backward(&model)).transpose();
+                let complete = recorder.span(Kind::Backward, || format!("backward of stage {i}"), backward)?;
+                if let Some(complete) = complete.flatten() {
                     grads = Some(complete);
                 }
             }

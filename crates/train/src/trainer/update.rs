@@ -45,11 +45,11 @@ impl Trainer<'_> {
         if measured {
             self.state.noise_scale.take(&parts, grad_norm * grad_norm);
         }
-        let Self { recorder, optimizer, shards, .. } = self;
-        if let Some(shards) = shards {
-            let update = || shards.step(optimizer, lr, &clipping, &mut grads);
-            recorder.span(Kind::Update, || "update".into(), update)?;
+        if let Some(shards) = &mut self.shards {
+            let update = || shards.step(&mut self.optimizer, lr, &clipping, &mut grads);
+            self.recorder.span(Kind::Update, || "update".into(), update)?;
         } else if let Some(model) = self.model.take() {
+            let Self { recorder, optimizer, .. } = self;
             let update = || optimizer.step_clipped(lr, &clipping, model, &mut grads);
             let model = recorder.span(Kind::Update, || "update".into(), update)?;
             self.model = Some(self.gather(model)?);
@@ -132,9 +132,9 @@ impl Trainer<'_> {
                     fail_at(Place::Backward);
                     exchange.stage(stage, grads)
                 };
-                let through = || self.engine.gradients_by_stage(model, batch, &mut shards.gather(ranks), &mut sink);
-                let name = || format!("forward and backward of micro-batch {i}");
-                losses.extend(self.recorder.span(Kind::Backward, name, through)?);
+                let mut source = shards.gather(ranks);
+                let loss = self.engine.gradients_by_stage(model, batch, &mut source, &mut sink, &self.recorder)?;
+                losses.extend(loss);
                 continue;
             }
             let Some(batch) = batches.get(i) else {
