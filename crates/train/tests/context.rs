@@ -140,28 +140,34 @@ fn divided_rows_take_the_steps_of_one_rank() {
 fn divided_rows_beside_every_other_axis_take_the_steps_of_one_rank() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
-    for tied in ["model.tied=true", "model.tied=false"] {
+    let zero = |zero: Zero, layout: Layout| Layout { zero, ..layout };
+    let grids = |kind: ContextKind| {
+        let rows = context(2, kind);
+        [
+            (format!("{kind:?}-dp2-zero2"), 4, zero(Zero::States, rows)),
+            (format!("{kind:?}-dp2-zero3"), 4, zero(Zero::Parameters, rows)),
+            (format!("{kind:?}-tp2-pp2"), 8, Layout { tp: 2, pp: 2, ..rows }),
+        ]
+    };
+    let rows = context(2, ContextKind::Ring);
+    let others = [
+        ("pp2-zb-v".to_owned(), 4, Layout { pp: 2, schedule: Schedule::ZeroBubbleV, ..rows }),
+        ("dp2x2-zero2".to_owned(), 8, Layout { dp_replicate: 2, ..zero(Zero::States, rows) }),
+        ("tp2-sequence-dp2".to_owned(), 8, Layout { tp: 2, sequence_parallel: true, ..rows }),
+    ];
+    let [ring, ulysses] = KINDS.map(grids);
+    for (tied, layouts) in [("model.tied=true", ring.to_vec()), ("model.tied=false", [ring, ulysses, others].concat())]
+    {
         let extra = [tied];
         let one = OneRank::new(&dir.path().join(tied), &dataset, &extra);
-        for kind in KINDS {
-            let divided = Layout { zero: Zero::States, ..context(2, kind) };
-            one.assert_same(&format!("{kind:?}-dp2-zero2"), 4, divided);
-            let parameters = Layout { zero: Zero::Parameters, ..context(2, kind) };
-            one.assert_same(&format!("{kind:?}-dp2-zero3"), 4, parameters);
-            let grid = Layout { tp: 2, pp: 2, ..context(2, kind) };
-            one.assert_same(&format!("{kind:?}-tp2-pp2"), 8, grid);
+        for (name, ranks, layout) in layouts {
+            one.assert_same(&name, ranks, layout);
         }
-        let schedule = Schedule::ZeroBubbleV;
-        one.assert_same("pp2-zb-v", 4, Layout { pp: 2, schedule, ..context(2, ContextKind::Ring) });
-        let copies = Layout { dp_replicate: 2, zero: Zero::States, ..context(2, ContextKind::Ring) };
-        one.assert_same("dp2x2-zero2", 8, copies);
-        let tokens = Layout { tp: 2, sequence_parallel: true, ..context(2, ContextKind::Ring) };
-        one.assert_same("tp2-sequence-dp2", 8, tokens);
     }
 }
 
 #[test]
-fn what_goes_back_or_is_averaged_goes_over_divided_rows() {
+fn what_needs_whole_parameters_goes_over_divided_rows() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
     for (name, extra) in [
@@ -172,6 +178,32 @@ fn what_goes_back_or_is_averaged_goes_over_divided_rows() {
         let one = OneRank::new(&dir.path().join(name), &dataset, extra);
         one.assert_same("divided", 2, context(2, ContextKind::Ring));
     }
+}
+
+#[test]
+fn a_spike_takes_divided_rows_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let extra = [
+        "watch={ on_spike = \"rollback\", threshold = 1.0, warmup_steps = 2, max_rollbacks = 2 }",
+        "checkpoint={ every = 1, keep_last = 20 }",
+        // Single rows, whose losses vary and hardly fall.
+        "train={ steps = 10, batch_rows = 1 }",
+        "optimizer={ kind = \"sgd\", lr = 0.01 }",
+    ];
+    let one = OneRank::new(dir.path(), &dataset, &extra);
+    let many = dir.path().join("many");
+    let loss = train(Some((2, context(2, ContextKind::Ring))), &many, &dataset, &extra, None).unwrap();
+    let rollbacks = [dir.path().join("one"), many.clone()].map(|run| {
+        let state = std::fs::read(run.join("checkpoints/step-10/state.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&state).unwrap()["watch"]["rollbacks"].as_u64().unwrap()
+    });
+    assert!(rollbacks[0] > 0 && rollbacks[0] == rollbacks[1], "{rollbacks:?}");
+    assert!(
+        apart(&dir.path().join("one"), &many) < 1e-4 && (loss / one.loss - 1.0).abs() < 1e-5,
+        "{loss} {}",
+        one.loss
+    );
 }
 
 #[test]
