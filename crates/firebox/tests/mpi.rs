@@ -82,12 +82,22 @@ fn assert_close(run: &Run, one: &Run, what: &str) {
 
 #[test]
 fn every_layout_over_mpi_trains_as_one_rank_does() {
+    assert_as_one_rank(&RUN, &LAYOUTS);
+}
+
+#[test]
+fn experts_over_mpi_are_trained_as_on_one_rank() {
+    let run = [&RUN[..], &["--set", "model.n_experts=4", "--set", "model.d_ff=32"]].concat();
+    assert_as_one_rank(&run, &[(2, "--ep 2"), (4, "--ep 2 --pp 2 --zero 1")]);
+}
+
+fn assert_as_one_rank(run: &[&str], layouts: &[(usize, &str)]) {
     let lab = Lab::new(150);
-    let one = lab.trained("one", &RUN);
-    for (ranks, layout) in LAYOUTS {
+    let one = lab.trained("one", run);
+    for (ranks, layout) in layouts {
         let ranks = ranks.to_string();
-        let args = [&RUN[..], &["--mpi", &ranks], &words(layout)].concat();
-        let ended = Ended::new(lab.train("many", &args).output().unwrap(), layout.into()).succeeded();
+        let args = [run, &["--mpi", &ranks], &words(layout)].concat();
+        let ended = Ended::new(lab.train("many", &args).output().unwrap(), (*layout).into()).succeeded();
         assert!(ended.stdout.contains(&format!("{ranks} ranks of ")), "{layout}: {}", ended.stdout);
         assert_close(&lab.run("many"), &one, &format!("{ranks} ranks {layout}"));
         std::fs::remove_dir_all(lab.path("many")).unwrap();

@@ -28,7 +28,7 @@ pub(crate) fn products<'w>(
     for group in groups.iter().filter(|group| group.rows > 0) {
         let w = w(group.expert);
         let (inputs, outputs) = (w.rows(), w.cols());
-        let a = Mat::new(&a[at * inputs..], group.rows, inputs, inputs);
+        let a = Mat::new(&a[at * inputs..][..group.rows * inputs], group.rows, inputs, inputs);
         matmul(compute, a, w, &mut y[at * outputs..], outputs, into);
         at += group.rows;
     }
@@ -47,8 +47,9 @@ pub(crate) fn weight_gradients(
     let mut written = vec![into == Into::Add; dw.len() / size.max(1)];
     let mut at = 0;
     for group in groups.iter().filter(|group| group.rows > 0) {
-        let a = Mat::new(&a[at * inputs..], group.rows, inputs, inputs);
-        let dy = Mat::new(&dy[at * outputs..], group.rows, outputs, outputs);
+        // What products round first is the slice.
+        let a = Mat::new(&a[at * inputs..][..group.rows * inputs], group.rows, inputs, inputs);
+        let dy = Mat::new(&dy[at * outputs..][..group.rows * outputs], group.rows, outputs, outputs);
         let dw = &mut dw[group.expert * size..][..size];
         let into = if std::mem::replace(&mut written[group.expert], true) { Into::Add } else { Into::Write };
         matmul(compute, a.t(), dy, dw, outputs, into);

@@ -360,10 +360,10 @@ impl<B: HostBackend> Weights<B> {
 
     /// The matrix of an expert.
     fn of(&self, expert: usize, inputs: usize, outputs: usize) -> Mat<'_> {
-        let at = expert * inputs * outputs;
+        let at = expert * inputs * outputs..(expert + 1) * inputs * outputs;
         match self {
-            Self::Full(values) => Mat::new(&values.as_ref()[at..], inputs, outputs, outputs),
-            Self::Bits(bits) => Mat::bf16(&bits.as_ref()[at..at + inputs * outputs], inputs, outputs),
+            Self::Full(values) => Mat::new(&values.as_ref()[at], inputs, outputs, outputs),
+            Self::Bits(bits) => Mat::bf16(&bits.as_ref()[at], inputs, outputs),
         }
     }
 }
