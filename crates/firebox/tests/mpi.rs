@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::processes::kill_at_random;
+use common::processes::{below, kill, kill_at_random};
 use common::{Ended, Lab, Random, Run, signal, wait_until};
 use safetensors::SafeTensors;
 
@@ -36,7 +36,7 @@ const RUN: [&str; 14] = [
 ];
 
 /// A layout of each kind: processes, and options.
-const LAYOUTS: [(usize, &str); 10] = [
+const LAYOUTS: [(usize, &str); 16] = [
     (2, ""),
     (4, ""),
     (2, "--zero 2"),
@@ -47,7 +47,16 @@ const LAYOUTS: [(usize, &str); 10] = [
     (4, "--pp 2 --schedule interleaved"),
     (4, "--tp 2 --pp 2 --sequence-parallel"),
     (4, "--tp 2 --zero 2"),
+    (2, "--zero 3"),
+    (4, "--zero 3 --dp-replicate 2"),
+    (2, "--cp 2"),
+    (4, "--cp 2 --cp-kind ulysses --tp 2"),
+    (2, "--ep 2"),
+    (4, "--ep 2 --pp 2"),
 ];
+
+/// What those with `--ep` have in place of a dense model.
+const EXPERTS: [&str; 4] = ["--set", "model.n_experts=4", "--set", "model.router_aux_loss=0.02"];
 
 fn words(text: &str) -> Vec<&str> {
     text.split_whitespace().collect()
@@ -83,13 +92,14 @@ fn assert_close(run: &Run, one: &Run, what: &str) {
 #[test]
 fn every_layout_over_mpi_trains_as_one_rank_does() {
     let lab = Lab::new(150);
-    let one = lab.trained("one", &RUN);
+    let (dense, experts) = (lab.trained("one", &RUN), lab.trained("experts", &[&RUN[..], &EXPERTS].concat()));
     for (ranks, layout) in LAYOUTS {
         let ranks = ranks.to_string();
-        let args = [&RUN[..], &["--mpi", &ranks], &words(layout)].concat();
+        let (one, more) = if layout.contains("--ep") { (&experts, &EXPERTS[..]) } else { (&dense, &[][..]) };
+        let args = [&RUN[..], more, &["--mpi", &ranks], &words(layout)].concat();
         let ended = Ended::new(lab.train("many", &args).output().unwrap(), layout.into()).succeeded();
         assert!(ended.stdout.contains(&format!("{ranks} ranks of ")), "{layout}: {}", ended.stdout);
-        assert_close(&lab.run("many"), &one, &format!("{ranks} ranks {layout}"));
+        assert_close(&lab.run("many"), one, &format!("{ranks} ranks {layout}"));
         std::fs::remove_dir_all(lab.path("many")).unwrap();
     }
 }
@@ -165,6 +175,23 @@ fn a_lost_process_is_named_and_elastic_goes_on_with_the_others() {
         assert_close(&lab.run("lost"), &one, fault);
         std::fs::remove_dir_all(lab.path("lost")).unwrap();
     }
+}
+
+#[test]
+fn ranks_that_are_all_lost_are_all_started_again() {
+    let lab = Lab::new(150);
+    let args = [&RUN[..], &["--set", "train.steps=200", "--set", "eval.every=0"]].concat();
+    let want = lab.trained("one", &args).fingerprint();
+    let run = lab.run("lost");
+    let mut command = lab.train("lost", &[&args[..], &["--mpi", "2", "--elastic"]].concat());
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(wait_until(&mut child, || !run.saved().is_empty()));
+    let mpirun = below(child.id(), "mpirun");
+    assert_eq!(mpirun.len(), 1);
+    kill(mpirun[0]);
+    let ended = Ended::new(child.wait_with_output().unwrap(), "mpirun killed".into()).succeeded();
+    assert!(ended.stderr.contains("elastic: ranks were lost (signal 9)"), "{}", ended.stderr);
+    want.assert_equals(&run.fingerprint(), "mpirun killed");
 }
 
 #[test]
