@@ -134,41 +134,37 @@ fn a_lost_process_is_named_and_elastic_goes_on_with_the_others() {
     let lab = Lab::new(150);
     let args = [&RUN[..], &["--set", "train.steps=12"]].concat();
     let one = lab.trained("one", &args);
-    // Where and how, what mpirun or a rank says, the layout and the processes that go on.
-    for (fault, says, ranks, layout, left) in [
-        ("1:forward:7:kill", "rank 1", 3, "", Some(2)),
-        ("2:backward:7:kill", "rank 2", 3, "--zero 2", Some(2)),
-        ("1:collective:7:kill", "rank 1", 4, "--tp 2", Some(2)),
-        ("1:checkpoint:8:kill", "rank 1", 2, "", Some(1)),
-        ("0:checkpoint:8:kill", "rank 0", 2, "--pp 2", None),
-        ("1:backward:7:panic", "rank 1 failed: it panicked", 2, "", None),
-        ("1:collective:7:hang", "for rank 1; hung", 2, "", None),
+    // Where and how, what mpirun or a rank says, the layout and the processes that go on, and whether it is looked at without --elastic as well.
+    for (fault, says, ranks, layout, left, alone) in [
+        ("1:forward:7:kill", "rank 1", 3, "", Some(2), true),
+        ("2:backward:7:kill", "rank 2", 3, "--zero 2", Some(2), false),
+        ("1:collective:7:kill", "rank 1", 4, "--tp 2", Some(2), false),
+        ("1:checkpoint:8:kill", "rank 1", 2, "", Some(1), false),
+        ("0:checkpoint:8:kill", "rank 0", 2, "--pp 2", None, false),
+        ("1:backward:7:panic", "rank 1 failed: it panicked", 2, "", None, true),
+        ("1:collective:7:hang", "for rank 1; hung", 2, "", None, false),
     ] {
         let n = ranks.to_string();
-        let all = [&args[..], &["--mpi", &n, "--rank-timeout", "2"], &words(layout)].concat();
-        let begun = Instant::now();
-        let ended = Ended::new(lab.train("lost", &all).env("FIREBOX_FAULT", fault).output().unwrap(), fault.into());
-        assert!(begun.elapsed() < IN_TIME, "{fault}: {:?}", begun.elapsed());
-        assert_eq!(ended.code, Some(1), "{fault}: {}", ended.stderr);
-        assert!(ended.stderr.lines().any(|line| line.starts_with("error:") && line.contains("--resume")), "{fault}");
-        assert!(
-            ended.stderr.contains(says) || ended.stdout.contains(says),
-            "{fault}: {}\n{}",
-            ended.stdout,
-            ended.stderr
-        );
-        std::fs::remove_dir_all(lab.path("lost")).unwrap();
+        // On a busy machine ranks come late, too.
+        let patience = if fault.ends_with("hang") { "8" } else { "60" };
+        let all = [&args[..], &["--mpi", &n, "--rank-timeout", patience], &words(layout)].concat();
+        if alone {
+            let begun = Instant::now();
+            let ended = Ended::new(lab.train("lost", &all).env("FIREBOX_FAULT", fault).output().unwrap(), fault.into());
+            assert!(begun.elapsed() < IN_TIME, "{fault}: {:?}", begun.elapsed());
+            assert_eq!(ended.code, Some(1), "{fault}: {}", ended.stderr);
+            let error = ended.stderr.lines().any(|line| line.starts_with("error:") && line.contains("--resume"));
+            assert!(error, "{fault}: {}", ended.stderr);
+            std::fs::remove_dir_all(lab.path("lost")).unwrap();
+        }
 
         let mut elastic = lab.train("lost", &[&all[..], &["--elastic"]].concat());
         let ended = Ended::new(elastic.env("FIREBOX_FAULT", fault).output().unwrap(), fault.into()).succeeded();
+        assert!(ended.stderr.contains(says), "{fault}: {}", ended.stderr);
         let told: Vec<&str> = ended.stderr.lines().filter(|line| line.starts_with("elastic:")).collect();
         assert_eq!(told.len(), 1, "{fault}: {}", ended.stderr);
-        assert_eq!(
-            told[0].contains(&format!("on {} of {ranks} ranks", left.unwrap_or_default())),
-            left.is_some(),
-            "{}",
-            told[0]
-        );
+        let fewer = told[0].contains(&format!("on {} of {ranks} ranks", left.unwrap_or_default()));
+        assert_eq!(fewer, left.is_some(), "{fault}: {}", ended.stderr);
         // A checkpoint that was being written in the background may be whole, or not.
         let from = ["the beginning", "step 4", "step 8"].iter().any(|from| told[0].contains(&format!("from {from} ")));
         assert!(from, "{fault}: {}", told[0]);
