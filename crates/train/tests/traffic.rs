@@ -120,6 +120,26 @@ fn data_parallel(n: u64, params: u64, stages: u64, zero: bool) -> Sent {
     gradients + all_gather(n, 4 * params) + losses + squares
 }
 
+/// The same where parameters are divided: those of each stage are brought together forward and backward, but the last one's, which has the most, once.
+fn zero3(n: u64, params: u64, last: u64, stages: u64) -> Sent {
+    let (both, calls) = (4 * (2 * params - last), 2 * stages - 1);
+    let brought = Sent { bytes: both * (n - 1), messages: calls * n * (n - 1) };
+    let updated = all_gather(n, 4 * params);
+    let Sent { bytes, messages } = data_parallel(n, params, stages, true);
+    // Nobody is told the parameters after the update.
+    let others = Sent { bytes: bytes - updated.bytes, messages: messages - updated.messages };
+    others + M / n * brought
+}
+
+/// What `n` ranks that divide the tokens of each row send: gradients as if each had rows of its own, and keys and values round the ring.
+fn ring(n: u64, params: u64, stages: u64) -> Sent {
+    // Two key-value heads of width 8.
+    let keys = 4 * T * 16;
+    let attention = Sent { bytes: 2 * (3 * n - 2) * keys, messages: n * (3 * n - 2) };
+    let gradients = Sent { bytes: 4 * params * (n - 1), messages: stages * n * (n - 1) };
+    M * (BLOCKS * attention + gradients) + all_gather(n, 4 * params) + all_gather(n, 8 * M * n)
+}
+
 /// What `n` ranks that divide matrices send for `m` micro-batches: `blocks` of them, and the ends.
 fn tensor_parallel(n: u64, sequence_parallel: bool) -> Sent {
     let residual = 4 * T * D;
@@ -155,6 +175,8 @@ fn ranks_send_what_the_documentation_says() {
     let cases: Vec<(&'static str, usize, Layout, Formula)> = vec![
         ("dp", 4, layout(0, 1, 1), Box::new(move |params| data_parallel(4, params, stages, false))),
         ("zero", 4, layout(2, 1, 1), Box::new(move |params| data_parallel(4, params, stages, true))),
+        ("zero3", 4, layout(3, 1, 1), Box::new(move |params| zero3(4, params, table / 4 + D, stages))),
+        ("ring", 2, Layout { cp: 2, ..Layout::default() }, Box::new(move |params| ring(2, params, stages))),
         ("tp", 2, parallel(false), Box::new(|_| tensor_parallel(2, false))),
         ("sp", 2, parallel(true), Box::new(|_| tensor_parallel(2, true))),
         ("1f1b", 2, scheduled(Schedule::OneForwardOneBackward), Box::new(|_| pipeline(2, 2))),

@@ -16,6 +16,9 @@ use super::ranks::is_rank;
 /// Starts without a new checkpoint, in a row, after which it is given up.
 const MAX_RESTARTS: u32 = 3;
 
+/// How long ranks may go on that have lost their mpirun: with Open MPI, a second.
+const AFTER_MPIRUN_S: u32 = 5;
+
 /// Options for how ranks start.
 #[derive(Args, Clone, Copy)]
 pub struct LaunchArgs {
@@ -96,7 +99,12 @@ impl LaunchArgs {
                 ranks = left.or(ranks);
             }
             eprintln!("elastic: ranks were lost ({}); going on from {from}{with} (restart {restarts})", ended(status));
-            pause(in_vain);
+            if ranks.is_some() && status.code().is_none() {
+                // Ranks notice only after a moment that mpirun is gone, and must not write beside the new ones.
+                pause(AFTER_MPIRUN_S);
+            }
+            // Ever longer, where starting again has not helped.
+            pause(if in_vain < 2 { 0 } else { 1 << (in_vain - 2) });
         }
     }
 }
@@ -244,9 +252,8 @@ fn tell_child(times: u32, mpi: bool) {
     let _ = (times, mpi);
 }
 
-/// Waits ever longer where starting again has not helped.
-fn pause(in_vain: u32) {
-    let seconds = if in_vain < 2 { 0 } else { 1 << (in_vain - 2) };
+/// Waits, unless the user asks to stop.
+fn pause(seconds: u32) {
     for _ in 0..10 * seconds {
         if stopping() {
             return;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::{Ended, PATIENCE, Random, Run, signal};
 
-/// The processes of `firebox` below another process: ranks, or the one that has them.
-pub fn below(ancestor: u32) -> Vec<u32> {
+/// The processes of a program below another process: of `firebox` ranks, or the one that has them.
+pub fn below(ancestor: u32, program: &str) -> Vec<u32> {
     let mut found: Vec<(u32, u32, String)> = vec![];
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -25,8 +25,8 @@ pub fn below(ancestor: u32) -> Vec<u32> {
     while let Some((id, ..)) = found.iter().find(|(id, parent, _)| below.contains(parent) && !below.contains(id)) {
         below.insert(*id);
     }
-    let of_firebox = |(id, _, name): &&(u32, u32, String)| *id != ancestor && below.contains(id) && name == "firebox";
-    found.iter().filter(of_firebox).map(|(id, ..)| *id).collect()
+    let of_program = |(id, _, name): &&(u32, u32, String)| *id != ancestor && below.contains(id) && name == program;
+    found.iter().filter(of_program).map(|(id, ..)| *id).collect()
 }
 
 pub fn kill(id: u32) {
@@ -50,7 +50,7 @@ pub fn kill_at_random(mut supervisor: Command, run: &Run, kills: u64, stop: bool
         let victims = loop {
             assert!(begun.elapsed() < PATIENCE, "nothing happens in {what}");
             assert!(std::path::Path::new(&format!("/proc/{id}/fd")).is_dir(), "{what} ended before kill {kill_number}");
-            let victims: Vec<u32> = below(id).into_iter().filter(|id| !killed.contains(id)).collect();
+            let victims: Vec<u32> = below(id, "firebox").into_iter().filter(|id| !killed.contains(id)).collect();
             if !victims.is_empty() && (starting || run.saved().last().copied() > saved) {
                 break victims;
             }
