@@ -111,13 +111,18 @@ fn squares(n: u64) -> Sent {
     all_gather(n, 2 * 8 * n)
 }
 
-/// The gradients of `m` micro-batches on each of `n` ranks, of `stages`, and the sums or parameters back; losses; with ZeRO, squares.
-fn data_parallel(n: u64, params: u64, stages: u64, zero: bool) -> Sent {
+/// The gradients of `m` micro-batches on each of `n` ranks, of `stages`; the sums or parameters; losses; with ZeRO, squares.
+fn data_parallel(n: u64, params: u64, stages: u64, zero: bool, back: Sent) -> Sent {
     let m = M / n;
     let gradients = m * Sent { bytes: 4 * params * (n - 1), messages: stages * n * (n - 1) };
     let losses = all_gather(n, 8 * M);
     let squares = if zero { squares(n) } else { Sent::default() };
-    gradients + all_gather(n, 4 * params) + losses + squares
+    gradients + back + losses + squares
+}
+
+/// The parameters of `stages` for each micro-batch, forward and backward; those of the last, of which there are `last`, once.
+fn brought_together(n: u64, params: u64, stages: u64, last: u64) -> Sent {
+    M / n * Sent { bytes: 4 * (2 * params - last) * (n - 1), messages: (2 * stages - 1) * n * (n - 1) }
 }
 
 /// What `n` ranks that divide matrices send for `m` micro-batches: `blocks` of them, and the ends.
@@ -151,10 +156,19 @@ fn ranks_send_what_the_documentation_says() {
     type Formula = Box<dyn Fn(u64) -> Sent>;
     let stages = BLOCKS + 2;
     let table = 4 * D * dataset.tokenizer.vocab_size() as u64;
+    let sums = |params| all_gather(4, 4 * params);
+    // The head and its norm.
+    let last = table / 4 + D;
     let shared = Sent { bytes: (M + 1) * table, messages: M + 1 };
     let cases: Vec<(&'static str, usize, Layout, Formula)> = vec![
-        ("dp", 4, layout(0, 1, 1), Box::new(move |params| data_parallel(4, params, stages, false))),
-        ("zero", 4, layout(2, 1, 1), Box::new(move |params| data_parallel(4, params, stages, true))),
+        ("dp", 4, layout(0, 1, 1), Box::new(move |params| data_parallel(4, params, stages, false, sums(params)))),
+        ("zero", 4, layout(2, 1, 1), Box::new(move |params| data_parallel(4, params, stages, true, sums(params)))),
+        (
+            "zero-3",
+            4,
+            layout(3, 1, 1),
+            Box::new(move |params| data_parallel(4, params, stages, true, brought_together(4, params, stages, last))),
+        ),
         ("tp", 2, parallel(false), Box::new(|_| tensor_parallel(2, false))),
         ("sp", 2, parallel(true), Box::new(|_| tensor_parallel(2, true))),
         ("1f1b", 2, scheduled(Schedule::OneForwardOneBackward), Box::new(|_| pipeline(2, 2))),
