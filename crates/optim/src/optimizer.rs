@@ -288,12 +288,17 @@ impl Optimizer {
                 continue;
             }
             let Assigned { algorithm, kind, .. } = self.rules.assign(info);
-            let zeros = ParamState::with_precision(&algorithm, kind, &info.shape, self.precision, name, device);
-            match self.parts.as_ref().map(|parts| parts.get(name)) {
-                None => self.state.insert(name.clone(), zeros),
-                Some(None) => None,
-                Some(Some(part)) => self.state.insert(name.clone(), zeros.part(part, device)),
-            };
+            let Some(part) = self.part_of(info) else { continue };
+            let zeros = ParamState::of_part(&algorithm, kind, &info.shape, &part, self.precision, name, device);
+            self.state.insert(name.clone(), zeros);
+        }
+    }
+
+    /// What this optimizer has of a parameter.
+    fn part_of(&self, info: &ParamInfo) -> Option<Range<usize>> {
+        match &self.parts {
+            None => Some(0..info.elements()),
+            Some(parts) => parts.get(&info.name).cloned(),
         }
     }
 
@@ -340,54 +345,49 @@ impl Optimizer {
         M: Module,
         E: From<OptimError>,
     {
-        // Made with the first tensor of its parameter, and cut to this rank's part with the last.
+        // The state of what this optimizer has of a parameter, made with its first tensor.
         struct Waiting {
-            state: Option<ParamState>,
-            missing: Vec<&'static str>,
-            assigned: Assigned,
-            shape: Vec<usize>,
+            info: ParamInfo,
             device: Device,
+            slots: Vec<Slot>,
+            missing: Vec<&'static str>,
+            state: Option<ParamState>,
         }
         let wait = |(name, (info, device)): (String, (ParamInfo, Device))| {
-            let (assigned, shape) = (self.rules.assign(&info), info.shape);
-            let slots = assigned.algorithm.rule().slots(Geometry { kind: assigned.kind, shape: &shape });
+            let to = self.rules.assign(&info);
+            let slots = to.algorithm.rule().slots(Geometry { kind: to.kind, shape: &info.shape });
             let missing = slots.iter().map(|slot| slot.name).chain([STEPS]).collect();
-            (name, Waiting { state: None, missing, assigned, shape, device })
+            (name, Waiting { info, device, slots, missing, state: None })
         };
         let mut waiting: BTreeMap<String, Waiting> = trainable(module)?.into_iter().map(wait).collect();
         let (mut found, mut missing, mut unused, mut wrong) = (false, vec![], vec![], vec![]);
         for tensor in tensors {
             let tensor = tensor?;
             let known = tensor.name.rsplit_once('.').and_then(|(param, kind)| Some((waiting.get_mut(param)?, kind)));
-            let steps = Slot::unsigned(STEPS, &[1]);
-            let Some((waiting, kind)) = known else {
+            let expected = known.and_then(|(waiting, kind)| {
+                let slot = waiting.slots.iter().position(|slot| slot.name == kind);
+                (slot.is_some() || kind == STEPS).then_some((waiting, slot, kind))
+            });
+            let Some((Waiting { info, device, slots, missing, state }, slot, kind)) = expected else {
                 unused.push(tensor.name);
                 continue;
             };
-            let Waiting { state, missing, assigned: Assigned { algorithm, kind: of, .. }, shape, device } = waiting;
-            let param = tensor.name.rsplit_once('.').map_or("", |(param, _)| param).to_owned();
-            let state = state.get_or_insert_with(|| {
-                ParamState::with_precision(algorithm, *of, shape, self.precision, &param, device)
-            });
-            match state.slots.iter().position(|slot| slot.name == kind) {
-                Some(i) => match problem(&tensor, &state.slots[i]) {
-                    Some(problem) => wrong.push(problem),
-                    None => state.states[i].restore(&tensor.values, device),
-                },
-                None if kind == STEPS => {
-                    wrong.extend(problem(&tensor, &steps));
-                    state.steps = tensor.values.first().map_or(0, |&steps| steps as u64);
-                }
-                None => {
-                    unused.push(tensor.name);
-                    continue;
-                }
-            }
             missing.retain(|name| *name != kind);
             found = true;
-            if let (true, Some(parts)) = (missing.is_empty(), &self.parts) {
-                let part = parts.get(&param).cloned().unwrap_or(0..0);
-                waiting.state = waiting.state.take().map(|state| state.part(&part, &waiting.device));
+            let steps = Slot::unsigned(STEPS, &[1]);
+            if let Some(problem) = problem(&tensor, slot.map_or(&steps, |i| &slots[i])) {
+                wrong.push(problem);
+                continue;
+            }
+            let Some(part) = self.part_of(info) else { continue };
+            let Assigned { algorithm, kind, .. } = self.rules.assign(info);
+            let state = state.get_or_insert_with(|| {
+                ParamState::of_part(&algorithm, kind, &info.shape, &part, self.precision, &info.name, device)
+            });
+            match slot {
+                None => state.steps = tensor.values[0] as u64,
+                Some(i) if part.len() < info.elements() => state.states[i].restore(&tensor.values[part], device),
+                Some(i) => state.states[i].restore(&tensor.values, device),
             }
         }
 
@@ -400,7 +400,6 @@ impl Optimizer {
         }
         if missing.is_empty() && unused.is_empty() && wrong.is_empty() {
             self.state = state;
-            self.keep_parts(module)?;
             Ok(())
         } else {
             Err(OptimError::State { missing, unused, wrong }.into())

@@ -8,7 +8,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use firebox_tensor::ops::{is_bf16, to_bf16_from, to_f32};
 
-use crate::algorithm::Slot;
+use crate::algorithm::{ParamState, Slot};
 use crate::optimizer::{Optimizer, STEPS, Step, rounding, rows, state_name, trainable};
 use crate::{Clipping, NamedGrads, OptimError, ParamInfo};
 
@@ -62,8 +62,14 @@ impl Optimizer {
     /// # Errors
     /// [`OptimError::DuplicateName`].
     pub fn shard<M: Module>(&mut self, module: &M, parts: Parts) -> Result<(), OptimError> {
+        let trainable = trainable(module)?;
+        let cut = |(name, state): (String, ParamState)| {
+            let (part, (_, device)) = parts.get(&name).zip(trainable.get(&name))?;
+            Some((name, state.part(part, device)))
+        };
+        self.state = std::mem::take(&mut self.state).into_iter().filter_map(cut).collect();
         self.parts = Some(parts);
-        self.keep_parts(module)
+        Ok(())
     }
 
     /// One [clipped step](Self::step_clipped) of parts that are in no module: `values` has each of them, flat and without autodiff, and `module` says no more
@@ -110,21 +116,6 @@ impl Optimizer {
     pub fn forget_others<M: Module>(&mut self, module: &M) -> Result<(), OptimError> {
         let trainable = trainable(module)?;
         self.state.retain(|name, _| trainable.contains_key(name));
-        Ok(())
-    }
-
-    /// Cuts whole states down to the parts.
-    pub(crate) fn keep_parts<M: Module>(&mut self, module: &M) -> Result<(), OptimError> {
-        let Some(parts) = &self.parts else { return Ok(()) };
-        let trainable = trainable(module)?;
-        let whole = std::mem::take(&mut self.state);
-        self.state = whole
-            .into_iter()
-            .filter_map(|(name, state)| {
-                let (part, (_, device)) = parts.get(&name).zip(trainable.get(&name))?;
-                Some((name, state.part(part, device)))
-            })
-            .collect();
         Ok(())
     }
 

@@ -43,15 +43,34 @@ impl ParamState {
         name: &str,
         device: &Device,
     ) -> Self {
-        let slots = algorithm.rule().slots(Geometry { kind, shape });
-        let zeros = |slot: &Slot| {
+        Self::of_part(algorithm, kind, shape, &(0..shape.iter().product()), precision, name, device)
+    }
+
+    /// The state of a part of the parameter, which is all of it unless the algorithm works by elements: that of the whole, [cut](Self::part), without the whole ever
+    /// being there.
+    pub(crate) fn of_part(
+        algorithm: &Algorithm,
+        kind: ParamKind,
+        shape: &[usize],
+        part: &Range<usize>,
+        precision: Precision,
+        name: &str,
+        device: &Device,
+    ) -> Self {
+        let mut slots = algorithm.rule().slots(Geometry { kind, shape });
+        let is_part = part.len() < shape.iter().product();
+        let zeros = |slot: &mut Slot| {
             let stays = slot.exact || slot.elements() < MIN_COMPACT;
+            if is_part {
+                slot.shape = vec![part.len()];
+            }
             State::zeros(slot.elements(), if stays { Precision::Full } else { precision }, slot.signed, device)
         };
-        let states = slots.iter().map(zeros).collect();
+        let states = slots.iter_mut().map(zeros).collect();
+        let shape = if is_part { vec![part.len()] } else { shape.to_vec() };
         // FNV-1a.
         let salt = name.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-        Self { kind, shape: shape.to_vec(), salt, slots, states, steps: 0 }
+        Self { kind, shape, salt, slots, states, steps: 0 }
     }
 
     /// Steps taken, at most [`MAX_STEPS`].
@@ -69,7 +88,7 @@ impl ParamState {
         self.states.iter().map(State::bytes).sum()
     }
 
-    /// The state of a part of the parameter, which is all of it unless the algorithm works by elements.
+    /// Cut to a part of the parameter, which is all of it unless the algorithm works by elements.
     pub(crate) fn part(self, part: &Range<usize>, device: &Device) -> Self {
         if part.len() == self.shape.iter().product::<usize>() {
             return self;

@@ -141,7 +141,7 @@ fn what_divided_parameters_cannot_do_is_said_before_the_start() {
     for (ranks, layout, extra, says) in [
         (4, Layout { pp: 2, ..data(3) }, &["model.tied=false"][..], "0, 1 or 2 with pp"),
         (4, copies(0, 2), &[], "1 with zero 0"),
-        (4, copies(3, 3), &[], "dp-replicate 3, pp 1, tp 1"),
+        (4, copies(3, 3), &[], "dp-replicate 3"),
         (2, data(3), &["optimizer.kind=sophia"], "sophia"),
         (2, data(3), &["optimizer.kind=schedule_free"], "schedule_free"),
         (2, data(3), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
