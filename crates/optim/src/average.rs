@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::algorithm::{Slot, lerp};
 use crate::error::check;
 use crate::optimizer::problem;
-use crate::params::{ParamInfo, map_trainable, values};
-use crate::{OptimError, StateTensor};
+use crate::params::{ParamInfo, located, map_trainable, values};
+use crate::{OptimError, Parts, StateTensor};
 
 /// Which average.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -70,7 +70,10 @@ pub struct Average {
     updates: u64,
     /// Of each parameter one flat tensor (EMA), or the last ones, the oldest first (LAWA).
     kept: BTreeMap<String, Vec<Tensor<1>>>,
+    /// Of the whole parameters.
     shapes: BTreeMap<String, Vec<usize>>,
+    /// What it has of them, if that is not all; of others there are empty tensors.
+    parts: Option<Parts>,
 }
 
 /// The name of the count of updates in a saved state.
@@ -83,11 +86,29 @@ impl Average {
     /// [`OptimError::Hyperparameter`].
     pub fn new(config: AverageConfig) -> Result<Self, OptimError> {
         config.validate()?;
-        Ok(Self { config, updates: 0, kept: BTreeMap::new(), shapes: BTreeMap::new() })
+        Ok(Self { config, updates: 0, kept: BTreeMap::new(), shapes: BTreeMap::new(), parts: None })
+    }
+
+    /// Keeps these parts of the parameters alone, where ranks divide them: it then takes in [parts](Self::update_parts), and together the ranks have its
+    /// [state](Self::state).
+    pub fn shard(&mut self, parts: Parts) {
+        for (name, kept) in &mut self.kept {
+            let part = parts.get(name).cloned().unwrap_or(0..0);
+            for tensor in kept {
+                let values: Vec<f32> = tensor.to_data().iter::<f32>().skip(part.start).take(part.len()).collect();
+                *tensor = Tensor::from_data(TensorData::new(values, [part.len()]), &tensor.device());
+            }
+        }
+        self.parts = Some(parts);
     }
 
     /// Takes in the parameters after a step.
     pub fn update<M: Module>(&mut self, module: &M) {
+        self.update_parts(trainable(module));
+    }
+
+    /// The same from flat values in f32 of every trainable parameter, of its [part](Self::shard) where it has no more; each with the shape of the whole.
+    pub fn update_parts(&mut self, values: impl IntoIterator<Item = (ParamInfo, Tensor<1>)>) {
         self.updates += 1;
         let wanted = match self.config {
             AverageConfig::Ema { .. } => true,
@@ -96,12 +117,13 @@ impl Average {
         if !wanted {
             return;
         }
-        let Self { config, updates, kept, shapes } = self;
-        for (ParamInfo { name, shape, .. }, value) in trainable(module) {
+        let Self { config, updates, kept, shapes, .. } = self;
+        for (ParamInfo { name, shape, .. }, value) in values {
             shapes.entry(name.clone()).or_insert(shape);
             let kept = kept.entry(name).or_default();
             match (*config, kept.pop()) {
                 (AverageConfig::Ema { .. }, None) => kept.push(value),
+                (AverageConfig::Ema { .. }, Some(_)) if value.dims()[0] == 0 => kept.push(value),
                 (AverageConfig::Ema { decay }, Some(mean)) => {
                     let t = *updates as f64;
                     kept.push(lerp(mean, value, 1.0, 1.0 - decay.min((1.0 + t) / (10.0 + t))));
@@ -120,13 +142,19 @@ impl Average {
     /// The module with averaged parameters; as it is before the first average.
     pub fn apply<M: Module>(&self, module: M) -> M {
         map_trainable(module, &|name| self.kept.contains_key(name), &mut |name, _, param| {
-            let Some(kept) = self.kept.get(name).filter(|kept| !kept.is_empty()) else { return param.into() };
-            let share = 1.0 / kept.len() as f64;
-            kept.iter().skip(1).fold(kept[0].clone() * share, |sum, value| sum + value.clone() * share).into()
+            self.of(name).map_or_else(|| param.into(), Into::into)
         })
     }
 
-    /// The state for a checkpoint: `P.I` for each of the tensors of parameter P, and `updates`.
+    /// The average of a parameter, flat, or of what there is of it; none before the first.
+    pub fn of(&self, param: &str) -> Option<Tensor<1>> {
+        let kept = self.kept.get(param).filter(|kept| !kept.is_empty())?;
+        let share = 1.0 / kept.len() as f64;
+        Some(kept.iter().skip(1).fold(kept[0].clone() * share, |sum, value| sum + value.clone() * share))
+    }
+
+    /// The state for a checkpoint: `P.I` for each of the tensors of parameter P, and `updates`. Where ranks divide the parameters, all tensors have the shape of
+    /// the whole and the values of this rank's part: those of all ranks, one after the other, are the whole.
     pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
         let tensors = self.kept.iter().flat_map(move |(name, kept)| {
             kept.iter().enumerate().map(move |(i, tensor)| StateTensor {
@@ -136,8 +164,12 @@ impl Average {
             })
         });
         // In two parts, each exact in f32.
-        let parts = [(self.updates >> 20) as f32, (self.updates & 0xf_ffff) as f32];
-        tensors.chain([StateTensor { name: UPDATES.to_owned(), shape: vec![2], values: parts.to_vec() }])
+        let updates = [(self.updates >> 20) as f32, (self.updates & 0xf_ffff) as f32];
+        // Every part knows them: that which begins the first parameter says so.
+        let first = self.parts.as_ref().zip(self.shapes.keys().next());
+        let says = first.is_none_or(|(parts, name)| parts.get(name).is_some_and(|part| part.start == 0));
+        let values = if says { updates.to_vec() } else { vec![] };
+        tensors.chain([StateTensor { name: UPDATES.to_owned(), shape: vec![2], values }])
     }
 
     /// Names and shapes of what [`state`](Self::state) gives, in its order.
@@ -148,7 +180,7 @@ impl Average {
         tensors.chain([(UPDATES.to_owned(), vec![2])])
     }
 
-    /// Replaces the state by a saved one, onto the devices of the parameters of `module`.
+    /// Replaces the state by a saved one, of which it takes its [part](Self::shard), onto the devices of the parameters of `module`.
     ///
     /// # Errors
     /// The source's own, or [`OptimError::State`]: tensors of no parameter, of a wrong shape, not finite, or missing. The average is unchanged then.
@@ -161,8 +193,10 @@ impl Average {
         M: Module,
         E: From<OptimError>,
     {
-        let expected: BTreeMap<String, (Slot, Device)> = trainable(module)
-            .map(|(info, value)| (info.name, (Slot::signed("", &info.shape), value.device())))
+        let expected: BTreeMap<String, (Slot, Device)> = located(module)?
+            .into_iter()
+            .filter(|(info, _)| info.trainable)
+            .map(|(info, device)| (info.name, (Slot::signed("", &info.shape), device)))
             .collect();
         let mut found: BTreeMap<String, BTreeMap<usize, Tensor<1>>> = BTreeMap::new();
         let (mut updates, mut unused, mut wrong) = (None, vec![], vec![]);
@@ -181,9 +215,15 @@ impl Average {
                 continue;
             };
             wrong.extend(problem(&tensor, slot));
-            let n = tensor.values.len();
+            let values = match &self.parts {
+                None => tensor.values,
+                Some(parts) => {
+                    parts.get(param).and_then(|part| tensor.values.get(part.clone())).unwrap_or(&[]).to_vec()
+                }
+            };
+            let n = values.len();
             let kept = found.entry(param.to_owned()).or_default();
-            kept.insert(i, Tensor::from_data(TensorData::new(tensor.values, [n]), device));
+            kept.insert(i, Tensor::from_data(TensorData::new(values, [n]), device));
         }
         // All parameters have the same number, 0, 1, … without a gap.
         let most = found.values().map(BTreeMap::len).max().unwrap_or(0);

@@ -383,8 +383,10 @@ impl<'a> Trainer<'a> {
             }
         };
         let expert_load = self.balance_experts(&load);
-        if let (Some(average), Some(model)) = (&mut self.average, &self.model) {
-            average.update(model);
+        match (&mut self.average, &self.shards, &self.model) {
+            (Some(average), Some(shards), _) => average.update_parts(shards.values()?),
+            (Some(average), None, Some(model)) => average.update(model),
+            _ => {}
         }
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use burn::module::{ModuleMapper, Param, ParamId};
 use burn::tensor::{Device, Shape, Tensor, TensorData};
 use firebox_models::Staged;
-use firebox_optim::{Clipping, NamedGrads, OptimError, Optimizer, Parts};
+use firebox_optim::{Average, Clipping, NamedGrads, OptimError, Optimizer, ParamInfo, Parts};
 use firebox_parallel::{CommError, Pending};
 use firebox_tensor::ops::{is_bf16, to_bf16, to_f32};
 
@@ -50,6 +50,32 @@ impl<M: Staged> Shards<M> {
     /// The parts: flat, without gradients, in f32 or bfloat16, by name.
     pub fn held(&self) -> &BTreeMap<String, Tensor<1>> {
         &self.held
+    }
+
+    /// Every trainable parameter, with the part of its values that is this rank's, in f32.
+    ///
+    /// # Errors
+    /// [`OptimError::DuplicateName`].
+    pub fn values(&self) -> Result<impl Iterator<Item = (ParamInfo, Tensor<1>)>, OptimError> {
+        let device = self.held.values().next().map(Tensor::device).unwrap_or_default();
+        let trainable = firebox_optim::parameters(&self.shapes)?.into_iter().filter(|info| info.trainable);
+        Ok(trainable.map(move |info| {
+            let part = self.held.get(&info.name).cloned().map(to_f32);
+            let nothing = || Tensor::from_data(TensorData::new(Vec::<f32>::new(), [0]), &device);
+            let part = part.unwrap_or_else(nothing);
+            (info, part)
+        }))
+    }
+
+    /// The same model with this rank's parts of averages, in f32; as they are before the first.
+    pub fn averaged(&self, average: &Average) -> Self {
+        let of = |(name, part): (&String, &Tensor<1>)| (name.clone(), average.of(name).unwrap_or_else(|| part.clone()));
+        Self {
+            held: self.held.iter().map(of).collect(),
+            shapes: self.shapes.clone(),
+            plain: self.plain.clone(),
+            precision: PrecisionRecipe::default(),
+        }
     }
 
     /// Bytes of the parts.

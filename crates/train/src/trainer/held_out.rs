@@ -29,14 +29,18 @@ impl Trainer<'_> {
         }
         let model = self.averaged()?;
         let model = if self.shards.is_some() { model } else { model.valid() };
-        let Evaluation { loss, bpb, .. } = self.evaluated(&model, limit)?;
-        let average = self.average.as_ref().map(|average| average.apply(self.model().clone()).valid());
+        let Evaluation { loss, bpb, .. } = self.evaluated(&model, self.shards.as_ref(), limit)?;
+        let average = match (&self.average, &self.shards) {
+            (Some(average), Some(shards)) => Some(self.evaluated(&model, Some(&shards.averaged(average)), limit)?),
+            (Some(average), None) => Some(self.evaluated(&average.apply(self.model().clone()).valid(), None, limit)?),
+            (None, _) => None,
+        };
         let record = EvalRecord {
             step: self.state.step,
             tokens: self.state.tokens,
             val_loss: loss,
             val_bpb: bpb,
-            val_loss_average: average.map(|model| self.evaluated(&model, limit)).transpose()?.map(|found| found.loss),
+            val_loss_average: average.map(|found| found.loss),
         };
         observer.on_event(&Event::Evaluated(&record))?;
         self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
@@ -57,7 +61,12 @@ impl Trainer<'_> {
     }
 
     /// Ranks evaluate batches in turns.
-    fn evaluated(&self, model: &Decoder, limit: Option<u64>) -> Result<Evaluation, TrainError> {
+    fn evaluated(
+        &self,
+        model: &Decoder,
+        shards: Option<&Shards<Decoder>>,
+        limit: Option<u64>,
+    ) -> Result<Evaluation, TrainError> {
         let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
         let batches = batches.take(limit.map_or(usize::MAX, |n| n as usize));
         let Some(ranks) = &self.ranks else {
@@ -66,7 +75,7 @@ impl Trainer<'_> {
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
         }
-        if let Some(shards) = &self.shards {
+        if let Some(shards) = shards {
             return self.evaluated_by_stage(ranks, shards, batches);
         }
         let mut turns = Turns::new(ranks, batches);

@@ -59,7 +59,7 @@ impl Trainer<'_> {
             let whole = "pp 1, tp 1, ep 1 and zero 0, 1 or 2: it needs the whole model on each rank";
             let Layout { zero, pp, tp, ep, .. } = layout;
             let got = format!("pp {pp}, tp {tp}, ep {ep}, zero {}", u8::from(zero));
-            if average.is_some() {
+            if average.is_some() && layout.pp * layout.tp * layout.ep > 1 {
                 return fail("average", whole, got);
             }
             if watch.on_spike == OnSpike::Rollback {
@@ -91,7 +91,11 @@ impl Trainer<'_> {
         }
         self.model = Some(if layout.zero == Zero::Parameters {
             self.engine.recompute = Recompute::Blocks;
-            let shards = Shards::take(model, &ranks.state_parts().unwrap_or_default(), &self.recipe.precision)?;
+            let parts = ranks.state_parts().unwrap_or_default();
+            let shards = Shards::take(model, &parts, &self.recipe.precision)?;
+            if let Some(average) = &mut self.average {
+                average.shard(parts);
+            }
             self.shards.insert(shards).shapes().clone()
         } else {
             model

@@ -75,7 +75,14 @@ impl Trainer<'_> {
             model: self.averaged()?,
             shards: self.shards.as_ref().map(|shards| shards.held().clone()),
             trained: self.optimizer.averages().then(|| self.model().clone()),
-            average: self.average.as_ref().map(|average| (average.clone(), average.apply(self.model().clone()))),
+            average: self.average.as_ref().map(|average| Averaged {
+                average: average.clone(),
+                model: match &self.shards {
+                    Some(_) => self.model().clone(),
+                    None => average.apply(self.model().clone()),
+                },
+                shards: self.shards.as_ref().map(|shards| shards.averaged(average).held().clone()),
+            }),
             optimizer: self.optimizer.clone(),
             state_file: self.state_file(),
             state_shapes: divided.cloned().unwrap_or_else(|| self.optimizer.state_shapes().collect()),
@@ -124,7 +131,7 @@ struct Snapshot {
     /// This rank's parts of the parameters, where the model has none of their values.
     shards: Option<BTreeMap<String, Tensor<1>>>,
     trained: Option<Decoder>,
-    average: Option<(Average, Decoder)>,
+    average: Option<Averaged>,
     optimizer: Optimizer,
     state_file: String,
     /// Of the whole state.
@@ -134,6 +141,13 @@ struct Snapshot {
     state: State,
     tokenizer: String,
     collect: Option<Arc<Collect>>,
+}
+
+/// An average, and the parameters that it gives.
+struct Averaged {
+    average: Average,
+    model: Decoder,
+    shards: Option<BTreeMap<String, Tensor<1>>>,
 }
 
 /// A tensor of a run, and those of a file that it becomes.
@@ -153,21 +167,21 @@ impl Snapshot {
         let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
         let folder = self.folder(writer.as_ref())?;
         let to = &mut (writer.as_mut(), folder.as_path());
-        self.put_model(to, "model.safetensors", &self.model)?;
+        self.put_model(to, "model.safetensors", &self.model, self.shards.as_ref())?;
         if let Some(trained) = &self.trained {
-            self.put_model(to, TRAINED, trained)?;
+            self.put_model(to, TRAINED, trained, None)?;
         }
         let state = &self.state_shapes;
         let optimizer = |name: &str| self.optimizer.state_part(name);
         self.put_state(to, &self.state_file, state, self.states_by_data, &optimizer)?;
-        if let Some((average, model)) = &self.average {
-            // Each rank has all of it.
+        if let Some(Averaged { average, model, shards }) = &self.average {
+            // Each rank has all of it, or of parameters that are divided its part.
             let shapes: Shapes = average.state_shapes().collect();
             let tensors: HashMap<String, Vec<f32>> =
                 average.state().map(|StateTensor { name, values, .. }| (name, values)).collect();
             let tensor = |name: &str| tensors.get(name).cloned().unwrap_or_default();
-            self.put_state(to, AVERAGE_STATE, &shapes, false, &tensor)?;
-            self.put_model(to, AVERAGE, model)?;
+            self.put_state(to, AVERAGE_STATE, &shapes, shards.is_some(), &tensor)?;
+            self.put_model(to, AVERAGE, model, shards.as_ref())?;
         }
         let finished = match writer {
             Some(writer) => Some(self.finish(writer)?),
@@ -206,10 +220,16 @@ impl Snapshot {
         Ok(self.dir.join(String::from_utf8_lossy(&bytes).as_ref()))
     }
 
-    fn put_model(&self, to: &mut To<'_>, name: &str, model: &Decoder) -> Result<(), TrainError> {
+    fn put_model(
+        &self,
+        to: &mut To<'_>,
+        name: &str,
+        model: &Decoder,
+        shards: Option<&BTreeMap<String, Tensor<1>>>,
+    ) -> Result<(), TrainError> {
         let config = model.config();
         let entries: Vec<Entry> = entries(config);
-        let params: HashMap<String, Tensor<1>> = match &self.shards {
+        let params: HashMap<String, Tensor<1>> = match shards {
             None => parameters(model).into_iter().collect(),
             Some(held) => held.iter().map(|(name, part)| (name.clone(), part.clone())).collect(),
         };
@@ -220,7 +240,7 @@ impl Snapshot {
                     param: &entry.param,
                     shape: &entry.shape,
                     placement: self.placement(&entry.param),
-                    by_data: self.shards.is_some(),
+                    by_data: shards.is_some(),
                     by_experts: model.is_divided_expert(&entry.param),
                 },
                 specs: specs(entry),

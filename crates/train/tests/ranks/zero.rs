@@ -60,6 +60,31 @@ fn divided_parameters_take_the_steps_of_one_rank() {
     }
 }
 
+/// Averages have the bits of one rank, and go on from its checkpoint as it does from theirs.
+#[test]
+fn averages_of_divided_parameters_have_the_bits_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    for (name, average) in [
+        ("ema", "average={ kind = \"ema\", decay = 0.9 }"),
+        ("lawa", "average={ kind = \"lawa\", every = 2, count = 3 }"),
+    ] {
+        let extra = [average, "optimizer.kind=muon", "optimizer.clip=0"];
+        let one = dir.path().join(name);
+        train(0, 0, &one, &dataset, &extra, None);
+        let [many, back, forth] = ["many", "back", "forth"].map(|what| dir.path().join(format!("{name}-{what}")));
+        let half = |run: &Path| run.join("checkpoints/step-5");
+        train_as(8, copies(3, 2), &many, &dataset, &extra, None);
+        train(0, 0, &back, &dataset, &extra, Some(&half(&many)));
+        train_as(3, data(3), &forth, &dataset, &extra, Some(&half(&one)));
+        for run in [&many, &back, &forth] {
+            for file in ["model.safetensors", "average/model.safetensors", "average/state.safetensors"] {
+                assert!(bytes(&one, 10, file) == bytes(run, 10, file), "{}: {file} differs", run.display());
+            }
+        }
+    }
+}
+
 #[test]
 fn divided_parameters_of_divided_matrices_take_the_steps_of_one_rank() {
     let dir = tempfile::tempdir().unwrap();
@@ -144,7 +169,7 @@ fn what_divided_parameters_cannot_do_is_said_before_the_start() {
         (4, copies(3, 3), &[], "dp-replicate 3"),
         (2, data(3), &["optimizer.kind=sophia"], "sophia"),
         (2, data(3), &["optimizer.kind=schedule_free"], "schedule_free"),
-        (2, data(3), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
+        (4, Layout { tp: 2, ..data(3) }, &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
         (2, data(3), &["watch.on_spike=rollback"], "rollback"),
     ] {
         let (recipe, run, dataset) = (recipe(extra), dir.path().join("none"), dataset.clone());
