@@ -43,9 +43,9 @@ fn is_zero(value: &f64) -> bool {
 }
 
 impl Default for ExpertsConfig {
-    /// Two of eight, balanced by a loss of Mixtral's coefficient.
+    /// Two of eight, balanced by a loss of Switch's coefficient.
     fn default() -> Self {
-        Self { n_experts: 8, experts_per_token: 2, router_aux_loss: 1e-3, router_bias_rate: 0.0, capacity_factor: 0.0 }
+        Self { n_experts: 8, experts_per_token: 2, router_aux_loss: 1e-2, router_bias_rate: 0.0, capacity_factor: 0.0 }
     }
 }
 
