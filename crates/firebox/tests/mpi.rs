@@ -134,14 +134,14 @@ fn a_lost_process_is_named_and_elastic_goes_on_with_the_others() {
     let lab = Lab::new(150);
     let args = [&RUN[..], &["--set", "train.steps=12"]].concat();
     let one = lab.trained("one", &args);
-    // Where and how, what mpirun or a rank says, the layout and the processes that go on, and whether it is looked at without --elastic as well.
+    // Where and how, what mpirun or another rank says, the layout and the processes that go on, and whether it is looked at without --elastic as well.
     for (fault, says, ranks, layout, left, alone) in [
         ("1:forward:7:kill", "rank 1", 3, "", Some(2), true),
         ("2:backward:7:kill", "rank 2", 3, "--zero 2", Some(2), false),
         ("1:collective:7:kill", "rank 1", 4, "--tp 2", Some(2), false),
         ("1:checkpoint:8:kill", "rank 1", 2, "", Some(1), false),
         ("0:checkpoint:8:kill", "rank 0", 2, "--pp 2", None, false),
-        ("1:backward:7:panic", "rank 1 failed: it panicked", 2, "", None, true),
+        ("1:backward:7:panic", "it panicked", 2, "", None, true),
         ("1:collective:7:hang", "for rank 1; hung", 2, "", None, false),
     ] {
         let n = ranks.to_string();
