@@ -14,6 +14,8 @@ use firebox_train::checkpoint::{Checkpoint, TensorFile};
 use firebox_train::observe::{Observers, RunInfo};
 use firebox_train::{Layout, Recipe, Trainer, Zero};
 
+#[path = "ranks/matrix.rs"]
+mod matrix;
 #[path = "ranks/zero.rs"]
 mod zero;
 
