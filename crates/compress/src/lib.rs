@@ -1,0 +1,28 @@
+//! Smaller models: the formats in which quantized weights are stored, and the files that hold them.
+//!
+//! [`blocks`] has GGUF's block formats, [`gguf`] its files. They work on host memory and know neither a model nor a device.
+//!
+//! ```
+//! use firebox_compress::blocks::BlockType;
+//! use firebox_compress::gguf::{Gguf, TensorInfo, Value, Writer};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("model.gguf");
+//! let weight: Vec<f32> = (0..512).map(|i| (i as f32).sin()).collect();
+//!
+//! let metadata = [("general.architecture".to_owned(), Value::Text("llama".into()))];
+//! let tensors = vec![TensorInfo::new("output.weight", [2, 256], BlockType::Q4_K)];
+//! let mut writer = Writer::create(&path, &metadata, tensors)?;
+//! writer.tensor("output.weight", &weight)?;
+//! writer.finish()?;
+//!
+//! let file = Gguf::open(&path)?;
+//! let back = file.values("output.weight")?;
+//! assert!(weight.iter().zip(&back).all(|(x, y)| (x - y).abs() < 0.1));
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod blocks;
+pub mod gguf;
