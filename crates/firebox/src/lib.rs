@@ -8,6 +8,7 @@
 //! | [`tensor`] | `firebox-tensor` | fused differentiable operations, devices, counted randomness |
 //! | [`data`] | `firebox-data` | text, tokenizers, token shards, batches |
 //! | [`models`] | `firebox-models` | the decoder, presets, Hugging Face names |
+//! | [`compress`] | `firebox-compress` | quantization, pruning, low rank, GGUF files |
 //! | [`optim`] | `firebox-optim` | optimizers, groups, schedules, clipping |
 //! | [`train`] | `firebox-train` | recipes, the loop, checkpoints, reports, generation |
 //!
@@ -26,6 +27,7 @@
 
 pub mod corpus;
 
+pub use firebox_compress as compress;
 pub use firebox_data as data;
 pub use firebox_models as models;
 pub use firebox_optim as optim;

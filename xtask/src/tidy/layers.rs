@@ -13,22 +13,60 @@ use crate::workspace::Workspace;
 
 /// Which members of the workspace each member may depend on. Dependencies point one way, from what composes to what
 /// computes; a member that is missing here may depend on none.
-const ALLOWED: [(&str, &[&str]); 10] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("firebox-parallel", &[]),
     ("firebox-tensor", &["firebox-parallel"]),
     ("firebox-data", &[]),
     ("firebox-models", &["firebox-parallel", "firebox-tensor"]),
+    ("firebox-compress", &["firebox-models", "firebox-tensor"]),
     ("firebox-optim", &["firebox-tensor"]),
-    ("firebox-train", &["firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor"]),
+    (
+        "firebox-train",
+        &[
+            "firebox-compress",
+            "firebox-data",
+            "firebox-models",
+            "firebox-optim",
+            "firebox-parallel",
+            "firebox-tensor",
+        ],
+    ),
     (
         "firebox",
-        &["firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor", "firebox-train"],
+        &[
+            "firebox-compress",
+            "firebox-data",
+            "firebox-models",
+            "firebox-optim",
+            "firebox-parallel",
+            "firebox-tensor",
+            "firebox-train",
+        ],
     ),
     (
         "firebox-tests",
-        &["firebox", "firebox-data", "firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"],
+        &[
+            "firebox",
+            "firebox-compress",
+            "firebox-data",
+            "firebox-models",
+            "firebox-optim",
+            "firebox-tensor",
+            "firebox-train",
+        ],
     ),
-    ("firebox-bench", &["firebox-models", "firebox-optim", "firebox-tensor", "firebox-train"]),
+    (
+        "firebox-bench",
+        &[
+            "firebox",
+            "firebox-compress",
+            "firebox-data",
+            "firebox-models",
+            "firebox-optim",
+            "firebox-tensor",
+            "firebox-train",
+        ],
+    ),
     ("xtask", &[]),
 ];
 
