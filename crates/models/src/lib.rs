@@ -22,8 +22,10 @@
 //! ```
 
 pub mod decoder;
+mod layered;
 mod placement;
 mod stage;
 
+pub use layered::{Layered, Scaled};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

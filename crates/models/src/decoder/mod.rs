@@ -5,6 +5,7 @@ mod config;
 mod context;
 mod experts;
 pub mod hf;
+mod layered;
 mod model;
 mod parallel;
 pub mod presets;
