@@ -34,6 +34,7 @@
 
 mod batch_warmup;
 pub mod checkpoint;
+pub mod compress;
 mod cooldown;
 pub mod coordinates;
 mod curvature;
