@@ -43,6 +43,7 @@ mod error;
 pub mod evaluate;
 mod fault;
 pub mod generate;
+mod init;
 pub mod lr_find;
 pub mod model_io;
 mod mup;

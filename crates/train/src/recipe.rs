@@ -3,7 +3,7 @@
 mod error;
 mod model;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::presets;
@@ -39,6 +39,9 @@ pub struct Recipe {
     /// Seed of initial parameters, order of samples, dropout and sampling.
     #[serde(default = "seed")]
     pub seed: u64,
+    /// The model from whose parameters the run starts, in place of initial ones: a run, a checkpoint or a folder in Hugging Face's form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
     /// Shape of the model.
     #[serde(default)]
     pub model: ModelRecipe,
@@ -224,6 +227,7 @@ impl Recipe {
         Self {
             name: format!("depth-{n}"),
             seed: seed(),
+            init: None,
             model: ModelRecipe { depth: Some(n), ..ModelRecipe::default() },
             data: DataConfig::default(),
             sources: vec![],

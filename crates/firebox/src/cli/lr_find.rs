@@ -40,12 +40,17 @@ const LINES: usize = 25;
 
 pub fn run(args: LrFindArgs) -> Result<(), CliError> {
     let recipe = Recipe::load(&args.recipe, &args.set)?;
+    let recipe = match recipe.init.clone() {
+        Some(model) => recipe.starting_from(&model)?,
+        None => recipe,
+    };
     let sweep = LrSweep { lr_min: args.lr_min, lr_max: args.lr_max, steps: args.steps };
     sweep.validate()?;
     let device = args.device.backend.device()?;
     let (dataset, _) = args.data.dataset(&recipe.data, &recipe.sources)?;
     // Where activations are offloaded to, if at all, in a file without a name.
-    let trainer = Trainer::new(recipe, Path::new("."), &dataset, &device, None)?;
+    let init = recipe.initial_model(&device)?;
+    let trainer = Trainer::new(recipe, Path::new("."), &dataset, &device, init)?;
     if !args.json {
         println!("{:>6}  {:>9}  {:>9}  {:>9}", "step", "lr", "loss", "smoothed");
     }

@@ -27,6 +27,8 @@ use super::{CliError, DeviceArgs};
 ///   firebox train my.toml --set optimizer.lr=3e-4   your recipe, one value changed
 ///   firebox train --depth 6 --data 'books/*.txt'    everything follows from the depth
 ///   firebox train --resume --out runs/default       go on where it stopped
+///   firebox train my.toml --init runs/default --out runs/tuned
+///                                                   another run that starts from its parameters
 ///   firebox train --cooldown-from runs/long/checkpoints/step-800 --steps 200
 ///                                                   let its learning rate decay, in a run of its own
 #[derive(Args)]
@@ -55,6 +57,9 @@ pub struct TrainArgs {
     /// Steps of the cooldown.
     #[arg(long, value_name = "N", requires = "cooldown_from")]
     steps: Option<u64>,
+    /// Start from the parameters of this run, checkpoint or folder in Hugging Face's form: its shape takes the place of the recipe's, and its tokenizer.
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["depth", "cooldown_from"])]
+    init: Option<PathBuf>,
     /// Seed, instead of the recipe's.
     #[arg(long)]
     seed: Option<u64>,
@@ -141,7 +146,7 @@ impl Job {
         let device = self.backend.device()?;
         let mut trainer = match found {
             Some(checkpoint) => Trainer::open(recipe.clone(), dir, dataset, &device, checkpoint)?,
-            None => Trainer::new(recipe.clone(), dir, dataset, &device, None)?,
+            None => Trainer::new(recipe.clone(), dir, dataset, &device, recipe.initial_model(&device)?)?,
         };
         let (rank, size) = ranks.as_ref().map_or((0, 1), |(comm, _)| (comm.rank(), comm.size()));
         let recomputed = ranks.as_ref().is_some_and(|(_, layout)| layout.zero == Zero::Parameters)
@@ -281,8 +286,25 @@ impl TrainArgs {
             }
             (Some(name), _) => Recipe::load(name, &set)?,
         };
+        let recipe = match self.init.clone().or(recipe.init.clone()) {
+            Some(model) => self.starting_from(recipe, &model)?,
+            None => recipe,
+        };
         let dir = self.run_dir(&recipe.name);
         Ok((recipe, dir))
+    }
+}
+
+impl TrainArgs {
+    /// The recipe with the shape and the tokenizer of a model.
+    fn starting_from(&self, recipe: Recipe, model: &Path) -> Result<Recipe, CliError> {
+        let shape =
+            self.set.iter().find(|set| set.trim_start().starts_with("model.") && !set.contains("model.dropout"));
+        if let Some(set) = shape {
+            let expected = "no --set of the model's shape but model.dropout beside it: the shape is that of the model";
+            return Err(TrainError::Input { what: "init", expected: expected.into(), got: set.clone() }.into());
+        }
+        Ok(recipe.starting_from(model)?)
     }
 }
 

@@ -1,0 +1,55 @@
+//! Runs that start from a model instead of initial parameters.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use firebox_models::decoder::Decoder;
+
+use crate::TrainError;
+use crate::checkpoint::resolve;
+use crate::model_io;
+use crate::recipe::{ModelRecipe, Recipe};
+
+impl Recipe {
+    /// The same recipe for a run that starts from the parameters of the model in `path`: a run, a checkpoint, or a folder in Hugging Face's form. The model's
+    /// shape takes the place of [`model`](Self::model), of which only `dropout` stays, and its tokenizer, where it has one, that of `data.tokenizer`.
+    ///
+    /// # Errors
+    /// As [`model_io::load`].
+    pub fn starting_from(self, path: &Path) -> Result<Self, TrainError> {
+        let loaded = model_io::load(path, &Device::default())?;
+        // From wherever the run goes on.
+        let path = std::path::absolute(path).map_err(TrainError::io("find", path))?;
+        let exactly = ModelRecipe::exactly(loaded.model.config());
+        let mut recipe = Self {
+            model: ModelRecipe { dropout: self.model.dropout.or(exactly.dropout), ..exactly },
+            init: Some(path.clone()),
+            ..self
+        };
+        if loaded.tokenizer.is_some() {
+            let plain = path.join("config.json").is_file();
+            let folder = if plain { path } else { resolve(&path)?.checkpoint.path().to_path_buf() };
+            recipe.data.tokenizer = folder.join("tokenizer.json").display().to_string();
+        }
+        Ok(recipe)
+    }
+
+    /// The model that the run starts from, on `device.autodiff()`; none where it starts from initial parameters. What
+    /// [`Trainer::new`](crate::Trainer::new) takes.
+    ///
+    /// # Errors
+    /// As [`model_io::load`]; [`TrainError::Input`] for a model that is not of the recipe's shape.
+    pub fn initial_model(&self, device: &Device) -> Result<Option<Decoder>, TrainError> {
+        let Some(path) = &self.init else { return Ok(None) };
+        let model = model_io::load(path, &device.clone().autodiff())?.model;
+        let dropout = self.model.dropout.unwrap_or(model.config().dropout);
+        let model = model.for_training(self.seed, dropout)?;
+        let wanted = self.model.resolve(model.config().vocab_size)?;
+        if *model.config() != wanted {
+            let (expected, got) =
+                (format!("a model of the recipe's shape, {wanted:?}"), format!("{:?}", model.config()));
+            return Err(TrainError::Input { what: "init", expected, got });
+        }
+        Ok(Some(model))
+    }
+}
