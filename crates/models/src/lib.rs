@@ -22,8 +22,10 @@
 //! ```
 
 pub mod decoder;
+mod lesson;
 mod placement;
 mod stage;
 
+pub use lesson::{Lesson, Taught};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

@@ -37,6 +37,7 @@ pub mod checkpoint;
 mod cooldown;
 pub mod coordinates;
 mod curvature;
+mod distill;
 pub mod engine;
 mod error;
 pub mod evaluate;
@@ -57,6 +58,7 @@ mod watch;
 
 pub use batch_warmup::BatchWarmup;
 pub use cooldown::Cooldown;
+pub use distill::{DistillRecipe, StudentInit};
 pub use error::TrainError;
 pub use noise::NoiseScale;
 pub use optimizer_recipe::OptimizerRecipe;
