@@ -27,5 +27,10 @@ mod placement;
 mod stage;
 
 pub use layered::{Layered, Scaled};
+mod lesson;
+mod placement;
+mod stage;
+
+pub use lesson::{Lesson, Taught};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

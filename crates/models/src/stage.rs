@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use firebox_tensor::ops::{Sequence, zigzag_part};
 
+use crate::lesson::Lesson;
 use crate::placement::Placement;
 
 /// A batch of token rows `[B, T]` as models take it.
@@ -19,13 +20,16 @@ pub struct TokenBatch {
     pub sequence: Sequence,
     /// What the summed loss is multiplied by: one over the number of targets of the whole batch of which this is a part.
     pub loss_scale: f64,
+    /// What a teacher says of these tokens, where a student learns from one. It is for training: without it, the loss is that of the targets alone.
+    pub lesson: Option<Lesson>,
 }
 
 impl TokenBatch {
     /// A batch whose loss is the mean over its own targets.
     pub fn new(inputs: Vec<i32>, targets: Vec<i32>, sequence: Sequence) -> Self {
         let count = targets.iter().filter(|&&t| t >= 0).count();
-        Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale: 1.0 / count.max(1) as f64 }
+        let loss_scale = 1.0 / count.max(1) as f64;
+        Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale, lesson: None }
     }
 
     /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss.
@@ -38,7 +42,8 @@ impl TokenBatch {
         Self::new(inputs, targets, Sequence::plain(batch, tokens))
     }
 
-    /// The tokens of each row that rank `rank` of `size` has where ranks divide the rows ([`zigzag`](firebox_tensor::ops::zigzag)), with the loss scale of the whole.
+    /// The tokens of each row that rank `rank` of `size` has where ranks divide the rows ([`zigzag`](firebox_tensor::ops::zigzag)), with the loss scale of the whole
+    /// and without its lesson.
     pub fn part(&self, rank: usize, size: usize) -> Self {
         let tokens = self.sequence.tokens();
         let mine = |values: &[i32]| zigzag_part(values, tokens, rank, size).into();
@@ -47,6 +52,7 @@ impl TokenBatch {
             targets: mine(&self.targets),
             sequence: self.sequence.part(rank, size),
             loss_scale: self.loss_scale,
+            lesson: None,
         }
     }
 }

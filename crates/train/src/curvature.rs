@@ -24,7 +24,7 @@ pub(crate) fn drawn(model: &Decoder, batch: &TokenBatch, seed: u64, step: u64) -
     };
     let drawn = probabilities.chunks_exact(v).enumerate().map(draw);
     let targets = drawn.zip(batch.targets.iter()).map(|(drawn, &target)| if target < 0 { target } else { drawn });
-    TokenBatch { targets: targets.collect(), ..batch.clone() }
+    TokenBatch { targets: targets.collect(), lesson: None, ..batch.clone() }
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub mod compress;
 mod cooldown;
 pub mod coordinates;
 mod curvature;
+mod distill;
 pub mod engine;
 mod error;
 pub mod evaluate;
@@ -59,6 +60,7 @@ mod watch;
 
 pub use batch_warmup::BatchWarmup;
 pub use cooldown::Cooldown;
+pub use distill::{DistillRecipe, StudentInit};
 pub use error::TrainError;
 pub use noise::NoiseScale;
 pub use optimizer_recipe::OptimizerRecipe;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::batch_warmup::BatchWarmup;
+use crate::distill::DistillRecipe;
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
 use crate::precision::PrecisionRecipe;
@@ -78,6 +79,9 @@ pub struct Recipe {
     /// A running average of the parameters, evaluated beside them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub average: Option<AverageConfig>,
+    /// The teacher of a student.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillRecipe>,
 }
 
 fn seed() -> u64 {
@@ -243,6 +247,7 @@ impl Recipe {
             precision: PrecisionRecipe::default(),
             watch: WatchRecipe::default(),
             average: None,
+            distill: None,
         }
     }
 
@@ -296,6 +301,7 @@ impl Recipe {
         if !(self.train.z_loss >= 0.0 && self.train.z_loss.is_finite()) {
             return fail("train.z_loss", "a factor, or 0 for none", self.train.z_loss.to_string());
         }
+        self.distill.as_ref().map_or(Ok(()), DistillRecipe::validate)?;
         let micro_batches = self.train.batch_rows.div_ceil(self.train.micro_rows());
         self.watch.validate(micro_batches)?;
         if self.average.is_some() && matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {

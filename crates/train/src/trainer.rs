@@ -1,5 +1,6 @@
 //! The training loop.
 
+mod distill;
 mod experts;
 #[cfg(test)]
 mod faults;
@@ -23,6 +24,7 @@ use firebox_optim::{Average, Optimizer};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::distill::{StudentInit, Teacher, from_teacher};
 use crate::engine::Engine;
 use crate::evaluate::token_batch;
 use crate::fault;
@@ -97,6 +99,7 @@ pub struct Trainer<'a> {
     model: Option<Decoder>,
     optimizer: Optimizer,
     average: Option<Average>,
+    teacher: Option<Teacher>,
     engine: Engine,
     dataset: &'a Dataset,
     loader: Loader,
@@ -148,11 +151,20 @@ impl<'a> Trainer<'a> {
         if recipe.eval.sample_tokens > 0 {
             prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
         }
+        let teach = |recipe| Teacher::new(recipe, &config, &dataset.tokenizer, device);
+        let teacher = recipe.distill.as_ref().map(teach).transpose()?;
+        let started = recipe.distill.as_ref().filter(|distill| distill.init == StudentInit::Teacher);
         let model = match init {
             Some(model) => model,
             None => {
                 let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
-                if let Some(mup) = mup { mup.initial(model) } else { model }
+                if let Some(distill) = started {
+                    from_teacher(model, Path::new(&distill.teacher), device)?
+                } else if let Some(mup) = mup {
+                    mup.initial(model)
+                } else {
+                    model
+                }
             }
         };
         Ok(Self {
@@ -160,6 +172,7 @@ impl<'a> Trainer<'a> {
             model: Some(recipe.precision.hold(model.with_loss(recipe.train.loss()))),
             optimizer,
             average: recipe.average.map(Average::new).transpose()?,
+            teacher,
             engine: Engine { compute: recipe.precision.compute.into(), ..recipe.memory.engine(dir) },
             loader,
             token_bytes: dataset.tokenizer.token_bytes(),
@@ -252,7 +265,7 @@ impl<'a> Trainer<'a> {
             training_s += step_started.elapsed().as_secs_f64();
             self.state.elapsed_s = before_s + started.elapsed().as_secs_f64();
             let (step, last) = (self.state.step, self.state.step == self.recipe.train.steps);
-            if let Some(Done { loss, grad_norm, expert_load }) = done {
+            if let Some(Done { loss, grad_norm, expert_load, parts }) = done {
                 last_loss = Some(loss);
                 if step == first_step + 1 || last || step.is_multiple_of(self.recipe.train.log_every) {
                     let tokens_per_s = pace.tokens_per_s(self.state.tokens);
@@ -268,6 +281,7 @@ impl<'a> Trainer<'a> {
                         noise_scale_rows: self.state.noise_scale.rows(),
                         noise_scale_tokens: self.noise_scale_tokens(),
                         expert_load,
+                        distill: self.distilled(parts)?,
                         ranks: self.seen(&worked)?,
                     };
                     observer.on_event(&Event::Step(&record))?;
@@ -366,12 +380,13 @@ impl<'a> Trainer<'a> {
         if self.optimizer.curvature_is_due(self.state.step) {
             self.estimate_curvature(&batches)?;
         }
+        let scale = self.state.loss_scale.factor;
         let updated = match self.recipe.memory.optimizer_in_backward {
             true => self.update_in_backward(lr, &batches)?,
             false => self.update(lr, &batches)?,
         };
         drop(batches);
-        let load = self.expert_load()?;
+        let (load, parts) = (self.expert_load()?, self.loss_parts(scale));
         self.state.step += 1;
         self.state.samples += rows as u64;
         self.state.tokens += self.tokens_of(rows);
@@ -390,7 +405,7 @@ impl<'a> Trainer<'a> {
         }
         self.state.bad_in_a_row = 0;
         self.state.last_good = self.state.step;
-        Ok(Some(Done { loss, grad_norm, expert_load }))
+        Ok(Some(Done { loss, grad_norm, expert_load, parts }))
     }
 
     /// The micro-batches of the current step.
@@ -446,6 +461,8 @@ struct Done {
     loss: f64,
     grad_norm: f64,
     expert_load: Option<f64>,
+    /// Of this rank's batches, where there is a teacher.
+    parts: [f64; 4],
 }
 
 /// Speed since the last logged step, pauses for evaluation and checkpoints left out.

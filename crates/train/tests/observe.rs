@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use firebox_train::observe::compare::{self, Baselines};
 use firebox_train::observe::{
-    EvalRecord, Event, MetricsWriter, ObserveError, Observer, Observers, Progress, RanksRecord, RunInfo, StepRecord,
-    Summary, metrics, report,
+    DistillRecord, EvalRecord, Event, MetricsWriter, ObserveError, Observer, Observers, Progress, RanksRecord, RunInfo,
+    StepRecord, Summary, metrics, report,
 };
 
 /// A run folder that is gone at the end of its test.
@@ -61,6 +61,7 @@ fn step(step: u64) -> StepRecord {
         noise_scale_rows: (step > 2).then_some(40.0),
         noise_scale_tokens: (step > 2).then_some(20_480.0),
         expert_load: (step > 2).then_some(1.25),
+        distill: (step > 2).then_some(DistillRecord { hard_loss: 2.5, soft_loss: 0.25 }),
         // As if the run went on on ranks.
         ranks: (step > 3).then_some(RanksRecord {
             bytes_sent: 1 << 40,

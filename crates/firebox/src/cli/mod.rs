@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod distill;
 mod launch;
 mod lr_find;
 mod prepare;
@@ -34,6 +35,8 @@ struct Cli {
 enum Command {
     /// Train a model: raw text in, checkpoints, samples and a report out.
     Train(train::TrainArgs),
+    /// Train a student: a model that learns from another one's predictions besides the text.
+    Distill(distill::DistillArgs),
     /// Find the range of useful learning rates: a short run whose rate grows until the loss does.
     LrFind(lr_find::LrFindArgs),
     /// List or show the built-in recipes.
@@ -147,6 +150,7 @@ pub fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Train(args) => train::run(args, rayon::current_num_threads()),
+        Command::Distill(args) => distill::run(args, rayon::current_num_threads()),
         Command::LrFind(args) => lr_find::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),

@@ -237,6 +237,12 @@ fn program() -> String {
 const DEFAULT: &str = "default";
 
 impl TrainArgs {
+    /// The same with values of the recipe that those given replace.
+    pub fn with_defaults(mut self, mut set: Vec<String>) -> Self {
+        set.append(&mut self.set);
+        Self { set, ..self }
+    }
+
     /// Recipe, folder and first checkpoint of a cooldown.
     fn cooldown(&self, from: &Path) -> Result<(Recipe, PathBuf, Option<Checkpoint>), CliError> {
         let found = resolve(from)?;

@@ -449,8 +449,11 @@ impl Staged for Decoder {
             }
             let x = self.norm.forward(x).reshape([b * t, d]);
             let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
-            let cap = self.context.config.logit_softcap;
-            return Flow::Loss(ops::linear_cross_entropy(x, self.head_weight(), targets, scale, cap, &loss));
+            let (cap, head) = (self.context.config.logit_softcap, self.head_weight());
+            return Flow::Loss(match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
+                Some(soft) => ops::linear_distillation(x, head, targets, scale, cap, &loss, soft, None),
+                None => ops::linear_cross_entropy(x, head, targets, scale, cap, &loss),
+            });
         };
         // A residual is added inside the product before it, unless dropout comes between.
         let fused = step.is_none() || self.context.config.dropout == 0.0;

@@ -280,7 +280,13 @@ impl TensorParallel {
         let [b, t, d] = x.dims();
         let x = if self.sequence { x } else { copy_to(x, &self.group) }.reshape([b * t, d]);
         let (targets, scale) = (Arc::clone(&batch.targets), batch.loss_scale);
-        ops::vocab_cross_entropy(x, head, targets, scale, config.logit_softcap, loss, config.vocab_size, &self.group)
+        let (cap, vocab) = (config.logit_softcap, config.vocab_size);
+        match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
+            Some(soft) => {
+                ops::linear_distillation(x, head, targets, scale, cap, loss, soft, Some((vocab, &self.group)))
+            }
+            None => ops::vocab_cross_entropy(x, head, targets, scale, cap, loss, vocab, &self.group),
+        }
     }
 
     /// The final norm of all tokens, `[B, T, D]`.

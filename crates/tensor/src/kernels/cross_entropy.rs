@@ -3,6 +3,8 @@
 //! The gradients are made in the forward pass, while a chunk's logits are in the cache (as Liger Kernel does, arXiv:2410.10989, section 3.2):
 //! the loss is a scalar, so its upstream gradient only scales them later.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::matmul::{Compute, Into, Mat, matmul};
@@ -63,10 +65,33 @@ pub(crate) fn linear_cross_entropy(
     targets: &[i32],
     loss: Loss,
     shard: Option<&Shard<'_>>,
+    gradients: Option<Gradients<'_>>,
+) -> f32 {
+    let (v, with_gradient) = (weight.rows(), gradients.is_some());
+    let losses = |_: Range<usize>, logits: &mut [f32], targets: &[i32]| match shard {
+        Some(shard) => sharded_losses(logits, targets, loss, shard, with_gradient),
+        None => logits
+            .par_chunks_exact_mut(v)
+            .zip(targets.par_iter())
+            .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
+            .collect(),
+    };
+    by_chunks(hidden, weight, targets, loss, shard.map_or(v, |shard| shard.largest), gradients, losses)
+}
+
+/// The scaled sum of what `losses` makes of each chunk of rows (their numbers, logits and targets). Where gradients are asked for, it leaves those of the scaled losses
+/// in the logits' place. `largest` is the vocabulary of the rank that has most of it.
+pub(super) fn by_chunks(
+    hidden: &[f32],
+    weight: Mat<'_>,
+    targets: &[i32],
+    loss: Loss,
+    largest: usize,
     mut gradients: Option<Gradients<'_>>,
+    mut losses: impl FnMut(Range<usize>, &mut [f32], &[i32]) -> Vec<f32>,
 ) -> f32 {
     let (v, d) = (weight.rows(), weight.cols());
-    let fit = |bytes: usize| bytes / (4 * shard.map_or(v, |shard| shard.largest).max(1));
+    let fit = |bytes: usize| bytes / (4 * largest.max(1));
     let rows = fit(LOGITS_BYTES).max(fit(MAX_LOGITS_BYTES).min(MIN_ROWS)).clamp(1, targets.len().max(1));
     if let (Some(g), true) = (&mut gradients, targets.is_empty()) {
         g.weight.fill(0.0);
@@ -80,16 +105,7 @@ pub(crate) fn linear_cross_entropy(
         let h = Mat::new(&hidden[range.clone()], n, d, d);
         let logits = &mut scratch[..n * v];
         matmul(loss.compute, h, weight.t(), logits, v, Into::Write);
-        let with_gradient = gradients.is_some();
-        let losses: Vec<f32> = match shard {
-            Some(shard) => sharded_losses(logits, targets, loss, shard, with_gradient),
-            None => logits
-                .par_chunks_exact_mut(v)
-                .zip(targets.par_iter())
-                .map(|(row, &target)| row_loss(row, target, loss, with_gradient))
-                .collect(),
-        };
-        total += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+        total += losses(c * rows..c * rows + n, logits, targets).iter().map(|&l| f64::from(l)).sum::<f64>();
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
             let into = if c == 0 { Into::Write } else { Into::Add };

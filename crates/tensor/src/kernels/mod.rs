@@ -12,6 +12,7 @@ pub(crate) mod attention;
 pub(crate) mod bf16;
 pub(crate) mod compact;
 pub(crate) mod cross_entropy;
+pub(crate) mod distillation;
 pub(crate) mod embedding;
 pub(crate) mod experts;
 pub(crate) mod factored;

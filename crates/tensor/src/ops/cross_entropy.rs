@@ -52,15 +52,19 @@ pub fn linear_cross_entropy(
     loss: &LossConfig,
 ) -> Tensor<1> {
     check(&hidden, &targets, weight.dims()[0], softcap, loss);
-    let n = targets.len();
-    let LossConfig { label_smoothing, z_loss } = *loss;
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
         let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard: None };
         return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
-    let device = hidden.device();
     let logits = soft_cap(multiply(hidden, weight.transpose()), softcap);
+    let (losses, kept) = row_losses(logits, &targets, loss);
+    (losses * kept).sum() * scale
+}
+
+/// Of logits `[N, V]` the losses of the rows, and for each 1 or, where nothing is to be predicted, 0; both `[N, 1]`.
+pub(super) fn row_losses(logits: Tensor<2>, targets: &[i32], loss: &LossConfig) -> (Tensor<2>, Tensor<2>) {
+    let (n, device, LossConfig { label_smoothing, z_loss }) = (targets.len(), logits.device(), *loss);
     let log_p = activation::log_softmax(logits.clone(), 1);
     let at: Vec<i32> = targets.iter().map(|&t| t.max(0)).collect();
     let kept: Vec<f32> = targets.iter().map(|&t| f32::from(u8::from(t >= 0))).collect();
@@ -75,11 +79,11 @@ pub fn linear_cross_entropy(
         let log_sum = logits.gather(1, at) - log_p_at;
         losses = losses + log_sum.clone() * log_sum * z_loss;
     }
-    (losses * kept).sum() * scale
+    (losses, kept)
 }
 
 #[track_caller]
-fn check(hidden: &Tensor<2>, targets: &[i32], v: usize, softcap: f64, loss: &LossConfig) {
+pub(super) fn check(hidden: &Tensor<2>, targets: &[i32], v: usize, softcap: f64, loss: &LossConfig) {
     let n = hidden.dims()[0];
     assert_eq!(targets.len(), n, "cross-entropy: {} targets for {n} rows", targets.len());
     if let Some(bad) = targets.iter().find(|&&t| t >= 0 && t as usize >= v) {
@@ -189,6 +193,15 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     weight: Tracked<B, C>,
     op: CrossEntropy,
 ) -> Tracked<B, C> {
+    apply_with::<B, C>(hidden, weight, |hidden, weight, gradients| op.run(hidden, weight, gradients))
+}
+
+/// The loss that `run` makes of the values of `hidden` and `weight`, with the gradients of both where they are wanted.
+pub(super) fn apply_with<B: HostBackend + FusedOps, C: CheckpointStrategy>(
+    hidden: Tracked<B, C>,
+    weight: Tracked<B, C>,
+    run: impl FnOnce(&[f32], Mat<'_>, Option<kernel::Gradients<'_>>) -> f32,
+) -> Tracked<B, C> {
     // Without the tracked tensors the values have no other holder, and their buffer is free when the loss is there.
     let ((h, h_node), (w, w_node)) = (hidden.into_parts(), weight.into_parts());
     match Scaled.prepare::<C>([h_node, w_node]).compute_bound().stateful() {
@@ -197,9 +210,13 @@ pub(crate) fn apply<B: HostBackend + FusedOps, C: CheckpointStrategy>(
             let (h, w) = (B::values(h), Weight::<B>::new(w));
             let (mut dh, mut dw) = (buffer(h.as_ref().len()), buffer(w_shape.iter().product()));
             let gradients = kernel::Gradients { hidden: &mut dh, weight: &mut dw };
-            let loss = op.run(h.as_ref(), w.mat(), Some(gradients));
+            let loss = run(h.as_ref(), w.mat(), Some(gradients));
             prep.finish([B::tensor(dh, &h_shape), B::tensor(dw, &w_shape)], B::tensor(vec![loss], &[1]))
         }
-        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(h, w, &op)),
+        OpsKind::UnTracked(prep) => {
+            let (h, w) = (B::values(h), Weight::<B>::new(w));
+            let loss = run(h.as_ref(), w.mat(), None);
+            prep.finish(B::tensor(vec![loss], &[1]))
+        }
     }
 }

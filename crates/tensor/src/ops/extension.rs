@@ -9,6 +9,7 @@ use super::attention::{self, Attention};
 use super::collective::Collective;
 use super::cross_entropy::{self, CrossEntropy};
 use super::deferred;
+use super::distillation::{self, Distillation};
 use super::embedding::Embedding;
 use super::experts::{Combine, GroupedLinear, RouterWeights};
 use super::linear::Linear;
@@ -66,6 +67,12 @@ pub(crate) trait FusedOps: Backend {
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         op: CrossEntropy,
+    ) -> FloatTensor<Self>;
+    fn fused_linear_distillation(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        op: Distillation,
     ) -> FloatTensor<Self>;
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -161,6 +168,14 @@ macro_rules! host_backend {
             ) -> FloatTensor<Self> {
                 cross_entropy::forward::<Self>(hidden, weight, &op)
             }
+            fn fused_linear_distillation(
+                hidden: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                teacher: FloatTensor<Self>,
+                op: Distillation,
+            ) -> FloatTensor<Self> {
+                distillation::forward::<Self>(hidden, weight, teacher, &op)
+            }
             fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 Enter.forward::<Self>([x])
             }
@@ -254,6 +269,14 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         op: CrossEntropy,
     ) -> FloatTensor<Self> {
         cross_entropy::apply::<B, C>(hidden, weight, op)
+    }
+    fn fused_linear_distillation(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        op: Distillation,
+    ) -> FloatTensor<Self> {
+        distillation::apply::<B, C>(hidden, weight, teacher, &op)
     }
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(Enter, [x])

@@ -10,6 +10,7 @@ pub mod collective;
 mod compute;
 mod cross_entropy;
 mod deferred;
+mod distillation;
 mod embedding;
 mod expert_parallel;
 pub mod experts;
@@ -33,6 +34,7 @@ pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
 pub use cross_entropy::{LossConfig, linear_cross_entropy, vocab_cross_entropy};
 pub use deferred::{Deferred, defer_weights};
+pub use distillation::{LossParts, SoftLoss, SoftTargets, linear_distillation};
 pub use embedding::{embedding, vocab_embedding};
 pub use factored::{divide_by_root, mean_squares, subtract_scaled};
 pub use formula::{

@@ -164,3 +164,51 @@ pub fn linear_cross_entropy(
     }
     vec![total * scale]
 }
+
+/// What a teacher predicts for each row: its logits, or its k most probable tokens with their probabilities.
+pub enum Teacher {
+    Logits(Vec<Vec<f64>>),
+    TopK(Vec<Vec<(usize, f64)>>),
+}
+
+/// See `ops::linear_distillation`, without smoothing or z-loss.
+#[allow(clippy::too_many_arguments)]
+pub fn linear_distillation(
+    hidden: &[f64],
+    w: &[f64],
+    d: usize,
+    targets: &[i32],
+    teacher: &Teacher,
+    scale: f64,
+    cap: f64,
+    (alpha, temperature): (f64, f64),
+) -> Vec<f64> {
+    let softmax = |logits: &[f64], t: f64| -> Vec<f64> {
+        let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let e: Vec<f64> = logits.iter().map(|l| ((l - top) / t).exp()).collect();
+        let sum: f64 = e.iter().sum();
+        e.into_iter().map(|e| e / sum).collect()
+    };
+    let mut total = 0.0;
+    for (i, (row, &target)) in hidden.chunks(d).zip(targets).enumerate() {
+        if target < 0 {
+            continue;
+        }
+        let logits: Vec<f64> =
+            w.chunks(d).map(|w| soft_cap(row.iter().zip(w).map(|(a, b)| a * b).sum(), cap)).collect();
+        let hard = -softmax(&logits, 1.0)[target as usize].ln();
+        let p = softmax(&logits, temperature);
+        let kl: f64 = match teacher {
+            Teacher::Logits(rows) => softmax(&rows[i], temperature).iter().zip(&p).map(|(q, p)| q * (q / p).ln()).sum(),
+            Teacher::TopK(rows) => {
+                let of_known: f64 = rows[i].iter().map(|&(id, q)| q * (q / p[id]).ln()).sum();
+                let rest = 1.0 - rows[i].iter().map(|(_, q)| q).sum::<f64>();
+                let others: f64 =
+                    (0..p.len()).filter(|id| rows[i].iter().all(|(known, _)| known != id)).map(|id| p[id]).sum();
+                of_known + rest * (rest / others).ln()
+            }
+        };
+        total += alpha * hard + (1.0 - alpha) * temperature * temperature * kl;
+    }
+    vec![total * scale]
+}

@@ -6,7 +6,7 @@
 //! {"step":11,"skipped":"the loss is not finite"}
 //! ```
 //!
-//! With several ranks, a step has the keys of [`RanksRecord`](super::RanksRecord) as well. A number that is not finite is `null`. Every line is flushed as it is written, so that a killed run loses at most the
+//! A student's steps have the keys of [`DistillRecord`](super::DistillRecord). With several ranks, a step has the keys of [`RanksRecord`](super::RanksRecord) as well. A number that is not finite is `null`. Every line is flushed as it is written, so that a killed run loses at most the
 //! line it was at.
 
 use std::fs::File;

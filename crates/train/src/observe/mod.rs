@@ -60,7 +60,7 @@ use std::path::{Path, PathBuf};
 pub use files::RunFiles;
 pub use metrics::MetricsWriter;
 pub use progress::Progress;
-pub use record::{EvalRecord, RanksRecord, RunInfo, StepRecord, Summary};
+pub use record::{DistillRecord, EvalRecord, RanksRecord, RunInfo, StepRecord, Summary};
 pub use report::ReportWriter;
 pub use tensorboard::TensorBoard;
 

@@ -114,9 +114,21 @@ pub struct StepRecord {
     /// How uneven the choice of experts was in the step, where there are any: tokens of the busiest expert over the mean, in the worst block. 1: even.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<f64>,
+    /// The parts of a student's loss.
+    #[serde(flatten)]
+    pub distill: Option<DistillRecord>,
     /// What ranks did, where there are several.
     #[serde(flatten)]
     pub ranks: Option<RanksRecord>,
+}
+
+/// The parts of a student's loss in a step, each without its weight: keys of the same line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DistillRecord {
+    /// The loss of the targets, nats per token.
+    pub hard_loss: f64,
+    /// The squared temperature times the divergence from the teacher's predictions, nats per token.
+    pub soft_loss: f64,
 }
 
 /// What the ranks of a run did in a step: keys of the same line.

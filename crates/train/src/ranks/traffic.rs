@@ -15,6 +15,11 @@ impl Ranks {
         self.world.rank()
     }
 
+    /// How many ranks have the loss of the same tokens: those that have the parts of the same matrices.
+    pub fn with_the_same_loss(&self) -> usize {
+        self.tp.size()
+    }
+
     /// The numbers of all ranks.
     ///
     /// # Errors

@@ -73,6 +73,7 @@ impl Trainer<'_> {
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
+        self.teacher = self.teacher.take().map(|teacher| teacher.with_ranks(&axes.cp, &layout)).transpose()?;
         if layout.tp > 1 {
             model = self.divide_matrices(model, &axes.tp, layout.sequence_parallel)?;
         }

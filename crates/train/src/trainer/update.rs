@@ -18,8 +18,8 @@ impl Trainer<'_> {
         let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
         let mut parts = vec![];
         let (loss, mut grads) = match &self.ranks {
-            None => self.gradients(batches, measured.then_some(&mut parts))?,
-            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| ranks.tokens_of(batch))?,
+            None => self.gradients(batches, |batch| self.taught(batch.clone()), measured.then_some(&mut parts))?,
+            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| self.taught(ranks.tokens_of(batch)))?,
         };
         #[cfg(test)]
         self.inject(&mut grads);
@@ -57,10 +57,11 @@ impl Trainer<'_> {
         Ok(Ok((loss, grad_norm)))
     }
 
-    /// The loss and the gradients of all micro-batches; `parts` hear of each.
+    /// The loss and the gradients of all micro-batches, each as `prepare` makes it; `parts` hear of each.
     fn gradients(
         &self,
         batches: &[TokenBatch],
+        prepare: impl Fn(&TokenBatch) -> TokenBatch,
         mut parts: Option<&mut Vec<Part>>,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let (mut loss, mut grads) = (0.0, NamedGrads::new());
@@ -71,8 +72,8 @@ impl Trainer<'_> {
                     squares += grads.sum_of_squares();
                 }
             };
-            let counter = counter(self.state.step, i);
-            let forward = || self.engine.forward(self.model(), batch, counter);
+            let (counter, batch) = (counter(self.state.step, i), prepare(batch));
+            let forward = || self.engine.forward(self.model(), &batch, counter);
             let mut pass = self.recorder.span(Kind::Forward, || format!("forward of micro-batch {i}"), forward)?;
             let backward = || -> Result<(), TrainError> {
                 while let Some(of_stage) = pass.backward(self.model())? {
@@ -84,7 +85,7 @@ impl Trainer<'_> {
             self.recorder.span(Kind::Backward, || format!("backward of micro-batch {i}"), backward)?;
             loss += pass.loss();
             if let Some(parts) = &mut parts {
-                let share = targets(batch) as f64 * batch.loss_scale;
+                let share = targets(&batch) as f64 * batch.loss_scale;
                 parts.push(Part { rows: batch.sequence.batch(), share, squares });
             }
         }
@@ -186,7 +187,7 @@ impl Trainer<'_> {
                 let counters = (0..batches.len()).map(|i| counter(self.state.step, i));
                 let drawn: Vec<TokenBatch> =
                     counters.zip(batches).map(|(counter, batch)| drawn(counter, batch)).collect();
-                self.gradients(&drawn, None)?.1
+                self.gradients(&drawn, TokenBatch::clone, None)?.1
             }
         };
         // They have chosen experts once more than the step.
@@ -205,7 +206,8 @@ impl Trainer<'_> {
     /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
     pub(super) fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
         // The recipe was checked: there is one.
-        let mut pass = self.engine.forward(self.model(), &batches[0], self.state.step)?;
+        let batch = self.taught(batches[0].clone());
+        let mut pass = self.engine.forward(self.model(), &batch, self.state.step)?;
         let loss = pass.loss();
         if !loss.is_finite() {
             return Ok(Err(LOSS_NOT_FINITE));
