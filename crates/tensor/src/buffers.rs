@@ -98,10 +98,11 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 /// large buffers are mapped each for itself, in huge pages where the system has them: the first touch of a page of 4 KiB costs as much as computing
 /// on it. What is allocated elsewhere stays in the heap up to a few MB, where it is used again without being mapped anew.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn fresh(len: usize) -> Vec<f32> {
+pub(crate) fn fresh<T: bytemuck::Zeroable>(len: usize) -> Vec<T> {
     /// Smaller buffers come from the heap.
     const MAPPED_BYTES: usize = 1 << 20;
-    if 4 * len < MAPPED_BYTES { vec![0.0; len] } else { mapped(len, MAPPED_BYTES, libc::MADV_HUGEPAGE) }
+    let large = size_of::<T>() * len >= MAPPED_BYTES;
+    if large { mapped(len, MAPPED_BYTES, libc::MADV_HUGEPAGE) } else { bytemuck::zeroed_vec(len) }
 }
 
 /// Zeros, of which only the pages that are touched take memory.
@@ -133,8 +134,8 @@ fn mapped<T: bytemuck::Zeroable>(len: usize, threshold: usize, advice: libc::c_i
 
 /// New memory for a buffer.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn fresh(len: usize) -> Vec<f32> {
-    vec![0.0; len]
+pub(crate) fn fresh<T: bytemuck::Zeroable>(len: usize) -> Vec<T> {
+    bytemuck::zeroed_vec(len)
 }
 
 /// Zeros, of which the system may give memory to touched pages alone.

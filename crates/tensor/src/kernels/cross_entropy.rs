@@ -117,6 +117,17 @@ pub(super) fn by_chunks(
     (total * f64::from(loss.scale)) as f32
 }
 
+/// The sum of the cross-entropies of rows of logits, `[n, v]`, whose target is not negative; overwrites them.
+pub(crate) fn logits_cross_entropy(logits: &mut [f32], v: usize, targets: &[i32], softcap: f32) -> f64 {
+    let loss = Loss { scale: 1.0, label_smoothing: 0.0, z_loss: 0.0, compute: Compute::F32, softcap };
+    let losses: Vec<f32> = logits
+        .par_chunks_exact_mut(v.max(1))
+        .zip(targets.par_iter())
+        .map(|(row, &target)| row_loss(row, target, loss, false))
+        .collect();
+    losses.iter().map(|&l| f64::from(l)).sum()
+}
+
 vectorized! {
     /// The row's loss, not yet scaled; turns its logits into the gradient of the scaled one where that is asked for.
     ///

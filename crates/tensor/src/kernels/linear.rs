@@ -34,7 +34,7 @@ impl Before<'_> {
     }
 
     /// Runs `f` on the layer's input: `x` itself, or a buffer that is made for the time.
-    fn with<R>(self, x: &[f32], inputs: usize, f: impl FnOnce(&[f32]) -> R) -> R {
+    pub fn with<R>(self, x: &[f32], inputs: usize, f: impl FnOnce(&[f32]) -> R) -> R {
         let mut a = match self {
             Before::Nothing => return f(x),
             _ => buffer(x.len() / self.width(inputs).max(1) * inputs),
@@ -66,7 +66,13 @@ pub(crate) fn linear(
         return;
     }
     let rows = y.len() / outputs;
-    let into = match (bias, residual) {
+    let into = start(bias, residual, outputs, y);
+    before.with(x, inputs, |a| matmul(compute, Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
+}
+
+/// Writes what a product of `outputs` columns is added to, `bias + residual`, into `y`; or nothing where there is neither.
+pub(crate) fn start(bias: Option<&[f32]>, residual: Option<&[f32]>, outputs: usize, y: &mut [f32]) -> Into {
+    match (bias, residual) {
         (None, None) => Into::Write,
         (None, Some(residual)) => {
             copy(y, residual);
@@ -83,8 +89,7 @@ pub(crate) fn linear(
             });
             Into::Add
         }
-    };
-    before.with(x, inputs, |a| matmul(compute, Mat::new(a, rows, inputs, inputs), w, y, outputs, into));
+    }
 }
 
 /// Turns `da`, the gradient of GELU's output, into that of its input `x`, and returns GELU's output, which the weight's gradient takes.

@@ -14,6 +14,7 @@ use super::embedding::Embedding;
 use super::experts::{Combine, GroupedLinear, RouterWeights};
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
+use super::packed::PackedLinear;
 use super::parallel_linear::ParallelLinear;
 use super::seed::{self, Enter};
 use super::ulysses::Swap;
@@ -40,6 +41,14 @@ pub(crate) trait FusedOps: Backend {
         norm_weight: FloatTensor<Self>,
         norm_bias: FloatTensor<Self>,
         op: ParallelLinear,
+    ) -> FloatTensor<Self>;
+    fn fused_packed_linear(
+        x: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: PackedLinear,
     ) -> FloatTensor<Self>;
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self>;
     fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self>;
@@ -105,6 +114,16 @@ macro_rules! host_backend {
                 op: ParallelLinear,
             ) -> FloatTensor<Self> {
                 op.forward::<Self>([x, w, b, residual, norm_weight, norm_bias])
+            }
+            fn fused_packed_linear(
+                x: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                residual: FloatTensor<Self>,
+                norm_weight: FloatTensor<Self>,
+                norm_bias: FloatTensor<Self>,
+                op: PackedLinear,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([x, b, residual, norm_weight, norm_bias])
             }
             fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
@@ -216,6 +235,16 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         op: ParallelLinear,
     ) -> FloatTensor<Self> {
         apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
+    }
+    fn fused_packed_linear(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: PackedLinear,
+    ) -> FloatTensor<Self> {
+        unreachable!("`packed_linear` refuses devices with gradients")
     }
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])

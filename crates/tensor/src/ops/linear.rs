@@ -133,7 +133,7 @@ pub(super) fn or_none<const D: usize>(tensor: Option<Tensor<D>>, device: &Device
 }
 
 #[track_caller]
-fn check<const D: usize>(x: &Tensor<D>, width: usize) {
+pub(super) fn check<const D: usize>(x: &Tensor<D>, width: usize) {
     let dims = x.dims();
     assert_eq!(dims[D - 1], width, "linear: input {dims:?} does not end in the weight's {width} inputs");
 }
@@ -152,7 +152,7 @@ fn compose<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> 
 
 /// [`Pre`] without its tensors.
 #[derive(Clone, Copy, Debug)]
-enum PreOp {
+pub(super) enum PreOp {
     Nothing,
     Norm(norm::Norm),
     Gelu(activation::Form),
@@ -160,7 +160,7 @@ enum PreOp {
 }
 
 impl PreOp {
-    fn kernel<'a>(self, weight: &'a [f32], bias: &'a [f32]) -> Before<'a> {
+    pub fn kernel<'a>(self, weight: &'a [f32], bias: &'a [f32]) -> Before<'a> {
         match self {
             PreOp::Nothing => Before::Nothing,
             PreOp::Norm(op) => Before::Norm(op.kernel(weight, bias)),
@@ -173,7 +173,7 @@ impl PreOp {
 /// `pre(x) w + b + residual` of (x, w, b, residual, the norm's weight and bias).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Linear {
-    pre: PreOp,
+    pub(super) pre: PreOp,
     /// Whether the weight is `[O, I]`.
     transposed: bool,
     compute: Compute,
@@ -230,7 +230,7 @@ impl<B: HostBackend> Weight<B> {
     }
 }
 
-fn some(values: &[f32]) -> Option<&[f32]> {
+pub(super) fn some(values: &[f32]) -> Option<&[f32]> {
     (!values.is_empty()).then_some(values)
 }
 

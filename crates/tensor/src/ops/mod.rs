@@ -20,6 +20,7 @@ pub(crate) mod formula;
 mod linear;
 mod norm;
 mod optim;
+mod packed;
 mod parallel_linear;
 mod ring;
 mod seed;
@@ -44,6 +45,7 @@ pub use formula::{
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, qk_norm, rms_norm};
 pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, update, zeros_like};
+pub use packed::{PackedError, PackedMatrix, Scales, packed_cross_entropy, packed_linear, packed_rows};
 pub use parallel_linear::{column_linear, row_linear};
 pub use ring::ring_attention;
 pub use seed::{carry_gradient, enter, seed};
