@@ -7,12 +7,15 @@ mod experts;
 pub mod hf;
 mod layered;
 mod model;
+pub mod packed;
 mod parallel;
 pub mod presets;
+mod tables;
 
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 pub use context::{ContextKind, ContextParallel};
 pub use experts::{ExpertWeights, Experts, ExpertsConfig};
-pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};
+pub use model::{Attention, Block, Decoder, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};
+pub use tables::Embedding;

@@ -10,13 +10,14 @@ use std::sync::Arc;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_parallel::Communicator;
-use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, RopeTable, Sequence};
+use firebox_tensor::ops::{self, AttentionConfig, LossConfig, PackedMatrix, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 use super::context::ContextParallel;
 use super::experts::Experts;
 use super::parallel::TensorParallel;
+use super::tables::Embedding;
 use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
 
@@ -50,13 +51,6 @@ struct Context {
     rows: Option<ContextParallel>,
 }
 
-/// A table of `D`-wide rows.
-#[derive(Module, Debug)]
-pub struct Embedding {
-    /// `[rows, D]`
-    pub weight: Param<Tensor<2>>,
-}
-
 /// `x weight + bias`
 #[derive(Module, Debug)]
 pub struct Linear {
@@ -64,6 +58,9 @@ pub struct Linear {
     pub weight: Param<Tensor<2>>,
     /// `[out]`
     pub bias: Option<Param<Tensor<1>>>,
+    /// What is used in place of the weight, see [`Decoder::with_packed`]; `[out, in]`.
+    #[module(skip)]
+    pub(super) packed: Option<Arc<PackedMatrix>>,
 }
 
 /// LayerNorm or RMSNorm.
@@ -170,13 +167,13 @@ impl Init<'_> {
     }
 
     fn embedding(&self, name: &str, rows: usize, d: usize, std: f64) -> Embedding {
-        Embedding { weight: self.matrix(name, [rows, d], std) }
+        Embedding { weight: self.matrix(name, [rows, d], std), packed: None }
     }
 
     pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
-        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)) }
+        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)), packed: None }
     }
 
     fn norm(&self, config: &DecoderConfig) -> Norm {
@@ -318,11 +315,6 @@ impl Decoder {
         &self.context.attention
     }
 
-    /// The head's weight, `[V, D]`.
-    pub(crate) fn head_weight(&self) -> Tensor<2> {
-        self.head.as_ref().unwrap_or(&self.embed).weight.val()
-    }
-
     /// Hidden states after the final norm, `[B, T, D]`.
     ///
     /// # Panics
@@ -343,20 +335,6 @@ impl Decoder {
     pub fn logits(&self, batch: &TokenBatch) -> Tensor<3> {
         self.assert_whole();
         self.head_logits(self.hidden(batch))
-    }
-
-    /// Logits from hidden states after the final norm.
-    pub(crate) fn head_logits(&self, hidden: Tensor<3>) -> Tensor<3> {
-        ops::soft_cap(ops::linear_transposed(hidden, self.head_weight()), self.context.config.logit_softcap)
-    }
-
-    /// Embeds the tokens, with their positions where those are learned.
-    pub(crate) fn embed_tokens(&self, inputs: Arc<[i32]>, positions: &[i32], batch: usize, tokens: usize) -> Tensor<3> {
-        let x = ops::embedding(self.embed.weight.val(), inputs, batch, tokens);
-        match &self.positions {
-            Some(table) => x + ops::embedding(table.weight.val(), positions.into(), batch, tokens),
-            None => x,
-        }
     }
 
     /// Attention of this rank's heads and tokens, `[B, T, H E]`.
@@ -449,7 +427,11 @@ impl Staged for Decoder {
             }
             let x = self.norm.forward(x).reshape([b * t, d]);
             let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
-            let (cap, head) = (self.context.config.logit_softcap, self.head_weight());
+            let cap = self.context.config.logit_softcap;
+            if let Some(head) = &self.head_table().packed {
+                return Flow::Loss(ops::packed_cross_entropy(x, head, &targets, scale, cap));
+            }
+            let head = self.head_weight();
             return Flow::Loss(match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
                 Some(soft) => ops::linear_distillation(x, head, targets, scale, cap, &loss, soft, None),
                 None => ops::linear_cross_entropy(x, head, targets, scale, cap, &loss),
@@ -511,6 +493,9 @@ impl Block {
 impl Linear {
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
+        if let Some(packed) = &self.packed {
+            return ops::packed_linear(x, pre, packed.clone(), self.bias.as_ref().map(Param::val), residual);
+        }
         let (weight, bias) = self.values();
         ops::fused_linear(x, pre, weight, bias, residual)
     }

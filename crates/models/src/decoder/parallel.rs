@@ -16,7 +16,8 @@ use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_tokens, p
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
 use super::config::{ConfigError, DecoderConfig};
-use super::model::{Attention, Decoder, Embedding, Linear, Norm};
+use super::model::{Attention, Decoder, Linear, Norm};
+use super::tables::Embedding;
 use crate::placement::{Placement, Segment};
 use crate::stage::TokenBatch;
 

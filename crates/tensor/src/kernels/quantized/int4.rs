@@ -26,7 +26,6 @@ const MANY: usize = 16;
 const DECODED: usize = 1 << 20;
 
 /// See [`PackedMatrix::int4`](super::PackedMatrix::int4).
-#[derive(Debug)]
 pub(super) struct Int4 {
     inputs: usize,
     outputs: usize,

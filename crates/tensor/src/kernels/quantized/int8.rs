@@ -23,7 +23,6 @@ const ROWS: usize = 64;
 const SIDE: usize = 4;
 
 /// See [`PackedMatrix::int8`](super::PackedMatrix::int8).
-#[derive(Debug)]
 pub(super) struct Int8 {
     inputs: usize,
     codes: Vec<i8>,

@@ -14,9 +14,6 @@ use crate::buffers::fresh;
 /// Levels of a 4-bit code.
 const LEVELS: usize = 16;
 
-/// The most inputs of a product of 8-bit integers: sums of more could overflow 32 bits.
-const MAX_INPUTS: usize = 1 << 15;
-
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
@@ -90,20 +87,27 @@ impl Scales {
 }
 
 /// A `[outputs, inputs]` matrix of 8-bit or 4-bit integers with their scales: the weight of a linear layer, or a table whose rows are looked up.
-#[derive(Debug)]
 pub struct PackedMatrix {
     outputs: usize,
     inputs: usize,
     store: Store,
 }
 
-#[derive(Debug)]
+impl std::fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedMatrix([{}, {}], {} bytes)", self.outputs, self.inputs, self.bytes())
+    }
+}
+
 enum Store {
     Int8(int8::Int8),
     Int4(int4::Int4),
 }
 
 impl PackedMatrix {
+    /// The most inputs that [`int8`](Self::int8) takes: sums of more products could overflow 32 bits.
+    pub const MAX_INT8_INPUTS: usize = 1 << 15;
+
     /// Signed bytes with a scale for each output: `w[o][i] = scales[o] codes[o][i]`. In products the inputs of each row are rounded to 8 bits as well (W8A8), to
     /// steps of their largest magnitude / 127, as LLM.int8() does (Dettmers et al., arXiv:2208.07339, section 3).
     ///
@@ -116,8 +120,8 @@ impl PackedMatrix {
         let elements = checked([outputs, inputs])?;
         check_length("codes", codes.len(), elements)?;
         check_length("scales", scales.len(), outputs)?;
-        if inputs > MAX_INPUTS {
-            return Err(error("inputs of 8-bit integers", format!("at most {MAX_INPUTS}"), inputs));
+        if inputs > Self::MAX_INT8_INPUTS {
+            return Err(error("inputs of 8-bit integers", format!("at most {}", Self::MAX_INT8_INPUTS), inputs));
         }
         let mut copy = fresh::<i8>(elements);
         copy.copy_from_slice(codes);
