@@ -1,6 +1,7 @@
-//! Smaller models: the formats in which quantized weights are stored, and the files that hold them.
+//! Smaller models: the formats in which quantized weights are stored, the methods that find them, and the files that hold them.
 //!
-//! [`blocks`] has GGUF's block formats, [`gguf`] its files. They work on host memory and know neither a model nor a device.
+//! A weight is a [`Matrix`] `[out, in]`, as in the papers. [`mod@format`] names what it can be stored in, [`quantize`] has the methods that turn it into a
+//! [`Quantized`] matrix. [`blocks`] has GGUF's block formats, [`gguf`] its files. They work on host memory and know neither a model nor a device.
 //!
 //! ```
 //! use firebox_compress::blocks::BlockType;
@@ -25,4 +26,14 @@
 //! ```
 
 pub mod blocks;
+mod error;
+pub mod format;
 pub mod gguf;
+mod matrix;
+pub mod quantize;
+mod quantized;
+
+pub use error::CompressError;
+pub use format::{Format, ScalarFormat};
+pub use matrix::Matrix;
+pub use quantized::Quantized;
