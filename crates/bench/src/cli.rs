@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
 use crate::train::Settings;
-use crate::{docs, kernel_calls, kernels, models, mup, optim, peak, scaling, shootout, speedrun, step, train, worker};
+use crate::{
+    compress, docs, kernel_calls, kernels, models, mup, optim, peak, scaling, shootout, speedrun, step, train, worker,
+};
 
 /// Measures Firebox beside PyTorch and plain burn.
 #[derive(Parser)]
@@ -41,6 +43,17 @@ enum Command {
     Optim(Optim),
     Shootout(Shootout),
     Mup(Mup),
+    Compress(Compress),
+    /// A process that generates; started by the driver.
+    #[command(hide = true)]
+    SpeedOf {
+        /// The model's folder.
+        model: PathBuf,
+        /// Compute threads.
+        threads: usize,
+        /// Tokens that are timed.
+        tokens: usize,
+    },
     /// A contender's process; started by the driver.
     #[command(hide = true)]
     Worker {
@@ -426,13 +439,34 @@ impl Speedrun {
     }
 }
 
+/// Compressed models beside the same ones in f32.
+#[derive(Args)]
+struct Compress {
+    /// Tokens per second and memory, of a random model that does not fit the caches.
+    #[arg(long, required = true)]
+    speed: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Compress {
+    fn run(&self) -> Result<()> {
+        let settings = self.common.settings(&[Contender::Firebox], 5);
+        let own = self.common.programs()?.own;
+        let folder = self.common.path("compress-models");
+        let report = compress::speed(&own, &folder, settings.threads, settings.rounds, settings.quick)?;
+        println!("{}", report.markdown());
+        self.common.save("compress-speed", &report)
+    }
+}
+
 /// Does what the command line says.
 ///
 /// # Errors
 /// [`Error`]: what went wrong, and what to do.
 pub fn run() -> Result<()> {
     let command = Cli::parse().command;
-    if !matches!(command, Command::Worker { .. }) {
+    if !matches!(command, Command::Worker { .. } | Command::SpeedOf { .. }) {
         worker::handle_interrupts();
     }
     match command {
@@ -444,6 +478,8 @@ pub fn run() -> Result<()> {
         Command::Optim(optim) => optim.run(),
         Command::Shootout(shootout) => shootout.run(),
         Command::Mup(mup) => mup.run(),
+        Command::Compress(compress) => compress.run(),
+        Command::SpeedOf { model, threads, tokens } => compress::speed_of(&model, threads, tokens),
     }
 }
 

@@ -10,6 +10,7 @@
 #[cfg(feature = "baseline")]
 mod baseline;
 pub mod cli;
+mod compress;
 pub mod contender;
 mod docs;
 pub mod error;

@@ -31,6 +31,12 @@ pub enum TrainError {
     /// A checkpoint.
     #[error("{}", .0.one_line())]
     Checkpoint(#[from] CheckpointError),
+    /// What compressed a model, or a compressed model.
+    #[error(transparent)]
+    Compress(#[from] firebox_compress::CompressError),
+    /// Packed weights.
+    #[error(transparent)]
+    Packed(#[from] firebox_models::decoder::packed::PackedWeightError),
     /// A file of the run folder.
     #[error(transparent)]
     Observe(#[from] ObserveError),

@@ -62,11 +62,12 @@ impl Sampling {
             }
         }
         // Ties go to the smaller id, so that the order is total.
+        if self.temperature == 0.0 {
+            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)));
+            return best.unwrap_or(0) as i32;
+        }
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-        if self.temperature == 0.0 {
-            return order[0] as i32;
-        }
         if self.top_k > 0 {
             order.truncate(self.top_k);
         }

@@ -52,6 +52,7 @@ mod noise;
 pub mod observe;
 mod optimizer_recipe;
 mod precision;
+pub mod quantized;
 mod ranks;
 pub mod recipe;
 pub mod timeline;

@@ -14,6 +14,7 @@ use firebox_tensor::ops::to_f32;
 
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
+use crate::quantized::Quantization;
 
 /// A model and the tokenizer it was trained with.
 #[derive(Debug)]
@@ -74,16 +75,24 @@ fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Res
     let (family, config) = parse_config(json)?;
     let entries = family.entries(&config);
     // The initial values are replaced before they are made.
-    from_entries(Decoder::new(&config, 0, device)?, entries, file)
+    let model = Decoder::new(&config, 0, device)?;
+    match Quantization::of(json)? {
+        Some(quantization) => quantization.load(model, entries, file),
+        None => from_entries(model, entries, file),
+    }
 }
 
 /// Parameters are read when they are first used: a rank that needs a part of the model reads no more.
 fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
-    check_shapes(&entries, &file)?;
+    check_shapes(&entries, &[], &file)?;
+    filled(model, entries, Arc::new(file))
+}
+
+/// The shapes have been checked.
+pub(crate) fn filled(model: Decoder, entries: Vec<Entry>, file: Arc<TensorFile>) -> Result<Decoder, TrainError> {
     for piece in entries.iter().flat_map(|entry| &entry.pieces) {
         file.check_floats(&piece.name)?;
     }
-    let file = Arc::new(file);
     let read = |entry: Entry| {
         let (name, file) = (entry.param.clone(), file.clone());
         let values = move || {
@@ -91,6 +100,7 @@ fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result
             for piece in &entry.pieces {
                 // It is there and has floats: that was checked, and the file is mapped.
                 entry.join(&mut param, piece, &file.f32(&piece.name).unwrap_or_default());
+                file.release(&piece.name);
             }
             param
         };
@@ -99,10 +109,11 @@ fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result
     Ok(set_later(model, entries.into_iter().map(read).collect()))
 }
 
-/// Everything missing, unused and misshapen at once. Buffers that GPT-2's files carry besides parameters are no surprise.
-fn check_shapes(entries: &[Entry], file: &TensorFile) -> Result<(), CheckpointError> {
+/// Everything missing, unused and misshapen at once, of parameters and other tensors. Buffers that GPT-2's files carry besides parameters are no surprise.
+pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &TensorFile) -> Result<(), CheckpointError> {
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
-    let mut report = LoadReport::compare(expected, file);
+    let others = others.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice()));
+    let mut report = LoadReport::compare(expected.chain(others), file);
     report.unused.retain(|name| {
         !(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight")
     });

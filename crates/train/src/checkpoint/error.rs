@@ -171,7 +171,7 @@ impl CheckpointError {
         }
     }
 
-    pub(super) fn torn(path: &Path, expected: impl Into<String>, got: impl Into<String>) -> Self {
+    pub(crate) fn torn(path: &Path, expected: impl Into<String>, got: impl Into<String>) -> Self {
         Self::Torn { path: path.to_owned(), expected: expected.into(), got: got.into() }
     }
 

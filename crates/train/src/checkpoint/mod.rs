@@ -87,5 +87,6 @@ pub use reader::{Checkpoint, Found, Skipped, Verify, find_best, find_latest, res
 pub use report::{LoadReport, WrongShape};
 pub use retain::{Pruned, prune};
 pub use safetensors::Dtype;
+pub(crate) use tensors::header;
 pub use tensors::{TensorFile, TensorSpec, encode_f32};
 pub use writer::Writer;

@@ -70,7 +70,7 @@ pub fn encode_f32(values: &[f32], dtype: Dtype) -> Option<Cow<'_, [u8]>> {
 }
 
 /// Length prefix and header of a file with these tensors, and the size of the whole file.
-pub(super) fn header(
+pub(crate) fn header(
     path: &Path,
     metadata: &BTreeMap<String, String>,
     specs: &[TensorSpec],
@@ -342,6 +342,18 @@ impl TensorFile {
         let (from, to) = info.data_offsets;
         // Within the map: `read_header` compared the last offset with the file's size.
         Ok(&shard.map[shard.start + from..shard.start + to])
+    }
+
+    /// Gives back the memory in which the file's pages of a tensor lie, once it was copied; reading it again reads the file again.
+    pub(crate) fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Ok((shard, info)) = self.find(name) {
+            let (from, to) = info.data_offsets;
+            // SAFETY: the map is of a file and only read, so that its pages come back as they were. Where the system refuses, they stay.
+            let _ = unsafe {
+                shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, shard.start + from, to - from)
+            };
+        }
     }
 
     /// Checks that [`f32`](Self::f32) can read a tensor.
