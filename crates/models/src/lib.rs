@@ -23,14 +23,11 @@
 
 pub mod decoder;
 mod layered;
-mod placement;
-mod stage;
-
-pub use layered::{Layered, Scaled};
 mod lesson;
 mod placement;
 mod stage;
 
+pub use layered::{Layered, Scaled};
 pub use lesson::{Lesson, Taught};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

@@ -15,9 +15,17 @@ impl Recipe {
     /// shape takes the place of [`model`](Self::model), of which only `dropout` stays, and its tokenizer, where it has one, that of `data.tokenizer`.
     ///
     /// # Errors
-    /// As [`model_io::load`].
+    /// As [`model_io::load`]; [`TrainError::Input`] for a quantized model.
     pub fn starting_from(self, path: &Path) -> Result<Self, TrainError> {
         let loaded = model_io::load(path, &Device::default())?;
+        if loaded.model.is_packed() {
+            let got = format!("the quantized one in {}", path.display());
+            return Err(TrainError::Input {
+                what: "init",
+                expected: "a model in floats, which has gradients".into(),
+                got,
+            });
+        }
         // From wherever the run goes on.
         let path = std::path::absolute(path).map_err(TrainError::io("find", path))?;
         let exactly = ModelRecipe::exactly(loaded.model.config());
