@@ -26,6 +26,6 @@ mod lesson;
 mod placement;
 mod stage;
 
-pub use lesson::{Lesson, Taught};
+pub use lesson::{Hints, Lesson, Taught};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

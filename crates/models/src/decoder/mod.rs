@@ -8,6 +8,7 @@ pub mod hf;
 mod model;
 mod parallel;
 pub mod presets;
+mod teach;
 
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
@@ -15,3 +16,4 @@ pub use context::{ContextKind, ContextParallel};
 pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use model::{Attention, Block, Decoder, Embedding, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};
+pub use teach::Observed;

@@ -21,6 +21,7 @@ pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod panel;
+pub(crate) mod relations;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 mod softmax;

@@ -72,13 +72,13 @@ impl Teacher {
     pub fn teach(&self, batch: TokenBatch) -> TokenBatch {
         let (model, of_batch, parts) = (self.model.clone(), batch.clone(), self.parts.clone());
         let (alpha, temperature) = (self.alpha, self.temperature);
-        let lesson = Lesson::new(move || {
+        let lesson = Lesson::new(false, move || {
             let targets = SoftTargets::Head {
                 hidden: to_host(model.hidden(&of_batch)).into(),
                 weight: model.head.as_ref().unwrap_or(&model.embed).weight.val(),
                 softcap: model.config().logit_softcap,
             };
-            Taught { soft: Some(SoftLoss { targets, alpha, temperature, parts }) }
+            Taught { soft: Some(SoftLoss { targets, alpha, temperature, parts }), ..Taught::default() }
         });
         TokenBatch { lesson: Some(lesson), ..batch }
     }
