@@ -28,6 +28,18 @@ pub struct DistillRecipe {
     /// What the student starts from.
     #[serde(default)]
     pub init: StudentInit,
+    /// Weight of the squared error of every block's output against that of an evenly spaced block of the teacher; 0: none.
+    #[serde(default)]
+    pub hidden: f64,
+    /// Weight of the divergence of the last block's attention relations from those of a block of the teacher; 0: none.
+    #[serde(default)]
+    pub relations: f64,
+    /// In how many parts queries, keys and values are cut for relations; 0: as many as the student has key-value heads.
+    #[serde(default)]
+    pub relation_heads: usize,
+    /// The teacher's block of the relations, from 1; 0: the last.
+    #[serde(default)]
+    pub relation_layer: usize,
 }
 
 fn temperature() -> f64 {
@@ -61,6 +73,11 @@ impl DistillRecipe {
         }
         if !(0.0..=1.0).contains(&self.alpha) {
             return fail("distill.alpha", "a share from 0 to 1", self.alpha.to_string());
+        }
+        for (key, weight) in [("distill.hidden", self.hidden), ("distill.relations", self.relations)] {
+            if !(weight >= 0.0 && weight.is_finite()) {
+                return fail(key, "a weight, or 0 for none", weight.to_string());
+            }
         }
         Ok(())
     }
