@@ -248,6 +248,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Summary, TrainError> {
         let started = Instant::now();
         let State { elapsed_s: before_s, step: first_step, tokens: first_tokens, .. } = self.state;
+        self.prepare_lessons()?;
         let mut pace = Pace::start(self.state.tokens);
         let mut last_loss = None;
         let mut training_s = 0.0;

@@ -182,11 +182,15 @@ fn every_layout_takes_the_steps_of_one_rank() {
         &["model.n_kv_heads=4", "distill.alpha=0.1", "model.logit_softcap=5.0"],
         &["model.d_model=24", "distill.hidden=0.5"],
         &["model.d_model=24", "distill.relations=0.5", "distill.relation_layer=3"],
+        &["distill.cache_top_k=5", "model.d_model=24"],
     ] {
         let recipe = school.student(extra);
         let one = school.learn(&recipe, 0, Layout::default(), "one", None);
         assert_eq!(one.parts().len(), 10);
         for (name, ranks, layout) in layouts() {
+            if !extra.is_empty() && ["dp 2", "zero 2", "pp 2"].contains(&name) {
+                continue;
+            }
             let DistillRecipe { hidden, relations, .. } = recipe.distill.clone().unwrap();
             if hidden > 0.0 && layout.sequence_parallel || relations > 0.0 && layout.tp * layout.cp > 1 {
                 continue;
@@ -205,6 +209,7 @@ fn a_resumed_student_takes_the_same_steps_to_the_bit() {
     for (name, extra) in [
         ("plain", &["model.dropout=0.1"][..]),
         ("hints", &["model.d_model=24", "distill.hidden=0.5", "distill.relations=0.5", "distill.relation_heads=1"]),
+        ("cached", &["distill.cache_top_k=5"]),
         ("frugal", &["memory={ recompute = \"blocks\", offload = \"disk\" }", "distill.temperature=4"]),
     ] {
         let recipe = school.student(extra);
@@ -283,6 +288,7 @@ fn what_does_not_fit_is_said_before_the_start() {
         (&["distill.init=teacher", "model.d_model=64"], "model.d_model: expected the teacher's 32"),
         (&["distill.init=teacher", "model.n_layers=5"], "model.n_layers: expected at most the teacher's 4"),
         (&["distill.init=teacher", "model.norm=layer_norm"], "the teacher's shape"),
+        (&["distill.cache_top_k=99"], "distill.cache_top_k: expected at most"),
         (&["distill.relations=1", "distill.relation_layer=5"], "distill.relation_layer: expected a layer"),
         (&["distill.relations=1", "distill.relation_heads=3"], "distill.relation_heads: expected a divisor"),
     ] {
@@ -335,4 +341,62 @@ fn a_student_of_another_width_learns_from_the_inside() {
     // The student is a model as any other.
     let device = Backend::NdArray.device().unwrap();
     assert!(model_io::load(school.path("student"), &device).unwrap().model.projections.is_empty());
+}
+
+/// With all tokens kept the teacher says the same from the file as live; with a few, nearly the same.
+#[test]
+fn predictions_are_kept_in_a_file() {
+    let school = School::new();
+    let vocab = school.dataset.tokenizer.vocab_size();
+    let live = school.learn(&school.student(&[]), 0, Layout::default(), "live", None);
+    let all = school.student(&[&format!("distill.cache_top_k={vocab}")]);
+    let kept = school.learn(&all, 0, Layout::default(), "kept", None);
+    let apart = |kept: &Seen| {
+        let pairs = live.losses().into_iter().zip(kept.losses());
+        pairs.map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max)
+    };
+    assert!(apart(&kept) < 1e-4, "{}", apart(&kept));
+    let few = school.learn(&school.student(&["distill.cache_top_k=8"]), 0, Layout::default(), "few", None);
+    assert!(apart(&few) < 0.05, "{}", apart(&few));
+    // Ranks make the same file together.
+    school.learn(&school.student(&["distill.cache_top_k=8"]), 3, Layout::default(), "three", None);
+    let file = |name: &str| std::fs::read(school.path(name).join("teacher-top-k.bin")).unwrap();
+    assert!(file("few") == file("three"));
+}
+
+#[test]
+fn predictions_of_another_kind_are_refused() {
+    let school = School::new();
+    school.learn(&school.student(&["distill.cache_top_k=4"]), 0, Layout::default(), "student", None);
+    school.learn(&recipe(&["train.steps=3"]), 0, Layout::default(), "other", None);
+    let other = format!("distill.teacher={:?}", school.path("other/checkpoints/step-3").display().to_string());
+    let file = school.path("student").join("teacher-top-k.bin");
+    let whole = std::fs::read(&file).unwrap();
+    let refused = |extra: &[&str], says: &str| {
+        let device = Backend::NdArray.device().unwrap();
+        let recipe = school.student(&[&["distill.cache_top_k=4"], extra].concat());
+        let mut trainer = Trainer::new(recipe, &school.path("student"), &school.dataset, &device, None).unwrap();
+        let ended = trainer.run(&RunInfo::default(), &mut Observers::new(), &AtomicBool::new(false));
+        let error = ended.unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(says), "{error}");
+    };
+    refused(&[&other], "teacher");
+    refused(&["seed=7"], "seed 7");
+    refused(&["distill.temperature=3"], "temperature 3");
+    refused(&["distill.cache_top_k=5"], "k 5");
+    refused(&["train.steps=11"], "samples 88");
+    for (bytes, says) in [
+        (whole[..whole.len() - 1].to_vec(), "bytes"),
+        (whole[..100].to_vec(), "something else"),
+        (vec![], "teacher-top-k.bin"),
+        ([&whole[..1024], &vec![0xff; whole.len() - 1024]].concat(), "sample 0 without them"),
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        refused(&[], says);
+    }
+    // What is gone is made again.
+    std::fs::remove_file(&file).unwrap();
+    std::fs::remove_dir_all(school.path("student/checkpoints")).unwrap();
+    school.learn(&school.student(&["distill.cache_top_k=4"]), 0, Layout::default(), "student", None);
+    assert!(std::fs::read(&file).unwrap() == whole);
 }

@@ -3,6 +3,7 @@
 //! The teacher's targets travel with the batch to whichever stage needs them, on whichever rank that runs. So a student has every layout, memory option, checkpoint and
 //! report of the [`Trainer`](crate::Trainer). Losses look at the positions that have a target and at no others: to them a causal and a masked model are the same.
 
+mod cache;
 mod init;
 mod teacher;
 
@@ -40,6 +41,10 @@ pub struct DistillRecipe {
     /// The teacher's block of the relations, from 1; 0: the last.
     #[serde(default)]
     pub relation_layer: usize,
+    /// Keep of the teacher's predictions the most probable so many tokens of each position, in a file in the run's folder that is made before the first step; 0: the
+    /// teacher runs in every step.
+    #[serde(default)]
+    pub cache_top_k: usize,
 }
 
 fn temperature() -> f64 {
@@ -78,6 +83,10 @@ impl DistillRecipe {
             if !(weight >= 0.0 && weight.is_finite()) {
                 return fail(key, "a weight, or 0 for none", weight.to_string());
             }
+        }
+        if self.cache_top_k > 0 && self.hidden + self.relations > 0.0 {
+            let expected = "0 with distill.hidden or distill.relations, for which the teacher runs in every step";
+            return fail("distill.cache_top_k", expected, self.cache_top_k.to_string());
         }
         Ok(())
     }

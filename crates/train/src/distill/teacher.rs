@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use firebox_data::Tokenizer;
+use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::decoder::{ContextParallel, Decoder, DecoderConfig};
 use firebox_models::{Hints, Lesson, Taught, TokenBatch};
 use firebox_parallel::Communicator;
@@ -12,9 +12,10 @@ use firebox_tensor::device::is_fused;
 use firebox_tensor::ops::{LossParts, Relations, SoftLoss, SoftTargets};
 
 use super::DistillRecipe;
+use super::cache::{Cache, Contents};
 use crate::TrainError;
 use crate::model_io::{load, to_host};
-use crate::ranks::Layout;
+use crate::ranks::{Layout, Ranks};
 
 /// A teacher of one run.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(crate) struct Teacher {
     /// What the student's blocks are projected to, where it is not their width.
     projected: Option<usize>,
     parts: LossParts,
+    /// Its predictions for the samples of the run.
+    cache: Option<Cache>,
 }
 
 fn fail<T>(what: &'static str, expected: impl Into<String>, got: impl ToString) -> Result<T, TrainError> {
@@ -57,6 +60,10 @@ impl Teacher {
         if config.context < student.context {
             return fail("model.context", format!("at most the teacher's {}", config.context), student.context);
         }
+        if recipe.cache_top_k > config.vocab_size {
+            let expected = format!("at most the {} tokens of the vocabulary", config.vocab_size);
+            return fail("distill.cache_top_k", expected, recipe.cache_top_k);
+        }
         for (what, weight) in [("distill.hidden", recipe.hidden), ("distill.relations", recipe.relations)] {
             if weight > 0.0 && !is_fused(device) {
                 return fail(what, "0 on this backend: it is an operation of the CPU backends", weight);
@@ -68,7 +75,7 @@ impl Teacher {
         let projected = (recipe.hidden > 0.0 && config.d_model != student.d_model).then_some(config.d_model);
         let relations = relations(recipe, student, config)?;
         let (recipe, model) = (recipe.clone(), Arc::new(loaded.model));
-        Ok(Self { model, recipe, blocks, relations, projected, parts: LossParts::default() })
+        Ok(Self { model, recipe, blocks, relations, projected, parts: LossParts::default(), cache: None })
     }
 
     /// The width to which the outputs of the student's blocks are projected.
@@ -103,12 +110,44 @@ impl Teacher {
         Ok(Self { model: Arc::new(model), ..self })
     }
 
-    /// The batch with its lesson.
-    pub fn teach(&self, batch: TokenBatch) -> TokenBatch {
+    /// Makes or opens the file of its predictions for so many samples of a run in `dir`, where the recipe wants one. All ranks must ask.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    pub fn prepare(
+        &mut self,
+        dir: &Path,
+        dataset: &Dataset,
+        (seed, context, samples): (u64, usize, u64),
+        loader: &Loader,
+        ranks: Option<&Ranks>,
+    ) -> Result<(), TrainError> {
+        let DistillRecipe { cache_top_k: k, temperature, ref teacher, .. } = self.recipe;
+        if k == 0 || self.cache.is_some() {
+            return Ok(());
+        }
+        let vocab = self.model.config().vocab_size;
+        let contents = Contents::new(Path::new(teacher), dataset, (seed, context, vocab), (k, temperature, samples))?;
+        // Ranks that divide rows make predictions of whole ones.
+        let whole = match self.model.context_parallel() {
+            Some(_) => Arc::new(Decoder::clone(&self.model).with_context(None)),
+            None => self.model.clone(),
+        };
+        self.cache = Some(Cache::open(dir, contents, &whole, loader, ranks)?);
+        Ok(())
+    }
+
+    /// The batch with its lesson; its rows are samples of the run from `first` on.
+    pub fn teach(&self, first: u64, batch: TokenBatch) -> TokenBatch {
+        let known = self.cache.clone().map(|cache| (cache, batch.sequence.clone()));
         let (model, of_batch, parts) = (self.model.clone(), batch.clone(), self.parts.clone());
         let DistillRecipe { alpha, temperature, hidden, relations: weight, .. } = self.recipe;
         let (blocks, relations) = (self.blocks.clone(), self.relations);
         let lesson = Lesson::new(self.hints().contains(&true), move || {
+            if let Some(targets) = known.and_then(|(cache, sequence)| cache.targets(first, &sequence)) {
+                let soft = Some(SoftLoss { targets, alpha, temperature, parts: parts.clone() });
+                return Taught { soft, parts, ..Taught::default() };
+            }
             let seen = model.observe(&of_batch, &blocks, relations.map(|(block, _)| block));
             let targets = SoftTargets::Head {
                 hidden: to_host(seen.hidden).into(),

@@ -26,10 +26,21 @@ pub(super) fn projections(layers: usize, width: usize, projected: usize) -> Vec<
 }
 
 impl Trainer<'_> {
-    /// The batch with its lesson, where there is a teacher.
-    pub(super) fn taught(&self, batch: TokenBatch) -> TokenBatch {
+    /// Makes or opens the file of the teacher's predictions, where there is to be one. All ranks must ask.
+    pub(super) fn prepare_lessons(&mut self) -> Result<(), TrainError> {
+        let (seed, context) = (self.recipe.seed, self.model().config().context);
+        let samples = (0..self.recipe.train.steps).map(|step| self.recipe.train.rows_at(step) as u64).sum();
+        let Self { teacher: Some(teacher), dir, dataset, loader, ranks, .. } = self else { return Ok(()) };
+        teacher.prepare(dir, dataset, (seed, context, samples), loader, ranks.as_ref())
+    }
+
+    /// The micro-batch of the current step with its lesson, where there is a teacher.
+    pub(super) fn taught(&self, micro_batch: usize, batch: TokenBatch) -> TokenBatch {
         match &self.teacher {
-            Some(teacher) => teacher.teach(batch),
+            Some(teacher) => {
+                let first = self.state.samples + (micro_batch * self.recipe.train.micro_rows()) as u64;
+                teacher.teach(first, batch)
+            }
             None => batch,
         }
     }
