@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama import modeling_llama
 
 import bounded
+import distillation
 import experts
 import optimizers
 import torch_schedules
@@ -375,6 +376,7 @@ def generate(out_dir):
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     adamw_fixture(out_dir)
     optimizers.fixture(save, out_dir)
+    distillation.fixture(save, out_dir)
     schedule_fixture(out_dir)
 
 

@@ -348,3 +348,49 @@ fn a_run_that_diverges_says_so() {
     assert!(skipped.ends_with(&[last - 4, last - 3, last - 2, last - 1, last]), "{skipped:?}");
     assert!(run.series("loss").iter().all(|(step, loss)| loss.is_finite() && !skipped.contains(step)));
 }
+
+#[test]
+fn students() {
+    let (lab, run) = lab_with_run();
+    lab.write("other.txt", "Zebras quiz the 12 judges; 7 foxes jump!\n".repeat(200));
+    all_fail(
+        &lab,
+        &[
+            ("distill", &["TEACHER"]),
+            ("distill absent tiny --data docs.jsonl --out student", &["absent"]),
+            ("distill run small.toml --data docs.jsonl --out student --set distill.temperature=0", &["temperature = 0"]),
+            ("distill run small.toml --data docs.jsonl --out student --set distill.alpha=2", &["distill.alpha = 2", "0 to 1"]),
+            ("distill run small.toml --data docs.jsonl --out student --set distill.init=student", &["distill", "random"]),
+            ("distill run small.toml --data docs.jsonl --out student --set distill.temp=1", &["temp", "temperature"]),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.init=teacher --set model.d_model=64",
+                &["model.d_model", "the teacher's", "64"],
+            ),
+            (
+                "distill run small.toml --data other.txt --out student --set data.tokenizer=char",
+                &["distill.teacher", "tokenizer"],
+            ),
+            ("distill run small.toml --data docs.jsonl --out student --cache-logits 100000", &["distill.cache_top_k"]),
+        ],
+    );
+    assert!(!lab.path("student").exists(), "nothing was started");
+    drop(run);
+}
+
+#[test]
+fn a_student_goes_on_where_it_stopped() {
+    let (lab, _) = lab_with_run();
+    let call = |more: &str| {
+        let line = format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
+        lab.call(&line.split_whitespace().collect::<Vec<_>>()).succeeded()
+    };
+    call("--out whole --cache-logits 6");
+    call("--out half --cache-logits 6");
+    // As if it had been killed after its first checkpoint.
+    std::fs::remove_dir_all(lab.path("half/checkpoints/step-8")).unwrap();
+    call("--out half --cache-logits 6 --resume");
+    let file = |run: &str| std::fs::read(lab.path(run).join("checkpoints/step-8/model.safetensors")).unwrap();
+    assert!(file("whole") == file("half"));
+    let metrics = std::fs::read_to_string(lab.path("half/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"soft_loss\""), "{metrics}");
+}

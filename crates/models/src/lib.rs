@@ -28,6 +28,6 @@ mod placement;
 mod stage;
 
 pub use layered::{Layered, Scaled};
-pub use lesson::{Lesson, Taught};
+pub use lesson::{Hints, Lesson, Taught};
 pub use placement::{Placement, Segment};
 pub use stage::{Flow, Staged, TokenBatch};

@@ -82,8 +82,8 @@ fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Res
     }
 }
 
-/// Parameters are read when they are first used: a rank that needs a part of the model reads no more.
-fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+/// The model with the parameters that these entries are, from a file. Parameters are read when they are first used: a rank that needs a part of the model reads no more.
+pub(crate) fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
     check_shapes(&entries, &[], &file)?;
     filled(model, entries, Arc::new(file))
 }

@@ -37,6 +37,7 @@ use crate::recipe::Recipe;
 use crate::timeline::Recorder;
 use crate::watch::Watch;
 
+use distill::project;
 pub use held::Held;
 pub use held_out::prompt_ids;
 
@@ -167,6 +168,8 @@ impl<'a> Trainer<'a> {
                 }
             }
         };
+        let model =
+            project(model, teacher.as_ref().and_then(Teacher::projected), recipe.seed, &device.clone().autodiff());
         Ok(Self {
             dir: dir.to_path_buf(),
             model: Some(recipe.precision.hold(model.with_loss(recipe.train.loss()))),
@@ -245,6 +248,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Summary, TrainError> {
         let started = Instant::now();
         let State { elapsed_s: before_s, step: first_step, tokens: first_tokens, .. } = self.state;
+        self.prepare_lessons()?;
         let mut pace = Pace::start(self.state.tokens);
         let mut last_loss = None;
         let mut training_s = 0.0;

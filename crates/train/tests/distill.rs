@@ -13,7 +13,7 @@ use firebox_tensor::device::Backend;
 use firebox_tensor::threads;
 use firebox_train::checkpoint::{Checkpoint, TensorFile};
 use firebox_train::observe::{DistillRecord, Event, ObserveError, Observer, Observers, RunInfo};
-use firebox_train::{Layout, Recipe, TrainError, Trainer, Zero, model_io};
+use firebox_train::{DistillRecipe, Layout, Recipe, TrainError, Trainer, Zero, model_io};
 
 const MODEL: &str = "model={ d_model = 32, n_layers = 4, n_heads = 4, n_kv_heads = 2, context = 16, dropout = 0 }";
 
@@ -144,8 +144,11 @@ impl Seen {
     fn assert_as(&self, other: &Self, what: &str) {
         let pairs = |seen: &Self| {
             let parts = seen.parts();
-            let numbers = parts.iter().flat_map(|parts| [parts.hard_loss, parts.soft_loss]).chain(seen.losses());
-            numbers.collect::<Vec<_>>()
+            let numbers = parts.iter().flat_map(|parts| {
+                let hints = parts.hidden_loss.into_iter().chain(parts.relation_loss);
+                [parts.hard_loss, parts.soft_loss].into_iter().chain(hints)
+            });
+            numbers.chain(seen.losses()).collect::<Vec<_>>()
         };
         let (mine, theirs) = (pairs(self), pairs(other));
         assert_eq!(mine.len(), theirs.len(), "{what}");
@@ -174,11 +177,24 @@ fn layouts() -> Vec<(&'static str, usize, Layout)> {
 #[test]
 fn every_layout_takes_the_steps_of_one_rank() {
     let school = School::new();
-    for extra in [&[][..], &["model.n_kv_heads=4", "distill.alpha=0.1", "model.logit_softcap=5.0"]] {
+    for extra in [
+        &[][..],
+        &["model.n_kv_heads=4", "distill.alpha=0.1", "model.logit_softcap=5.0"],
+        &["model.d_model=24", "distill.hidden=0.5"],
+        &["model.d_model=24", "distill.relations=0.5", "distill.relation_layer=3"],
+        &["distill.cache_top_k=5", "model.d_model=24"],
+    ] {
         let recipe = school.student(extra);
         let one = school.learn(&recipe, 0, Layout::default(), "one", None);
         assert_eq!(one.parts().len(), 10);
         for (name, ranks, layout) in layouts() {
+            if !extra.is_empty() && ["dp 2", "zero 2", "pp 2"].contains(&name) {
+                continue;
+            }
+            let DistillRecipe { hidden, relations, .. } = recipe.distill.clone().unwrap();
+            if hidden > 0.0 && layout.sequence_parallel || relations > 0.0 && layout.tp * layout.cp > 1 {
+                continue;
+            }
             let many = school.learn(&recipe, ranks, layout, "many", None);
             many.assert_as(&one, &format!("{extra:?} on {name}"));
             std::fs::remove_dir_all(school.path("many")).unwrap();
@@ -192,6 +208,8 @@ fn a_resumed_student_takes_the_same_steps_to_the_bit() {
     let school = School::new();
     for (name, extra) in [
         ("plain", &["model.dropout=0.1"][..]),
+        ("hints", &["model.d_model=24", "distill.hidden=0.5", "distill.relations=0.5", "distill.relation_heads=1"]),
+        ("cached", &["distill.cache_top_k=5"]),
         ("frugal", &["memory={ recompute = \"blocks\", offload = \"disk\" }", "distill.temperature=4"]),
     ] {
         let recipe = school.student(extra);
@@ -199,7 +217,8 @@ fn a_resumed_student_takes_the_same_steps_to_the_bit() {
         let again = format!("{name}-again");
         let half = school.path(name).join("checkpoints/step-5");
         school.learn(&recipe, 0, Layout::default(), &again, Some(&half));
-        for file in ["model.safetensors", "optimizer/adamw.safetensors"] {
+        let hints = (name == "hints").then_some("distill.safetensors");
+        for file in ["model.safetensors", "optimizer/adamw.safetensors"].into_iter().chain(hints) {
             assert!(school.bytes(name, 10, file) == school.bytes(&again, 10, file), "{name}: {file} differs");
         }
     }
@@ -209,8 +228,10 @@ fn a_resumed_student_takes_the_same_steps_to_the_bit() {
 #[test]
 fn memory_options_change_nothing() {
     let school = School::new();
-    let one = school.learn(&school.student(&[]), 0, Layout::default(), "kept", None);
-    let two = school.learn(&school.student(&["memory.recompute=blocks"]), 0, Layout::default(), "again", None);
+    let hints = ["distill.hidden=0.5", "distill.relations=0.5"];
+    let frugal = [&hints[..], &["memory.recompute=blocks"]].concat();
+    let one = school.learn(&school.student(&hints), 0, Layout::default(), "kept", None);
+    let two = school.learn(&school.student(&frugal), 0, Layout::default(), "again", None);
     assert_eq!(one.losses(), two.losses());
     assert_eq!(one.parts(), two.parts());
     assert!(school.bytes("kept", 10, "model.safetensors") == school.bytes("again", 10, "model.safetensors"));
@@ -267,6 +288,9 @@ fn what_does_not_fit_is_said_before_the_start() {
         (&["distill.init=teacher", "model.d_model=64"], "model.d_model: expected the teacher's 32"),
         (&["distill.init=teacher", "model.n_layers=5"], "model.n_layers: expected at most the teacher's 4"),
         (&["distill.init=teacher", "model.norm=layer_norm"], "the teacher's shape"),
+        (&["distill.cache_top_k=99"], "distill.cache_top_k: expected at most"),
+        (&["distill.relations=1", "distill.relation_layer=5"], "distill.relation_layer: expected a layer"),
+        (&["distill.relations=1", "distill.relation_heads=3"], "distill.relation_heads: expected a divisor"),
     ] {
         let error = school.trainer(school.student(extra)).err().unwrap();
         assert!(error.is_input() && error.to_string().contains(says), "{error}");
@@ -276,6 +300,7 @@ fn what_does_not_fit_is_said_before_the_start() {
         ("temperature=-1", "a number above 0"),
         ("alpha=1.5", "distill.alpha = 1.5: expected a share from 0 to 1"),
         ("alpha=nan", "a share from 0 to 1"),
+        ("hidden=-1", "distill.hidden = -1: expected a weight"),
         ("teacher=''", "the path of a checkpoint"),
         ("temprature=2", "did you mean `temperature`"),
     ] {
@@ -283,4 +308,95 @@ fn what_does_not_fit_is_said_before_the_start() {
         let error = Recipe::load("tiny", &set).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
     }
+}
+
+#[test]
+fn what_ranks_cannot_learn_is_said_before_the_start() {
+    let school = School::new();
+    for (layout, extra, says) in [
+        (Layout { tp: 2, sequence_parallel: true, ..Layout::default() }, "distill.hidden=1", "sequence-parallel"),
+        (Layout { tp: 2, ..Layout::default() }, "distill.relations=1", "0 with tp or cp"),
+        (Layout { cp: 2, ..Layout::default() }, "distill.relations=1", "0 with tp or cp"),
+    ] {
+        let (recipe, dataset, dir) = (school.student(&[extra]), school.dataset.clone(), school.path("none"));
+        let error = spawn(2, move |comm| {
+            let device = Backend::NdArray.device().unwrap();
+            let trainer = Trainer::new(recipe.clone(), &dir, &dataset, &device, None).unwrap();
+            trainer.with_ranks(comm, layout).map(drop)
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+/// A wider teacher's hidden states and relations come nearer with training.
+#[test]
+fn a_student_of_another_width_learns_from_the_inside() {
+    let school = School::new();
+    let extra = ["model.d_model=24", "distill.hidden=1", "distill.relations=1", "train.steps=40"];
+    let seen = school.learn(&school.student(&extra), 0, Layout::default(), "student", None);
+    let parts = seen.parts();
+    let [first, last] = [parts[0], parts[39]].map(|parts| [parts.hidden_loss.unwrap(), parts.relation_loss.unwrap()]);
+    assert!(last[0] < 0.7 * first[0] && last[1] < 0.7 * first[1], "{first:?} {last:?}");
+    // The student is a model as any other.
+    let device = Backend::NdArray.device().unwrap();
+    assert!(model_io::load(school.path("student"), &device).unwrap().model.projections.is_empty());
+}
+
+/// With all tokens kept the teacher says the same from the file as live; with a few, nearly the same.
+#[test]
+fn predictions_are_kept_in_a_file() {
+    let school = School::new();
+    let vocab = school.dataset.tokenizer.vocab_size();
+    let live = school.learn(&school.student(&[]), 0, Layout::default(), "live", None);
+    let all = school.student(&[&format!("distill.cache_top_k={vocab}")]);
+    let kept = school.learn(&all, 0, Layout::default(), "kept", None);
+    let apart = |kept: &Seen| {
+        let pairs = live.losses().into_iter().zip(kept.losses());
+        pairs.map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max)
+    };
+    assert!(apart(&kept) < 1e-4, "{}", apart(&kept));
+    let few = school.learn(&school.student(&["distill.cache_top_k=8"]), 0, Layout::default(), "few", None);
+    assert!(apart(&few) < 0.05, "{}", apart(&few));
+    // Ranks make the same file together.
+    school.learn(&school.student(&["distill.cache_top_k=8"]), 3, Layout::default(), "three", None);
+    let file = |name: &str| std::fs::read(school.path(name).join("teacher-top-k.bin")).unwrap();
+    assert!(file("few") == file("three"));
+}
+
+#[test]
+fn predictions_of_another_kind_are_refused() {
+    let school = School::new();
+    school.learn(&school.student(&["distill.cache_top_k=4"]), 0, Layout::default(), "student", None);
+    school.learn(&recipe(&["train.steps=3"]), 0, Layout::default(), "other", None);
+    let other = format!("distill.teacher={:?}", school.path("other/checkpoints/step-3").display().to_string());
+    let file = school.path("student").join("teacher-top-k.bin");
+    let whole = std::fs::read(&file).unwrap();
+    let refused = |extra: &[&str], says: &str| {
+        let device = Backend::NdArray.device().unwrap();
+        let recipe = school.student(&[&["distill.cache_top_k=4"], extra].concat());
+        let mut trainer = Trainer::new(recipe, &school.path("student"), &school.dataset, &device, None).unwrap();
+        let ended = trainer.run(&RunInfo::default(), &mut Observers::new(), &AtomicBool::new(false));
+        let error = ended.unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(says), "{error}");
+    };
+    refused(&[&other], "teacher");
+    refused(&["seed=7"], "seed 7");
+    refused(&["distill.temperature=3"], "temperature 3");
+    refused(&["distill.cache_top_k=5"], "k 5");
+    refused(&["train.steps=11"], "samples 88");
+    for (bytes, says) in [
+        (whole[..whole.len() - 1].to_vec(), "bytes"),
+        (whole[..100].to_vec(), "something else"),
+        (vec![], "teacher-top-k.bin"),
+        ([&whole[..1024], &vec![0xff; whole.len() - 1024]].concat(), "sample 0 without them"),
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        refused(&[], says);
+    }
+    // What is gone is made again.
+    std::fs::remove_file(&file).unwrap();
+    std::fs::remove_dir_all(school.path("student/checkpoints")).unwrap();
+    school.learn(&school.student(&["distill.cache_top_k=4"]), 0, Layout::default(), "student", None);
+    assert!(std::fs::read(&file).unwrap() == whole);
 }

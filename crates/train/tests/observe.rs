@@ -61,7 +61,12 @@ fn step(step: u64) -> StepRecord {
         noise_scale_rows: (step > 2).then_some(40.0),
         noise_scale_tokens: (step > 2).then_some(20_480.0),
         expert_load: (step > 2).then_some(1.25),
-        distill: (step > 2).then_some(DistillRecord { hard_loss: 2.5, soft_loss: 0.25 }),
+        distill: (step > 2).then_some(DistillRecord {
+            hard_loss: 2.5,
+            soft_loss: 0.25,
+            hidden_loss: Some(0.5),
+            relation_loss: None,
+        }),
         // As if the run went on on ranks.
         ranks: (step > 3).then_some(RanksRecord {
             bytes_sent: 1 << 40,

@@ -19,6 +19,9 @@ use super::train::{self, TrainArgs};
 pub struct DistillArgs {
     /// The model that teaches: a run, a checkpoint, or a folder in Hugging Face's form. The text is cut into its tokens.
     teacher: PathBuf,
+    /// Keep the K most probable tokens of each of the teacher's predictions in a file in the run's folder, made before the first step: distill.cache_top_k.
+    #[arg(long, value_name = "K")]
+    cache_logits: Option<u32>,
     #[command(flatten)]
     train: TrainArgs,
 }
@@ -27,6 +30,7 @@ pub fn run(args: DistillArgs, threads: usize) -> Result<(), CliError> {
     let (teacher, tokenizer) = fixed(&args.teacher)?;
     let mut set = vec![format!("distill.teacher={:?}", teacher.display().to_string())];
     set.extend(tokenizer.map(|path| format!("data.tokenizer={:?}", path.display().to_string())));
+    set.extend(args.cache_logits.map(|k| format!("distill.cache_top_k={k}")));
     train::run(args.train.with_defaults(set), threads)
 }
 

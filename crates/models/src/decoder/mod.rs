@@ -11,6 +11,7 @@ pub mod packed;
 mod parallel;
 pub mod presets;
 mod tables;
+mod teach;
 
 pub use cache::KvCache;
 pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
@@ -19,3 +20,4 @@ pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use model::{Attention, Block, Decoder, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};
 pub use tables::Embedding;
+pub use teach::Observed;

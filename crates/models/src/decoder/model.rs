@@ -34,6 +34,8 @@ pub struct Decoder {
     pub norm: Norm,
     /// Head, `[V, D]`, unless it is tied.
     pub head: Option<Embedding>,
+    /// Of a student, a projection of each block's output to its teacher's width: see [`with_projections`](Self::with_projections).
+    pub projections: Vec<Linear>,
     #[module(skip)]
     context: Context,
 }
@@ -247,6 +249,7 @@ impl Decoder {
             blocks: (0..config.n_layers).map(|i| init.block(i, config)).collect(),
             norm: init.norm(config),
             head: (!config.tied).then(|| init.embedding("head", v, d, std)),
+            projections: vec![],
             context: Context {
                 config: config.clone(),
                 attention: AttentionConfig {
@@ -368,7 +371,8 @@ impl Staged for Decoder {
     }
 
     fn first_stage(&self, param: &str) -> usize {
-        let block = param.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let block = param.strip_prefix("blocks.").or_else(|| param.strip_prefix("projections."));
+        let block = block.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         match block {
             Some(i) => i + 1,
             None if param.starts_with("embed.") || param.starts_with("positions.") => 0,
@@ -445,12 +449,12 @@ impl Staged for Decoder {
         };
         let (heads, Block { attn, attn_norm, mlp, mlp_norm, .. }) = (&self.context.attention, block);
         let Some(parallel) = self.parallel() else {
-            let qkv = block.project(x.clone(), heads);
+            let qkv = self.related(i - 1, block.project(x.clone(), heads), batch);
             let y = self.attend(qkv, sequence);
             let y = attn.out.forward(y, Pre::Nothing, residual(&x));
             let x = join(x, y, "attn");
             let y = block.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
-            return Flow::Hidden(join(x, y, "mlp"));
+            return Flow::Hidden(self.hinted(i - 1, join(x, y, "mlp"), batch));
         };
         let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
         let y = self.attend(qkv, sequence);
@@ -460,7 +464,7 @@ impl Staged for Decoder {
         let mlp = mlp.as_ref().expect("a dense layer");
         let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
         let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
-        Flow::Hidden(join(x, y, "mlp"))
+        Flow::Hidden(self.hinted(i - 1, join(x, y, "mlp"), batch))
     }
 }
 

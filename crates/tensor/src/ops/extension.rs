@@ -12,6 +12,7 @@ use super::deferred;
 use super::distillation::{self, Distillation};
 use super::embedding::Embedding;
 use super::experts::{Combine, GroupedLinear, RouterWeights};
+use super::hint::{HiddenHint, RelationHint};
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
 use super::packed::PackedLinear;
@@ -83,6 +84,8 @@ pub(crate) trait FusedOps: Backend {
         teacher: FloatTensor<Self>,
         op: Distillation,
     ) -> FloatTensor<Self>;
+    fn fused_hidden_hint(x: FloatTensor<Self>, projection: FloatTensor<Self>, op: HiddenHint) -> FloatTensor<Self>;
+    fn fused_relation_hint(qkv: FloatTensor<Self>, op: RelationHint) -> FloatTensor<Self>;
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_seed(output: FloatTensor<Self>, upstream: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_carry(leaf: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -195,6 +198,16 @@ macro_rules! host_backend {
             ) -> FloatTensor<Self> {
                 distillation::forward::<Self>(hidden, weight, teacher, &op)
             }
+            fn fused_hidden_hint(
+                x: FloatTensor<Self>,
+                projection: FloatTensor<Self>,
+                op: HiddenHint,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([x, projection])
+            }
+            fn fused_relation_hint(qkv: FloatTensor<Self>, op: RelationHint) -> FloatTensor<Self> {
+                op.forward::<Self>([qkv])
+            }
             fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 Enter.forward::<Self>([x])
             }
@@ -306,6 +319,12 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         op: Distillation,
     ) -> FloatTensor<Self> {
         distillation::apply::<B, C>(hidden, weight, teacher, &op)
+    }
+    fn fused_hidden_hint(x: FloatTensor<Self>, projection: FloatTensor<Self>, op: HiddenHint) -> FloatTensor<Self> {
+        apply::<B, C, _, 2>(op, [x, projection])
+    }
+    fn fused_relation_hint(qkv: FloatTensor<Self>, op: RelationHint) -> FloatTensor<Self> {
+        apply::<B, C, _, 1>(op, [qkv])
     }
     fn fused_enter(x: FloatTensor<Self>) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(Enter, [x])

@@ -17,6 +17,7 @@ pub mod experts;
 mod extension;
 mod factored;
 pub(crate) mod formula;
+mod hint;
 mod linear;
 mod norm;
 mod optim;
@@ -42,6 +43,7 @@ pub use formula::{
     AdEmaMixHyper, AdamWHyper, Formula, LionHyper, MomentumHyper, Number, ScheduleFreeHyper, SgdHyper, SophiaHyper,
     Update,
 };
+pub use hint::{HintLoss, Relations, hidden_hint, relation_hint};
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use norm::{layer_norm, qk_norm, rms_norm};
 pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, update, zeros_like};

@@ -129,6 +129,12 @@ pub struct DistillRecord {
     pub hard_loss: f64,
     /// The squared temperature times the divergence from the teacher's predictions, nats per token.
     pub soft_loss: f64,
+    /// The mean squared error of the blocks' outputs against the teacher's, summed over the blocks, where they learn from those. It is no part of the step's loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden_loss: Option<f64>,
+    /// The divergence of the attention relations, nats per token, where they are learned. It is no part of the step's loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relation_loss: Option<f64>,
 }
 
 /// What the ranks of a run did in a step: keys of the same line.

@@ -15,6 +15,11 @@ impl Ranks {
         self.world.rank()
     }
 
+    /// The number of this rank among all, and how many there are.
+    pub fn world_place(&self) -> (usize, usize) {
+        (self.world.rank(), self.world.size())
+    }
+
     /// How many ranks have the loss of the same tokens: those that have the parts of the same matrices.
     pub fn with_the_same_loss(&self) -> usize {
         self.tp.size()

@@ -1,20 +1,58 @@
 //! A student's run.
 
+use burn::tensor::Device;
 use firebox_models::TokenBatch;
+use firebox_models::decoder::Decoder;
+use firebox_models::decoder::hf::Entry;
 use firebox_tensor::ops::LossParts;
 
 use super::Trainer;
 use crate::TrainError;
+use crate::checkpoint::Checkpoint;
 use crate::distill::Teacher;
+use crate::model_io::from_entries;
 use crate::observe::DistillRecord;
 
+/// The projections to the teacher's width, which belong to the training and not to the student.
+pub(super) const PROJECTIONS: &str = "distill.safetensors";
+
+/// The projections of a student of this shape, as they are in a file.
+pub(super) fn projections(layers: usize, width: usize, projected: usize) -> Vec<Entry> {
+    let entry = |i: usize| {
+        let name = format!("projections.{i}.weight");
+        Entry::whole(&name, &[width, projected], &name)
+    };
+    (0..layers).map(entry).collect()
+}
+
 impl Trainer<'_> {
-    /// The batch with its lesson, where there is a teacher.
-    pub(super) fn taught(&self, batch: TokenBatch) -> TokenBatch {
+    /// Makes or opens the file of the teacher's predictions, where there is to be one. All ranks must ask.
+    pub(super) fn prepare_lessons(&mut self) -> Result<(), TrainError> {
+        let (seed, context) = (self.recipe.seed, self.model().config().context);
+        let samples = (0..self.recipe.train.steps).map(|step| self.recipe.train.rows_at(step) as u64).sum();
+        let Self { teacher: Some(teacher), dir, dataset, loader, ranks, .. } = self else { return Ok(()) };
+        teacher.prepare(dir, dataset, (seed, context, samples), loader, ranks.as_ref())
+    }
+
+    /// The micro-batch of the current step with its lesson, where there is a teacher.
+    pub(super) fn taught(&self, micro_batch: usize, batch: TokenBatch) -> TokenBatch {
         match &self.teacher {
-            Some(teacher) => teacher.teach(batch),
+            Some(teacher) => {
+                let first = self.state.samples + (micro_batch * self.recipe.train.micro_rows()) as u64;
+                teacher.teach(first, batch)
+            }
             None => batch,
         }
+    }
+
+    /// The same model with the projections of a checkpoint, where it has some.
+    pub(super) fn with_projections_of(&self, model: Decoder, checkpoint: &Checkpoint) -> Result<Decoder, TrainError> {
+        let projected = self.teacher.as_ref().and_then(Teacher::projected);
+        let Some(projected) = projected.filter(|_| checkpoint.contains(PROJECTIONS)) else { return Ok(model) };
+        let device = model.embed.weight.lazy_device();
+        let model = project(model, Some(projected), self.recipe.seed, &device);
+        let entries = projections(model.config().n_layers, model.config().d_model, projected);
+        from_entries(model, entries, checkpoint.tensors(PROJECTIONS)?)
     }
 
     /// The parts of the losses of this rank's batches in the step that was done.
@@ -24,15 +62,27 @@ impl Trainer<'_> {
 
     /// The parts of a step's loss, of all ranks, where there is a teacher. All must ask.
     pub(super) fn distilled(&self, mine: [f64; 4]) -> Result<Option<DistillRecord>, TrainError> {
-        if self.teacher.is_none() {
-            return Ok(None);
-        }
+        let Some(teacher) = &self.teacher else { return Ok(None) };
         let mut sum = mine;
         if let Some(ranks) = &self.ranks {
             let all = ranks.numbers(mine.map(f64::to_bits))?;
             let of_all = |i: usize| all.iter().map(|parts| f64::from_bits(parts[i])).sum::<f64>();
             sum = std::array::from_fn(|i| of_all(i) / ranks.with_the_same_loss() as f64);
         }
-        Ok(Some(DistillRecord { hard_loss: sum[LossParts::HARD], soft_loss: sum[LossParts::SOFT] }))
+        let [hidden, relations] = teacher.hints();
+        Ok(Some(DistillRecord {
+            hard_loss: sum[LossParts::HARD],
+            soft_loss: sum[LossParts::SOFT],
+            hidden_loss: hidden.then_some(sum[LossParts::HIDDEN]),
+            relation_loss: relations.then_some(sum[LossParts::RELATIONS]),
+        }))
+    }
+}
+
+/// The model with projections of its blocks to this width, unless it has them already.
+pub(super) fn project(model: Decoder, width: Option<usize>, seed: u64, device: &Device) -> Decoder {
+    match width.filter(|_| model.projections.is_empty()) {
+        Some(width) => model.with_projections(width, seed, device),
+        None => model,
     }
 }

@@ -9,7 +9,9 @@ use firebox_parallel::Communicator;
 use firebox_tensor::device::is_fused;
 
 use super::Trainer;
+use super::distill::project;
 use crate::TrainError;
+use crate::distill::Teacher;
 use crate::engine::Recompute;
 use crate::fault;
 use crate::model_io::{Later, later, set_later};
@@ -183,6 +185,8 @@ impl Trainer<'_> {
 
     /// Gives `part`, made for it, this rank's part of the values of `model`, and the optimizer that of its state.
     fn divide(&mut self, model: Decoder, part: Decoder, grid: &Grid) -> Result<Decoder, TrainError> {
+        let projected = self.teacher.as_ref().and_then(Teacher::projected);
+        let part = project(part, projected, self.recipe.seed, &model.embed.weight.lazy_device());
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
         let (rank, size) = (grid.rank, grid.size);
         for (info, whole) in later(&model) {

@@ -60,7 +60,12 @@ impl<'a> Trainer<'a> {
             let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
             return Err(TrainError::Resume { path: checkpoint.path().into(), expected, got });
         }
-        Self::new(recipe, dir, dataset, device, Some(model))
+        let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
+        if let Some(model) = trainer.model.take() {
+            let model = trainer.with_projections_of(model, checkpoint)?;
+            trainer.model = Some(trainer.recipe.precision.hold(model));
+        }
+        Ok(trainer)
     }
 
     /// Takes everything but the parameters from a checkpoint; of the optimizer's state, this rank's part.
@@ -106,6 +111,7 @@ impl<'a> Trainer<'a> {
         let model = load_trained(&found.checkpoint, &device)?.model;
         let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
         let model = model.with_context(self.model().context_parallel().cloned());
+        let model = self.with_projections_of(model, &found.checkpoint)?;
         self.model = Some(self.recipe.precision.hold(model.with_loss(self.recipe.train.loss())));
         let here = self.state.clone();
         self.restore(&found.checkpoint)?;

@@ -14,9 +14,11 @@ use firebox_parallel::ReduceOp;
 use firebox_tensor::ops::to_f32;
 use firebox_tensor::threads;
 
+use super::distill::{PROJECTIONS, projections};
 use super::{State, Trainer};
 use crate::TrainError;
 use crate::checkpoint::{CheckpointError, Hash, PieceWriter, TensorPlan, TensorSpec, Writer, prune};
+use crate::distill::Teacher;
 use crate::model_io::{encoded, entries, parameters, specs, to_host};
 use crate::observe::{Event, Observer};
 use crate::ranks::{Collect, Parted, Shapes};
@@ -84,6 +86,9 @@ impl Trainer<'_> {
                 shards: self.shards.as_ref().map(|shards| shards.averaged(average).held().clone()),
             }),
             optimizer: self.optimizer.clone(),
+            projections: (self.teacher.as_ref().and_then(Teacher::projected))
+                .map(|width| projections(self.model().config().n_layers, self.model().config().d_model, width))
+                .unwrap_or_default(),
             state_file: self.state_file(),
             state_shapes: divided.cloned().unwrap_or_else(|| self.optimizer.state_shapes().collect()),
             states_by_data: ranks.is_some_and(|ranks| ranks.state_parts().is_some()),
@@ -134,6 +139,8 @@ struct Snapshot {
     average: Option<Averaged>,
     optimizer: Optimizer,
     state_file: String,
+    /// Of a student.
+    projections: Vec<Entry>,
     /// Of the whole state.
     state_shapes: Shapes,
     /// Whether those that have data of their own have parts of the state.
@@ -167,9 +174,14 @@ impl Snapshot {
         let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
         let folder = self.folder(writer.as_ref())?;
         let to = &mut (writer.as_mut(), folder.as_path());
-        self.put_model(to, "model.safetensors", &self.model, self.shards.as_ref())?;
+        let of_model = entries(self.model.config());
+        self.put_model(to, "model.safetensors", &of_model, &self.model, self.shards.as_ref())?;
         if let Some(trained) = &self.trained {
-            self.put_model(to, TRAINED, trained, None)?;
+            self.put_model(to, TRAINED, &of_model, trained, None)?;
+        }
+        if !self.projections.is_empty() {
+            let trained = self.trained.as_ref().unwrap_or(&self.model);
+            self.put_model(to, PROJECTIONS, &self.projections, trained, self.shards.as_ref())?;
         }
         let state = &self.state_shapes;
         let optimizer = |name: &str| self.optimizer.state_part(name);
@@ -181,7 +193,7 @@ impl Snapshot {
                 average.state().map(|StateTensor { name, values, .. }| (name, values)).collect();
             let tensor = |name: &str| tensors.get(name).cloned().unwrap_or_default();
             self.put_state(to, AVERAGE_STATE, &shapes, shards.is_some(), &tensor)?;
-            self.put_model(to, AVERAGE, model, shards.as_ref())?;
+            self.put_model(to, AVERAGE, &of_model, model, shards.as_ref())?;
         }
         let finished = match writer {
             Some(writer) => Some(self.finish(writer)?),
@@ -224,11 +236,10 @@ impl Snapshot {
         &self,
         to: &mut To<'_>,
         name: &str,
+        entries: &[Entry],
         model: &Decoder,
         shards: Option<&BTreeMap<String, Tensor<1>>>,
     ) -> Result<(), TrainError> {
-        let config = model.config();
-        let entries: Vec<Entry> = entries(config);
         let params: HashMap<String, Tensor<1>> = match shards {
             None => parameters(model).into_iter().collect(),
             Some(held) => held.iter().map(|(name, part)| (name.clone(), part.clone())).collect(),

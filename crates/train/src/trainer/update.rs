@@ -18,8 +18,12 @@ impl Trainer<'_> {
         let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
         let mut parts = vec![];
         let (loss, mut grads) = match &self.ranks {
-            None => self.gradients(batches, |batch| self.taught(batch.clone()), measured.then_some(&mut parts))?,
-            Some(ranks) => self.gradients_of_ranks(ranks, batches, |_, batch| self.taught(ranks.tokens_of(batch)))?,
+            None => {
+                self.gradients(batches, |i, batch| self.taught(i, batch.clone()), measured.then_some(&mut parts))?
+            }
+            Some(ranks) => {
+                self.gradients_of_ranks(ranks, batches, |i, batch| self.taught(i, ranks.tokens_of(batch)))?
+            }
         };
         #[cfg(test)]
         self.inject(&mut grads);
@@ -61,7 +65,7 @@ impl Trainer<'_> {
     fn gradients(
         &self,
         batches: &[TokenBatch],
-        prepare: impl Fn(&TokenBatch) -> TokenBatch,
+        prepare: impl Fn(usize, &TokenBatch) -> TokenBatch,
         mut parts: Option<&mut Vec<Part>>,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let (mut loss, mut grads) = (0.0, NamedGrads::new());
@@ -72,7 +76,7 @@ impl Trainer<'_> {
                     squares += grads.sum_of_squares();
                 }
             };
-            let (counter, batch) = (counter(self.state.step, i), prepare(batch));
+            let (counter, batch) = (counter(self.state.step, i), prepare(i, batch));
             let forward = || self.engine.forward(self.model(), &batch, counter);
             let mut pass = self.recorder.span(Kind::Forward, || format!("forward of micro-batch {i}"), forward)?;
             let backward = || -> Result<(), TrainError> {
@@ -97,7 +101,7 @@ impl Trainer<'_> {
         &self,
         ranks: &Ranks,
         batches: &[TokenBatch],
-        prepare: impl Fn(u64, &TokenBatch) -> TokenBatch,
+        prepare: impl Fn(usize, &TokenBatch) -> TokenBatch,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let model = self.model();
         let device = model.embed.weight.lazy_device().inner();
@@ -107,7 +111,7 @@ impl Trainer<'_> {
         if let Some(pipe) = ranks.pipe() {
             let mine = (ranks.rank()..batches.len()).step_by(ranks.size());
             let counters: Vec<u64> = mine.clone().map(|i| counter(self.state.step, i)).collect();
-            let batches: Vec<TokenBatch> = mine.zip(&counters).map(|(i, &count)| prepare(count, &batches[i])).collect();
+            let batches: Vec<TokenBatch> = mine.map(|i| prepare(i, &batches[i])).collect();
             let pipeline = pipe.pipeline(model, batches.len())?;
             let mut sink = |stage: usize, _: usize, grads: NamedGrads| {
                 fail_at(Place::Backward);
@@ -127,7 +131,7 @@ impl Trainer<'_> {
             let i = round + ranks.rank();
             if let Some(shards) = &self.shards {
                 let counter = counter(self.state.step, i);
-                let batch = batches.get(i).map(|batch| prepare(counter, batch));
+                let batch = batches.get(i).map(|batch| prepare(i, batch));
                 let batch = batch.as_ref().map(|batch| (batch, counter));
                 let mut sink = |stage, grads| {
                     fail_at(Place::Backward);
@@ -145,7 +149,7 @@ impl Trainer<'_> {
                 continue;
             };
             let counter = counter(self.state.step, i);
-            let batch = prepare(counter, batch);
+            let batch = prepare(i, batch);
             let forward = || self.engine.forward(model, &batch, counter);
             let mut pass = self.recorder.span(Kind::Forward, || format!("forward of micro-batch {i}"), forward)?;
             losses.push(pass.loss());
@@ -180,15 +184,11 @@ impl Trainer<'_> {
 
     /// Sophia's estimate, from the same inputs with targets that the model draws. One that is not finite is left out.
     pub(super) fn estimate_curvature(&mut self, batches: &[TokenBatch]) -> Result<(), TrainError> {
-        let drawn = |counter, batch: &TokenBatch| drawn(self.model(), batch, self.recipe.seed, counter);
+        let step = self.state.step;
+        let drawn = |i, batch: &TokenBatch| drawn(self.model(), batch, self.recipe.seed, counter(step, i));
         let mut grads = match &self.ranks {
             Some(ranks) => self.gradients_of_ranks(ranks, batches, drawn)?.1,
-            None => {
-                let counters = (0..batches.len()).map(|i| counter(self.state.step, i));
-                let drawn: Vec<TokenBatch> =
-                    counters.zip(batches).map(|(counter, batch)| drawn(counter, batch)).collect();
-                self.gradients(&drawn, TokenBatch::clone, None)?.1
-            }
+            None => self.gradients(batches, drawn, None)?.1,
         };
         // They have chosen experts once more than the step.
         self.model().take_expert_load();
@@ -206,7 +206,7 @@ impl Trainer<'_> {
     /// The same for one micro-batch and without clipping, each parameter updated as soon as its gradient is complete.
     pub(super) fn update_in_backward(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
         // The recipe was checked: there is one.
-        let batch = self.taught(batches[0].clone());
+        let batch = self.taught(0, batches[0].clone());
         let mut pass = self.engine.forward(self.model(), &batch, self.state.step)?;
         let loss = pass.loss();
         if !loss.is_finite() {

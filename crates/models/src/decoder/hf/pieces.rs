@@ -29,7 +29,7 @@ pub struct Entry {
 
 impl Entry {
     /// A parameter that is one tensor of the same shape.
-    pub(super) fn whole(param: &str, shape: &[usize], name: &str) -> Self {
+    pub fn whole(param: &str, shape: &[usize], name: &str) -> Self {
         let width = shape[shape.len() - 1];
         let rows = (0, shape.iter().product::<usize>() / width.max(1));
         let piece = Piece { name: name.into(), shape: shape.into(), rows, columns: (0, width), transposed: false };
