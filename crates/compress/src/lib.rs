@@ -1,6 +1,6 @@
 //! Smaller models: the formats in which quantized weights are stored, and the files that hold them.
 //!
-//! [`blocks`] has GGUF's block formats, [`gguf`] its files. They work on host memory and know neither a model nor a device.
+//! [`blocks`] has GGUF's block formats, [`gguf`] its files, [`onnx`] those of ONNX. They work on host memory and know neither a model nor a device.
 //!
 //! ```
 //! use firebox_compress::blocks::BlockType;
@@ -26,3 +26,4 @@
 
 pub mod blocks;
 pub mod gguf;
+pub mod onnx;

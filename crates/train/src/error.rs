@@ -31,6 +31,9 @@ pub enum TrainError {
     /// A checkpoint.
     #[error("{}", .0.one_line())]
     Checkpoint(#[from] CheckpointError),
+    /// A model that cannot be exported.
+    #[error(transparent)]
+    Export(#[from] crate::export::ExportError),
     /// A file of the run folder.
     #[error(transparent)]
     Observe(#[from] ObserveError),

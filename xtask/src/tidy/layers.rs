@@ -22,14 +22,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("firebox-optim", &["firebox-tensor"]),
     (
         "firebox-train",
-        &[
-            "firebox-compress",
-            "firebox-data",
-            "firebox-models",
-            "firebox-optim",
-            "firebox-parallel",
-            "firebox-tensor",
-        ],
+        &["firebox-compress", "firebox-data", "firebox-models", "firebox-optim", "firebox-parallel", "firebox-tensor"],
     ),
     (
         "firebox",

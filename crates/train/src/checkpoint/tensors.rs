@@ -344,6 +344,20 @@ impl TensorFile {
         Ok(&shard.map[shard.start + from..shard.start + to])
     }
 
+    /// Lets the system take back the memory in which the file's part with this tensor is mapped; it is read again when it is asked for again.
+    pub(crate) fn forget(&self, name: &str) -> Result<(), CheckpointError> {
+        let (shard, info) = self.find(name)?;
+        let (from, to) = info.data_offsets;
+        // SAFETY: the map is shared with the file and never written, so that what is dropped from memory comes back from the disk.
+        #[cfg(unix)]
+        let done = unsafe {
+            shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, shard.start + from, to - from)
+        };
+        #[cfg(not(unix))]
+        let done = Ok(());
+        done.map_err(CheckpointError::io("unmap a part of", &shard.path))
+    }
+
     /// Checks that [`f32`](Self::f32) can read a tensor.
     pub(crate) fn check_floats(&self, name: &str) -> Result<(), CheckpointError> {
         let (shard, info) = self.find(name)?;
