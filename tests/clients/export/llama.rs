@@ -90,7 +90,7 @@ fn rounded_are_close(model: &Model, kinds: &[(&str, f32)]) {
 const KINDS: [(&str, f32); 9] = [
     ("f16", 0.02),
     ("bf16", 0.1),
-    ("q8_0", 0.2),
+    ("q8_0", 0.3),
     ("q6_k", 0.2),
     ("q5_1", 0.2),
     ("q5_0", 0.2),
@@ -102,21 +102,21 @@ const KINDS: [(&str, f32); 9] = [
 #[test]
 fn llama_is_the_same_in_llama_cpp() {
     let model = Model::llama();
-    floats_are_equal(&model, 1e-3);
+    floats_are_equal(&model, 1e-4);
     rounded_are_close(&model, &KINDS);
 }
 
 #[test]
 fn qwen3_is_the_same_in_llama_cpp() {
     let model = Model::qwen3();
-    floats_are_equal(&model, 1e-3);
+    floats_are_equal(&model, 1e-4);
     rounded_are_close(&model, &[KINDS[0], KINDS[2], KINDS[8]]);
 }
 
 #[test]
 fn gpt2_is_the_same_in_llama_cpp() {
     // llama.cpp looks GELU up in a table of f16.
-    floats_are_equal(&Model::gpt2(), 1e-2);
+    floats_are_equal(&Model::gpt2(), 2e-3);
 }
 
 #[test]

@@ -138,3 +138,45 @@ impl AsRef<[u8]> for Bytes {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use firebox_models::decoder::hf::Family;
+    use firebox_models::decoder::presets;
+
+    use super::*;
+    use crate::checkpoint::TensorFile;
+
+    #[test]
+    fn several_files_are_read_as_one() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let config = presets::depth(2, 31);
+        let entries = Family::of(&config).entries(&config);
+        let pieces: Vec<&Piece> = entries.iter().flat_map(|entry| &entry.pieces).collect();
+        let specs: Vec<TensorSpec> =
+            pieces.iter().map(|piece| TensorSpec::f32(&piece.name, piece.shape.clone())).collect();
+        let plan =
+            TensorPlan::new(from.path().join("model.safetensors"), &BTreeMap::new(), specs, pieces.iter().map(|_| 1))
+                .unwrap();
+        File::create(from.path().join("model.safetensors")).unwrap();
+        let mut writer = PieceWriter::open(&plan).unwrap();
+        let values = |piece: &&Piece| {
+            let n: usize = piece.shape.iter().product();
+            Bytes::Values((0..n).map(|i| i as f32 + piece.name.len() as f32).collect())
+        };
+        let mut data = pieces.iter().map(values);
+        (0..plan.pieces().len()).for_each(|i| drop(writer.write(i, &mut data).unwrap()));
+        write_json(from.path().join("config.json"), &Family::of(&config).config_json(&config)).unwrap();
+
+        let source = Source::open(from.path()).unwrap();
+        weights(&source, Dtype::F32, to.path(), 100_000).unwrap();
+        let (want, got) = (TensorFile::open(from.path()).unwrap(), TensorFile::open(to.path()).unwrap());
+        assert!(got.path().ends_with("model.safetensors.index.json"));
+        assert_eq!(want.names().collect::<Vec<_>>(), got.names().collect::<Vec<_>>());
+        assert!(want.names().all(|name| want.bytes(name).unwrap() == got.bytes(name).unwrap()));
+        let sizes = fs::read_dir(to.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+        let sizes: Vec<u64> = sizes.collect();
+        assert!(sizes.len() > 3 && sizes.iter().all(|size| *size < 150_000), "{sizes:?}");
+    }
+}
