@@ -2,6 +2,8 @@
 //! that has what `requirements.txt` lists.
 #![allow(clippy::unwrap_used)]
 
+mod export;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;

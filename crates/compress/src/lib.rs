@@ -1,7 +1,7 @@
 //! Smaller models: the formats in which quantized weights are stored, the methods that find them, and the files that hold them.
 //!
 //! A weight is a [`Matrix`] `[out, in]`, as in the papers. [`mod@format`] names what it can be stored in, [`quantize`] has the methods that turn it into a
-//! [`Quantized`] matrix. [`blocks`] has GGUF's block formats, [`gguf`] its files. They work on host memory and know neither a model nor a device.
+//! [`Quantized`] matrix. [`blocks`] has GGUF's block formats, [`gguf`] its files, [`onnx`] those of ONNX. They work on host memory and know neither a model nor a device.
 //!
 //! ```
 //! use firebox_compress::blocks::BlockType;
@@ -30,6 +30,7 @@ mod error;
 pub mod format;
 pub mod gguf;
 mod matrix;
+pub mod onnx;
 pub mod quantize;
 mod quantized;
 

@@ -37,6 +37,9 @@ pub enum TrainError {
     /// Packed weights.
     #[error(transparent)]
     Packed(#[from] firebox_models::decoder::packed::PackedWeightError),
+    /// A model that cannot be exported.
+    #[error(transparent)]
+    Export(#[from] crate::export::ExportError),
     /// A file of the run folder.
     #[error(transparent)]
     Observe(#[from] ObserveError),

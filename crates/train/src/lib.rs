@@ -2,7 +2,7 @@
 //!
 //! The training loop of Firebox and everything around it: [recipes](recipe), the [`Trainer`] and its
 //! [engine], [checkpoints](checkpoint) that survive a kill,
-//! [observers](observe) and the report, [evaluation](evaluate), [generation](generate), the [range of learning rates](lr_find).
+//! [observers](observe) and the report, [evaluation](evaluate), [generation](generate), [export], the [range of learning rates](lr_find).
 //!
 //! A run is determined by a recipe and a corpus. It gives the same bits twice, and after an interruption.
 //!
@@ -42,6 +42,7 @@ mod distill;
 pub mod engine;
 mod error;
 pub mod evaluate;
+pub mod export;
 mod fault;
 pub mod generate;
 mod init;

@@ -30,18 +30,43 @@ pub struct Loaded {
 /// # Errors
 /// [`TrainError`]: nothing there, a torn file, another architecture, or tensors that do not fit (all at once).
 pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainError> {
-    let path = path.as_ref();
-    let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
-    if plain {
+    let Folder { config, file, tokenizer } = Folder::open(path.as_ref())?;
+    Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
+}
+
+/// What a model is read from.
+pub(crate) struct Folder {
+    /// The `config.json`.
+    pub config: serde_json::Value,
+    /// The tensors.
+    pub file: TensorFile,
+    /// The tokenizer, where there is one.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+impl Folder {
+    /// Opens what [`load`] opens.
+    pub fn open(path: &Path) -> Result<Self, TrainError> {
+        let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
+        if !plain {
+            return Self::of_checkpoint(&resolve(path)?.checkpoint);
+        }
         let config_path = path.join("config.json");
         let text = std::fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
-        let json = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
-        let model = from_file(&json, TensorFile::open(path)?, device)?;
+        let config = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
         let tokenizer = path.join("tokenizer.json");
         let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
-        return Ok(Loaded { model, tokenizer });
+        Ok(Self { config, file: TensorFile::open(path)?, tokenizer })
     }
-    load_checkpoint(&resolve(path)?.checkpoint, device)
+
+    fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TrainError> {
+        let tokenizer = match checkpoint.contains("tokenizer.json") {
+            true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
+            false => None,
+        };
+        let config = checkpoint.read_json("config.json")?;
+        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer })
+    }
 }
 
 /// Loads a decoder from an open checkpoint.
@@ -49,13 +74,8 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainErro
 /// # Errors
 /// As [`load`].
 pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
-    let json: serde_json::Value = checkpoint.read_json("config.json")?;
-    let model = from_file(&json, checkpoint.tensors("model.safetensors")?, device)?;
-    let tokenizer = match checkpoint.contains("tokenizer.json") {
-        true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
-        false => None,
-    };
-    Ok(Loaded { model, tokenizer })
+    let Folder { config, file, tokenizer } = Folder::of_checkpoint(checkpoint)?;
+    Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
 }
 
 fn not_json(reason: &str) -> HfError {
@@ -107,6 +127,12 @@ pub(crate) fn filled(model: Decoder, entries: Vec<Entry>, file: Arc<TensorFile>)
         (name, Box::new(values) as Later)
     };
     Ok(set_later(model, entries.into_iter().map(read).collect()))
+}
+
+/// Checks that a file has the tensors of these parameters, as floats.
+pub(crate) fn check_tensors(entries: &[Entry], file: &TensorFile) -> Result<(), CheckpointError> {
+    check_shapes(entries, &[], file)?;
+    entries.iter().flat_map(|entry| &entry.pieces).try_for_each(|piece| file.check_floats(&piece.name))
 }
 
 /// Everything missing, unused and misshapen at once, of parameters and other tensors. Buffers that GPT-2's files carry besides parameters are no surprise.

@@ -31,7 +31,7 @@ const BASE: [Package; 3] = [
     },
     Package {
         name: "python3-venv",
-        purpose: "Python, for the tests in which TensorBoard reads what Firebox wrote",
+        purpose: "Python, for the tests in which other programs read what Firebox wrote",
         present: || base_python().is_some(),
     },
 ];

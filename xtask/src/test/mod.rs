@@ -22,13 +22,14 @@ use crate::workspace::Workspace;
 /// Runs every test of the project.
 ///
 /// The parts, in order: the workspace's unit, documentation and end-to-end tests on the default backend; clients
-/// (TensorBoard reads what Firebox wrote); tidy; ranks as processes of MPI; the other backends, wgpu on a Vulkan driver and flex. What
+/// (TensorBoard, transformers, ONNX Runtime and gguf read what Firebox wrote); tidy; ranks as processes of MPI; the other backends, wgpu on a Vulkan driver and flex. What
 /// lacks its tools is skipped and listed at the end; where the variable CI is `true` that is a failure.
 #[derive(Args)]
 #[command(after_help = "Examples:
   cargo xtask test --install      install what is missing, then run all
   cargo xtask test                run what this machine can run
   cargo xtask test workspace      only the tests of the default backend
+  cargo xtask test --clients      only llama.cpp, built from source
 
 From a cold clone, 2 cores need about 40 minutes, 16 of which are the build with wgpu; later runs take minutes.
 The last line counts tests; each check of tidy and each part that could not start counts as one.")]
@@ -36,10 +37,14 @@ pub struct Test {
     /// The parts to run [default: all].
     #[arg(value_enum, value_name = "PART")]
     parts: Vec<Part>,
-    /// Install what the tests need: Debian packages (a software Vulkan driver, python3-venv, Open MPI) by apt-get, TensorBoard by
+    /// Install what the tests need: Debian packages (a software Vulkan driver, python3-venv, Open MPI) by apt-get, TensorBoard and other clients by
     /// pip into the target folder, rustfmt and clippy by rustup. Each is named; what is there is left alone.
     #[arg(long)]
     install: bool,
+    /// Only the clients that are built from source, which no other call runs: llama.cpp opens what Firebox exported. Builds and installs it into the target
+    /// folder first, in about 20 minutes on 2 cores.
+    #[arg(long, conflicts_with = "parts")]
+    clients: bool,
     /// Before the tests, write the golden values anew with PyTorch (implies installing it into the target folder).
     #[arg(long)]
     regenerate_goldens: bool,
@@ -50,7 +55,7 @@ pub struct Test {
 enum Part {
     /// Unit, documentation and end-to-end tests on the default backend.
     Workspace,
-    /// TensorBoard reads what Firebox wrote.
+    /// TensorBoard, transformers, ONNX Runtime and gguf read what Firebox wrote.
     Clients,
     /// The checks of `cargo xtask tidy`.
     Tidy,
@@ -58,6 +63,9 @@ enum Part {
     Mpi,
     /// The same training on wgpu, on a software Vulkan driver if there is one, and on flex.
     Backends,
+    /// llama.cpp opens what Firebox exported.
+    #[value(skip)]
+    Llama,
 }
 
 /// In this order: the other backends last, because they build for long and everything before shares one build.
@@ -66,8 +74,12 @@ const ALL: [Part; 5] = [Part::Workspace, Part::Clients, Part::Tidy, Part::Mpi, P
 /// The package that holds the end-to-end tests.
 const END_TO_END: &str = "firebox-tests";
 
-/// The environment variable in which a test finds the Python that has TensorBoard.
-const PYTHON_VARIABLE: &str = "FIREBOX_PYTHON";
+/// Python environments of the clients: the folder, what it has, and the environment variable in which tests find it.
+const CLIENTS: [[&str; 3]; 2] = [
+    ["python", "tests/clients/requirements.txt", "FIREBOX_PYTHON"],
+    ["python-torch", "tests/clients/requirements-torch.txt", "FIREBOX_TORCH_PYTHON"],
+];
+const LLAMA: [&str; 3] = ["python-llama", "tests/clients/requirements-llama.txt", "FIREBOX_LLAMA_PYTHON"];
 
 /// How a part ended.
 #[derive(Default)]
@@ -93,10 +105,11 @@ impl Part {
     fn title(self) -> &'static str {
         match self {
             Self::Workspace => "workspace: unit, documentation and end-to-end tests on the default backend",
-            Self::Clients => "clients: TensorBoard reads what Firebox wrote",
+            Self::Clients => "clients: TensorBoard, transformers, ONNX Runtime and gguf read what Firebox wrote",
             Self::Tidy => "tidy: format, lints, documentation, layering",
             Self::Mpi => "mpi: collectives, training and faults between processes",
             Self::Backends => "backends: the same training on wgpu and flex (about 16 minutes to build on 2 cores)",
+            Self::Llama => "llama: llama.cpp opens what Firebox exported",
         }
     }
 
@@ -109,16 +122,25 @@ impl Test {
     /// Installs if asked, runs the parts, reports.
     pub fn run(self, workspace: &Workspace) -> Result<ExitCode> {
         let start = Instant::now();
-        let clients = Python::new(workspace, "python", "tests/clients/requirements.txt");
+        let environment = |[folder, requirements, _]: [&str; 3]| Python::new(workspace, folder, requirements);
         if self.install {
             install::debian()?;
             install::rustup()?;
-            clients.install()?;
+            for client in CLIENTS {
+                environment(client).install()?;
+            }
+        }
+        if self.clients {
+            environment(LLAMA).install()?;
         }
         if self.regenerate_goldens {
             regenerate_goldens(workspace)?;
         }
-        let parts = if self.parts.is_empty() { ALL.to_vec() } else { self.parts };
+        let parts = match self.parts {
+            _ if self.clients => vec![Part::Llama],
+            parts if parts.is_empty() => ALL.to_vec(),
+            parts => parts,
+        };
         let ci = env::var("CI").is_ok_and(|value| value == "true");
         let mut total = Counts::default();
         let mut report = vec![];
@@ -127,10 +149,11 @@ impl Test {
             let start = Instant::now();
             let Outcome { mut counts, missing } = match part {
                 Part::Workspace => workspace_tests(workspace)?,
-                Part::Clients => client_tests(workspace, &clients)?,
+                Part::Clients => client_tests(workspace, &CLIENTS, None)?,
                 Part::Tidy => tidy_checks(workspace)?,
                 Part::Mpi => mpi_tests(workspace)?,
                 Part::Backends => backend_tests(workspace)?,
+                Part::Llama => client_tests(workspace, &[LLAMA], Some("llama"))?,
             };
             let mut words = String::new();
             if let Some(what) = missing {
@@ -158,12 +181,19 @@ fn workspace_tests(workspace: &Workspace) -> Result<Outcome> {
     counted(&mut cargo_test(workspace)).map(Outcome::from)
 }
 
-fn client_tests(workspace: &Workspace, clients: &Python) -> Result<Outcome> {
-    let Some(python) = clients.interpreter() else {
-        return Ok(Outcome::missing("Python with TensorBoard"));
-    };
+/// The tests of clients, with Pythons that have them; or those alone that are in an optional module of the exports, with the feature of its name.
+fn client_tests(workspace: &Workspace, clients: &[[&str; 3]], only: Option<&str>) -> Result<Outcome> {
     let mut command = end_to_end(workspace, "clients");
-    counted(command.env(PYTHON_VARIABLE, python)).map(Outcome::from)
+    if let Some(only) = only {
+        command.args(["--features", &format!("{END_TO_END}/{only}"), "--", &format!("export::{only}::")]);
+    }
+    for [folder, requirements, variable] in clients {
+        let Some(python) = Python::new(workspace, folder, requirements).interpreter() else {
+            return Ok(Outcome::missing(format!("Python with {requirements}")));
+        };
+        command.env(variable, python);
+    }
+    counted(&mut command).map(Outcome::from)
 }
 
 /// The collectives in a selection of their own, which builds in seconds; then training, with the workspace's features and MPI's.

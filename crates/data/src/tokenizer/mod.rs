@@ -213,6 +213,11 @@ impl Tokenizer {
         }
     }
 
+    /// Bytes in GPT-2's alphabet, in which the vocabularies of byte-level BPE are written.
+    pub fn bytes_as_text(bytes: &[u8]) -> String {
+        alphabet::to_chars(bytes)
+    }
+
     /// The text of the `tokenizer.json`.
     pub fn json(&self) -> &str {
         &self.json

@@ -1,6 +1,7 @@
 //! Flags, and one library call per command.
 
 mod distill;
+mod export;
 mod launch;
 mod lr_find;
 mod prepare;
@@ -50,6 +51,8 @@ enum Command {
     Generate(text::GenerateArgs),
     /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`), to compare with other implementations.
     Logits(text::LogitsArgs),
+    /// Write a model for transformers, llama.cpp or ONNX Runtime.
+    Export(export::ExportArgs),
     /// Make report.html of a run again.
     Report {
         /// The run's folder.
@@ -158,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => text::eval(args),
         Command::Generate(args) => text::generate(args),
         Command::Logits(args) => text::logits(args),
+        Command::Export(args) => export::run(args),
         Command::Report { run } => firebox::train::observe::report::write(&run)
             .map(|path| println!("report: {}", path.display()))
             .map_err(CliError::from),

@@ -1,0 +1,119 @@
+//! A model that is read tensor by tensor.
+
+use std::path::Path;
+
+use firebox_models::decoder::hf::{Entry, Family, Piece, parse_config};
+use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions};
+use serde_json::Value;
+
+use super::ExportError;
+use crate::TrainError;
+use crate::checkpoint::TensorFile;
+use crate::model_io;
+
+/// A checkpoint whose tensors are read when they are asked for.
+pub struct Source {
+    pub family: Family,
+    pub config: DecoderConfig,
+    pub tokenizer: Option<Vocabulary>,
+    entries: Vec<Entry>,
+    file: TensorFile,
+}
+
+/// A `tokenizer.json`.
+pub struct Vocabulary {
+    /// As it is.
+    pub text: String,
+    /// Parsed.
+    pub json: Value,
+    /// The token that precedes every document.
+    pub separator: Option<u32>,
+    /// Its text.
+    pub separator_text: Option<String>,
+}
+
+impl Source {
+    /// Opens what [`load`](model_io::load) opens.
+    pub fn open(path: &Path) -> Result<Self, TrainError> {
+        let model_io::Folder { config, file, tokenizer } = model_io::Folder::open(path)?;
+        let (family, config) = parse_config(&config)?;
+        let entries = family.entries(&config);
+        model_io::check_tensors(&entries, &file)?;
+        let tokenizer = tokenizer.map(|tokenizer| {
+            let text = tokenizer.json().to_owned();
+            // It has been parsed before.
+            let json: Value = serde_json::from_str(&text).unwrap_or_default();
+            let separator = tokenizer.eot();
+            let added = json["added_tokens"].as_array();
+            let separator_text = separator.and_then(|id| {
+                let token = added?.iter().find(|token| token["id"] == id)?;
+                Some(token["content"].as_str()?.to_owned())
+            });
+            Vocabulary { text, json, separator, separator_text }
+        });
+        Ok(Self { family, config, tokenizer, entries, file })
+    }
+
+    /// Every parameter with the tensors that it is stored as.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// A tensor of the file.
+    pub fn piece(&self, piece: &Piece) -> Result<Vec<f32>, TrainError> {
+        let values = self.file.f32(&piece.name)?;
+        self.file.release(&piece.name);
+        Ok(values)
+    }
+
+    /// A parameter of the decoder in the layout that it has there.
+    pub fn param(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        let Some(entry) = self.entries.iter().find(|entry| entry.param == name) else {
+            let expected = format!("a parameter {name}");
+            return Err(TrainError::Input { what: "checkpoint", expected, got: "none of that name".into() });
+        };
+        match &entry.pieces[..] {
+            [whole] if !whole.transposed => self.piece(whole),
+            pieces => {
+                let mut values = vec![0.0; entry.shape.iter().product()];
+                for piece in pieces {
+                    entry.join(&mut values, piece, &self.piece(piece)?);
+                }
+                Ok(values)
+            }
+        }
+    }
+
+    /// Refuses a model whose shape Hugging Face has no class for, naming what is in the way.
+    pub fn in_a_class(&self, format: &'static str) -> Result<(), ExportError> {
+        match self.family {
+            Family::Firebox => Err(ExportError::NoWord { format, feature: oddities(&self.config) }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a decoder has that its closest class of Hugging Face has not.
+fn oddities(config: &DecoderConfig) -> String {
+    let learned = config.positions == Positions::Learned;
+    let (class, norm, mlp) = match learned {
+        true => ("GPT-2", NormKind::LayerNorm, config.feed_forward != FeedForward::SwiGlu),
+        false => ("Llama", NormKind::RmsNorm, config.feed_forward == FeedForward::SwiGlu),
+    };
+    let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
+    let found = [
+        (config.attention_softcap != 0.0, "attention_softcap"),
+        (config.logit_softcap != 0.0, "logit_softcap"),
+        (config.norm != norm, if learned { "RMSNorm" } else { "LayerNorm" }),
+        (!mlp, if learned { "SwiGLU" } else { "GELU" }),
+        (config.bias != learned, if learned { "layers without bias" } else { "biases" }),
+        (learned && config.qk_norm, "qk_norm"),
+        (learned && config.window.is_some(), "window"),
+        (!learned && config.qk_norm && config.window.is_some(), "qk_norm with a window"),
+        (learned && !full_heads, "grouped heads or heads of another width"),
+        (config.experts.is_some(), "these experts"),
+    ];
+    let found: Vec<&str> = found.iter().filter(|(odd, _)| *odd).map(|(_, what)| *what).collect();
+    let found = if found.is_empty() { "Firebox's own architecture".into() } else { found.join(", ") };
+    format!("{found} in {class}'s architecture")
+}
