@@ -77,7 +77,7 @@ pub struct Params {
     pub zero: i8,
 }
 
-/// Arithmetic of `bitsandbytes` and of the paper's appendix E.
+/// The levels of NF4, rising, as in the paper's appendix E.
 pub const NF4_LEVELS: [f32; 16] = [
     -1.0,
     -0.696_192_8,

@@ -1,7 +1,9 @@
 //! Smaller models: the formats in which quantized weights are stored, the methods that find them, and the files that hold them.
 //!
 //! A weight is a [`Matrix`] `[out, in]`, as in the papers. [`mod@format`] names what it can be stored in, [`quantize`] has the methods that turn it into a
-//! [`Quantized`] matrix. [`blocks`] has GGUF's block formats, [`gguf`] its files, [`onnx`] those of ONNX. They work on host memory and know neither a model nor a device.
+//! [`Quantized`] matrix, [`prune`] those that zero weights, [`lowrank`] its decompositions; a [`Hessian`] is what they know of
+//! a layer's inputs. [`precision`] spends a budget on the layers.
+//! [`blocks`] has GGUF's block formats, [`gguf`] its files, [`onnx`] those of ONNX. They work on host memory and know neither a model nor a device.
 //!
 //! ```
 //! use firebox_compress::blocks::BlockType;
@@ -26,15 +28,22 @@
 //! ```
 
 pub mod blocks;
+mod eigen;
 mod error;
 pub mod format;
 pub mod gguf;
+mod hessian;
+mod linalg;
+pub mod lowrank;
 mod matrix;
 pub mod onnx;
+pub mod precision;
+pub mod prune;
 pub mod quantize;
 mod quantized;
 
 pub use error::CompressError;
 pub use format::{Format, ScalarFormat};
+pub use hessian::Hessian;
 pub use matrix::Matrix;
 pub use quantized::Quantized;

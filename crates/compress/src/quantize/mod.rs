@@ -3,7 +3,16 @@
 //! | | looks at | changes |
 //! |---|---|---|
 //! | [`nearest`] | the weights | nothing: each weight is rounded by itself |
+//! | [`gptq()`] | second moments of the inputs | later weights of a row, which make up for the rounding of earlier ones |
+//! | [`awq()`] | second moments and mean magnitudes of the inputs | inputs that matter get finer steps, by a scale that goes into the layer before |
+//! | [`smooth_scales`] | the largest inputs and weights | inputs become easier to quantize and weights harder, by such a scale |
 
+mod awq;
+mod gptq;
+
+pub use awq::{Awq, awq, smooth_scales};
+pub(crate) use gptq::{BLOCK, spread_errors};
+pub use gptq::{Gptq, gptq};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
