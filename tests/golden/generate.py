@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama import modeling_llama
 
 import bounded
+import compress
 import distillation
 import experts
 import optimizers
@@ -43,7 +44,7 @@ VERSIONS = {
     "transformers": transformers.__version__,
     "safetensors": safetensors.__version__,
     "numpy": np.__version__,
-    **{name: importlib.metadata.version(name) for name in ("lion-pytorch", "pytorch-optimizer", "schedulefree")},
+    **{name: importlib.metadata.version(name) for name in ("gguf", "lion-pytorch", "pytorch-optimizer", "schedulefree")},
 }
 
 
@@ -377,6 +378,7 @@ def generate(out_dir):
     adamw_fixture(out_dir)
     optimizers.fixture(save, out_dir)
     distillation.fixture(save, out_dir)
+    compress.fixture(save, out_dir)
     schedule_fixture(out_dir)
 
 
