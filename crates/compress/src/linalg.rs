@@ -95,8 +95,7 @@ pub(crate) fn cholesky(a: &mut [f64], n: usize) -> Result<(), usize> {
                 let dot: f64 = (0..j).map(|l| diagonal[i * n + k + l] * diagonal[j * n + k + l]).sum();
                 let left = diagonal[i * n + k + j] - dot;
                 diagonal[i * n + k + j] = match i == j {
-                    // Also if it is not a number.
-                    true if !(left > 0.0) => return Err(k + i),
+                    true if left <= 0.0 || left.is_nan() => return Err(k + i),
                     true => left.sqrt(),
                     false => left / diagonal[j * n + k + j],
                 };

@@ -34,7 +34,7 @@ impl Quantized {
         zeros: Vec<i8>,
     ) -> Result<Self, CompressError> {
         let group_len = format.group_len(rows, cols)?;
-        let groups = if group_len == 0 { 0 } else { rows * cols / group_len };
+        let groups = (rows * cols).checked_div(group_len).unwrap_or(0);
         let expected = [rows * cols, groups, if format.symmetric() { 0 } else { groups }];
         let got = [codes.len(), scales.len(), zeros.len()];
         if got != expected {
