@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | [`magnitude`], [`magnitude_global`] | `abs w` | a matrix, several matrices | nothing else |
 //! | [`wanda`] | `abs w · ‖x‖₂` of its input | a row | nothing else |
-//! | [`sparsegpt`] | `w² / U²` of its input | 128 columns | the weights that stay make up for those that go |
+//! | [`sparsegpt()`] | `w² / U²` of its input | 128 columns | the weights that stay make up for those that go |
 //!
 //! [`magnitude_global`] apart, each also in patterns N:M, where of every M weights of a row, one after the other, N stay.
 
