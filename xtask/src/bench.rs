@@ -14,7 +14,7 @@ use crate::workspace::Workspace;
 /// Measures Firebox beside PyTorch and plain burn: builds the benchmark, installs PyTorch into the target folder, runs.
 #[derive(Args)]
 #[command(
-    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout|mup> [OPTIONS]",
+    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout|mup|compress> [OPTIONS]",
     after_help = "Benchmarks:
   train      training steps of four models: tokens/s, MFU, peak memory
   kernels    single operations: GFLOP/s or GB/s
@@ -22,6 +22,7 @@ use crate::workspace::Workspace;
   scaling    time and memory over context, width and depth
   shootout   every optimizer on one recipe: --data tinyshakespeare.txt
   mup        what a step changes over the width, with μP and without
+  compress   compressed models beside f32: --speed
   speedrun   nanoGPT's CPU recipe to the same loss, wall-clock: --data tinyshakespeare.txt
 
 Examples:
@@ -86,7 +87,9 @@ impl Needs {
         let names =
             |prefix: &str| contenders.iter().flat_map(|list| list.split(',')).any(|name| name.starts_with(prefix));
         Self {
-            torch: !help && !matches!(first, Some("shootout" | "mup")) && (contenders.is_none() || names("torch")),
+            torch: !help
+                && !matches!(first, Some("shootout" | "mup" | "compress"))
+                && (contenders.is_none() || names("torch")),
             burn: !help && names("burn"),
             firebox: !help && speedrun,
         }
@@ -114,6 +117,7 @@ mod tests {
         assert_eq!(needs("train gpt-14m --contenders torch-eager,burn-flex"), Needs { torch, burn, firebox: false });
         assert_eq!(needs("speedrun --data x.txt"), Needs { torch, burn: false, firebox });
         assert_eq!(needs("mup"), Needs { torch: false, burn: false, firebox: false });
+        assert_eq!(needs("compress --speed"), Needs { torch: false, burn: false, firebox: false });
         assert_eq!(needs("shootout --data x.txt"), Needs { torch: false, burn: false, firebox });
     }
 }

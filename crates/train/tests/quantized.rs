@@ -308,7 +308,7 @@ fn files_from_elsewhere_are_not_believed() {
         changed.header[format!("{name}.codes")]["shape"] = json!([shape[1], shape[0]]);
     });
     assert!(error.contains("codes"), "{error}");
-    let error = of("codes", &|changed, _| drop(changed.data.pop()));
+    let error = of("codes", &|changed, _| changed.data.truncate(changed.data.len() - 1));
     assert!(error.contains("damaged"), "{error}");
     let mut changed = Changed::of(&good, dir.path().join("nan"));
     let from = changed.header["embed.weight.codes"]["data_offsets"][0].as_u64().unwrap() as usize;
