@@ -358,9 +358,18 @@ fn students() {
         &[
             ("distill", &["TEACHER"]),
             ("distill absent tiny --data docs.jsonl --out student", &["absent"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.temperature=0", &["temperature = 0"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.alpha=2", &["distill.alpha = 2", "0 to 1"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.init=student", &["distill", "random"]),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.temperature=0",
+                &["temperature = 0"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.alpha=2",
+                &["distill.alpha = 2", "0 to 1"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.init=student",
+                &["distill", "random"],
+            ),
             ("distill run small.toml --data docs.jsonl --out student --set distill.temp=1", &["temp", "temperature"]),
             (
                 "distill run small.toml --data docs.jsonl --out student --set distill.init=teacher --set model.d_model=64",
@@ -381,7 +390,8 @@ fn students() {
 fn a_student_goes_on_where_it_stopped() {
     let (lab, _) = lab_with_run();
     let call = |more: &str| {
-        let line = format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
+        let line =
+            format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
         lab.call(&line.split_whitespace().collect::<Vec<_>>()).succeeded()
     };
     call("--out whole --cache-logits 6");

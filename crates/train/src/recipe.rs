@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::batch_warmup::BatchWarmup;
-use crate::distill::DistillRecipe;
+use crate::distill::{DistillRecipe, StudentInit};
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
 use crate::precision::PrecisionRecipe;
@@ -301,7 +301,12 @@ impl Recipe {
         if !(self.train.z_loss >= 0.0 && self.train.z_loss.is_finite()) {
             return fail("train.z_loss", "a factor, or 0 for none", self.train.z_loss.to_string());
         }
-        self.distill.as_ref().map_or(Ok(()), DistillRecipe::validate)?;
+        if let Some(distill) = &self.distill {
+            distill.validate()?;
+            if distill.init == StudentInit::Teacher && self.init.is_some() {
+                return fail("distill.init", "random with init, which says where the student starts", "teacher".into());
+            }
+        }
         let micro_batches = self.train.batch_rows.div_ceil(self.train.micro_rows());
         self.watch.validate(micro_batches)?;
         if self.average.is_some() && matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {

@@ -343,7 +343,7 @@ fn a_student_of_another_width_learns_from_the_inside() {
     assert!(model_io::load(school.path("student"), &device).unwrap().model.projections.is_empty());
 }
 
-/// With all tokens kept the teacher says the same from the file as live; with a few, nearly the same.
+/// With all tokens kept the teacher says the same from the file as live; with a few, less.
 #[test]
 fn predictions_are_kept_in_a_file() {
     let school = School::new();
@@ -357,7 +357,10 @@ fn predictions_are_kept_in_a_file() {
     };
     assert!(apart(&kept) < 1e-4, "{}", apart(&kept));
     let few = school.learn(&school.student(&["distill.cache_top_k=8"]), 0, Layout::default(), "few", None);
-    assert!(apart(&few) < 0.05, "{}", apart(&few));
+    // To have fewer outcomes makes no divergence larger; what the student starts from is the same.
+    let [first, of_few] = [live.parts()[0], few.parts()[0]];
+    assert!(of_few.soft_loss > 0.5 * first.soft_loss && of_few.soft_loss <= first.soft_loss, "{first:?} {of_few:?}");
+    assert!((of_few.hard_loss / first.hard_loss - 1.0).abs() < 1e-6, "{first:?} {of_few:?}");
     // Ranks make the same file together.
     school.learn(&school.student(&["distill.cache_top_k=8"]), 3, Layout::default(), "three", None);
     let file = |name: &str| std::fs::read(school.path(name).join("teacher-top-k.bin")).unwrap();

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use firebox::train::TrainError;
 use firebox::train::checkpoint::resolve;
 
 use super::CliError;
@@ -27,7 +28,13 @@ pub struct DistillArgs {
 }
 
 pub fn run(args: DistillArgs, threads: usize) -> Result<(), CliError> {
-    let (teacher, tokenizer) = fixed(&args.teacher)?;
+    // From wherever the run goes on.
+    let teacher = std::path::absolute(&args.teacher).map_err(|source| TrainError::Io {
+        operation: "find",
+        path: args.teacher.clone(),
+        source,
+    })?;
+    let (teacher, tokenizer) = fixed(&teacher)?;
     let mut set = vec![format!("distill.teacher={:?}", teacher.display().to_string())];
     set.extend(tokenizer.map(|path| format!("data.tokenizer={:?}", path.display().to_string())));
     set.extend(args.cache_logits.map(|k| format!("distill.cache_top_k={k}")));

@@ -19,6 +19,8 @@ pub struct Observed {
     pub qkv: Option<Tensor<3>>,
     /// After the final norm, `[B, T, D]`.
     pub hidden: Tensor<3>,
+    /// The head's weight, `[V, D]`.
+    pub head: Tensor<2>,
 }
 
 impl DecoderConfig {
@@ -41,7 +43,11 @@ impl Decoder {
                 Tensor::from_data(TensorData::new(values, [d, width]), device).set_require_grad(require_grad)
             };
             let shape = [d, width].into();
-            Linear { weight: Param::uninitialized(ParamId::new(), init, device.clone(), true, shape), bias: None }
+            Linear {
+                weight: Param::uninitialized(ParamId::new(), init, device.clone(), true, shape),
+                bias: None,
+                packed: None,
+            }
         };
         self.projections = (0..self.blocks.len()).map(projection).collect();
         self
@@ -65,7 +71,7 @@ impl Decoder {
                 shown.extend(std::iter::repeat_n(x.clone(), times));
             }
         }
-        Observed { blocks: shown, qkv, hidden: self.norm.forward(flow.hidden()) }
+        Observed { blocks: shown, qkv, hidden: self.norm.forward(flow.hidden()), head: self.head_weight() }
     }
 
     /// A block's output, which learns from the teacher's where there is a lesson of it.

@@ -21,6 +21,10 @@ fn layer(i: usize, student: usize, teacher: usize) -> usize {
 /// [`TrainError::Input`] for a student of another shape than its teacher, or with more layers.
 pub(crate) fn from_teacher(student: Decoder, path: &Path, device: &Device) -> Result<Decoder, TrainError> {
     let teacher = load(path, device)?.model;
+    if teacher.is_packed() {
+        let expected = "random with a quantized teacher, which has no parameters in floats".into();
+        return Err(TrainError::Input { what: "distill.init", expected, got: "teacher".into() });
+    }
     let (of_student, of_teacher) = (student.config().clone(), teacher.config().clone());
     check(&of_student, &of_teacher)?;
     let mut values: HashMap<String, Later> = HashMap::new();

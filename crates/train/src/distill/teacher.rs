@@ -151,7 +151,7 @@ impl Teacher {
             let seen = model.observe(&of_batch, &blocks, relations.map(|(block, _)| block));
             let targets = SoftTargets::Head {
                 hidden: to_host(seen.hidden).into(),
-                weight: model.head.as_ref().unwrap_or(&model.embed).weight.val(),
+                weight: seen.head,
                 softcap: model.config().logit_softcap,
             };
             let hints =
