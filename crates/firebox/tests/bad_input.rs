@@ -160,6 +160,12 @@ fn recipes() {
         ("tiny", "optimizer={groups=[{params=['a{b']}]}", &["a{b", "patterns"]),
         ("tiny", "model.d_model=96 model.n_heads=5", &["n_heads", "96", "5"]),
         ("tiny", "model.n_heads=4 model.n_kv_heads=3", &["n_kv_heads", "divide"]),
+        ("tiny", "model.n_layers=4 model.layers_per_block=3", &["layers_per_block = 3", "divide n_layers = 4"]),
+        ("tiny", "model.layers_per_block=0", &["layers_per_block = 0", "divide"]),
+        ("tiny", "model.delta_rank=2", &["delta_rank = 2", "layers_per_block"]),
+        ("tiny", "model.d_model=64 model.n_heads=2 model.embed_dim=65", &["embed_dim = 65", "less than d_model = 64"]),
+        ("tiny", "model.low_rank.qkv=4096", &["low_rank.qkv = 4096", "smaller side"]),
+        ("tiny", "model.low_rank.qvk=8", &["low_rank", "did you mean `qkv`?"]),
         ("tiny", "model.n_layers=0 model.depth=1", &["n_layers", "at least 1"]),
         ("tiny", "model.d_model=0", &["0"]),
         ("tiny", "model.n_heads=0", &["n_heads", "0"]),
@@ -358,9 +364,18 @@ fn students() {
         &[
             ("distill", &["TEACHER"]),
             ("distill absent tiny --data docs.jsonl --out student", &["absent"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.temperature=0", &["temperature = 0"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.alpha=2", &["distill.alpha = 2", "0 to 1"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.init=student", &["distill", "random"]),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.temperature=0",
+                &["temperature = 0"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.alpha=2",
+                &["distill.alpha = 2", "0 to 1"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.init=student",
+                &["distill", "random"],
+            ),
             ("distill run small.toml --data docs.jsonl --out student --set distill.temp=1", &["temp", "temperature"]),
             (
                 "distill run small.toml --data docs.jsonl --out student --set distill.init=teacher --set model.d_model=64",
@@ -381,7 +396,8 @@ fn students() {
 fn a_student_goes_on_where_it_stopped() {
     let (lab, _) = lab_with_run();
     let call = |more: &str| {
-        let line = format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
+        let line =
+            format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
         lab.call(&line.split_whitespace().collect::<Vec<_>>()).succeeded()
     };
     call("--out whole --cache-logits 6");
