@@ -56,6 +56,7 @@ mod precision;
 pub mod quantized;
 mod ranks;
 pub mod recipe;
+pub mod reshape;
 pub mod timeline;
 mod trainer;
 mod watch;

@@ -1,6 +1,6 @@
 //! Maximal update parametrization: hyperparameters that stay good as the width grows.
 
-use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_models::decoder::{Decoder, DecoderConfig, LowRank};
 use firebox_optim::{Algorithm, GroupConfig, ParamInfo, ParamKind};
 
 use crate::Recipe;
@@ -37,6 +37,17 @@ impl Recipe {
         if config.tied {
             let expected = "false with model.mup_base_width: a head and an embedding grow differently";
             return fail("model.tied", expected, "true".into());
+        }
+        let reduction = config.reduction;
+        for (key, value) in [
+            ("model.embed_dim", reduction.embed_dim),
+            ("model.delta_rank", reduction.delta_rank),
+            ("model.low_rank", if reduction.low_rank == LowRank::default() { 0 } else { 1 }),
+        ] {
+            if value > 0 {
+                let expected = "none with model.mup_base_width: one side of its matrices does not grow with the width";
+                return fail(key, expected, value.to_string());
+            }
         }
         if !self.optimizer.groups.is_empty() {
             let expected = "none with model.mup_base_width, which makes its own";

@@ -131,7 +131,9 @@ impl Ranks {
                 infos.iter().find(|info| (0..pp).filter(|&rank| pipeline.holds(&model, rank, &info.name)).count() > 1);
             if let (true, Some(info)) = (zero.divides(), shared) {
                 let got = format!("{}, which stages on several ranks use", info.name);
-                return fail("zero", "0 with a pipeline of tied embeddings, or model.tied = false".into(), got);
+                let expected = "0 with a pipeline of tied embeddings or shared blocks, or model.tied = false and \
+                                model.layers_per_block = 1";
+                return fail("zero", expected.into(), got);
             }
             let model = pipeline.part(model, axes.pp.rank())?;
             (Some(Pipe { group: axes.pp.clone(), pipeline, schedule }), model)

@@ -31,6 +31,7 @@ fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
         attention_softcap: 0.0,
         logit_softcap: 0.0,
         experts: None,
+        reduction: Default::default(),
         vocab_size: 37,
         d_model: 24,
         n_layers: 5,

@@ -35,6 +35,7 @@ fn config(blocks: usize, tied: bool) -> DecoderConfig {
         attention_softcap: 0.0,
         logit_softcap: 0.0,
         experts: None,
+        reduction: Default::default(),
         vocab_size: 37,
         d_model: 16,
         n_layers: blocks,

@@ -258,6 +258,32 @@ fn divided_matrices_beside_every_other_axis_take_the_steps_of_one_rank() {
     }
 }
 
+/// A shared block is reduced and updated once, wherever the stages are that use it.
+#[test]
+fn shared_blocks_and_narrow_embeddings_take_the_steps_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataset = dataset(dir.path());
+    let all = ["model.n_layers=4", "model.layers_per_block=4", "model.embed_dim=12", "model.tied=true"];
+    let pairs =
+        ["model.n_layers=4", "model.layers_per_block=2", "model.delta_rank=3", "model.tied=false", "model.dropout=0"];
+    let pipe = |schedule| Layout { pp: 2, schedule, ..data(0) };
+    let matrices = |sequence_parallel| Layout { tp: 2, sequence_parallel, ..data(0) };
+    let pipes = [Schedule::OneForwardOneBackward, Schedule::ZeroBubbleV, Schedule::Interleaved { stages_per_rank: 2 }]
+        .map(pipe);
+    for (name, extra, layouts) in [
+        ("all", &all[..], [&pipes[..], &[data(3), matrices(false), matrices(true)]].concat()),
+        ("pairs", &pairs[..], [&pipes[..], &[data(3), data(2)]].concat()),
+    ] {
+        let one = OneRank::new(&dir.path().join(name), &dataset, extra);
+        let copies = one.dir.join("copies");
+        assert_eq!(train(2, 0, &copies, &dataset, extra, None).to_bits(), one.loss.to_bits());
+        assert!(bytes(&copies, 10, "model.safetensors") == bytes(&one.dir.join("one"), 10, "model.safetensors"));
+        for (i, layout) in layouts.into_iter().enumerate() {
+            one.assert_same(&format!("{name}-{i}"), 2, layout);
+        }
+    }
+}
+
 #[test]
 fn what_ranks_cannot_do_is_said_before_the_start() {
     let dir = tempfile::tempdir().unwrap();
@@ -273,6 +299,14 @@ fn what_ranks_cannot_do_is_said_before_the_start() {
         (8, matrices(8, false), &["model.n_heads=2", "model.n_kv_heads=1"], "n_kv_heads"),
         (6, pipe(0, 2), &[], "multiples of the 3 pipelines"),
         (4, pipe(2, 2), &["model.tied=true"], "model.tied = false"),
+        (
+            4,
+            pipe(2, 2),
+            &["model.tied=false", "model.n_layers=4", "model.layers_per_block=4"],
+            "model.layers_per_block = 1",
+        ),
+        (2, matrices(2, false), &["model.low_rank={ qkv = 4 }"], "low_rank.qkv"),
+        (2, matrices(2, false), &["model.layers_per_block=2", "model.delta_rank=2"], "delta_rank"),
         (2, pipe(0, 2), &["optimizer.kind=sophia"], "sophia"),
         (2, pipe(0, 2), &["average={ kind = \"ema\", decay = 0.9 }"], "average"),
         (8, pipe(0, 8), &[], "fewer ranks"),

@@ -27,6 +27,7 @@ fn llama(n_kv_heads: usize, tied: bool) -> DecoderConfig {
         attention_softcap: 0.0,
         logit_softcap: 0.0,
         experts: None,
+        reduction: Default::default(),
         vocab_size: 61,
         d_model: 24,
         n_layers: 3,

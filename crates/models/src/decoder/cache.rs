@@ -1,21 +1,21 @@
 //! Generation with a KV cache: each new token attends to stored keys and values.
 
 use burn::tensor::{Device, Tensor, activation};
-use firebox_tensor::ops::{self, Pre};
+use firebox_tensor::ops;
 
 use super::model::Decoder;
 
-/// Keys (rotated) and values of the tokens so far that the next one may see, `[1, K, T, E]` per block.
+/// Keys (rotated) and values of the tokens so far that the next one may see, `[1, K, T, E]` per layer: of those that share a block, each has its own.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    blocks: Vec<Option<[Tensor<4>; 2]>>,
+    layers: Vec<Option<[Tensor<4>; 2]>>,
     tokens: usize,
 }
 
 impl KvCache {
     /// An empty cache for `model`.
     pub fn new(model: &Decoder) -> Self {
-        Self { blocks: vec![None; model.blocks.len()], tokens: 0 }
+        Self { layers: vec![None; model.config().n_layers], tokens: 0 }
     }
 
     /// How many tokens the sequence has.
@@ -51,8 +51,8 @@ impl Decoder {
         let past = past.min(window - 1);
         let mask = (n > 1).then(|| causal_mask(n, past, window, &device));
         let keep = (past + n).min(window - 1);
-        for (block, stored) in self.blocks.iter().zip(&mut cache.blocks) {
-            let qkv = block.project(x.clone(), self.attention_config());
+        for (layer, stored) in (0..).map_while(|i| self.layer(i)).zip(&mut cache.layers) {
+            let qkv = layer.project(x.clone(), self.attention_config());
             let heads = |first: usize, count: usize| {
                 qkv.clone().narrow(2, first * e, count * e).reshape([1, n, count, e]).swap_dims(1, 2)
             };
@@ -75,8 +75,8 @@ impl Decoder {
             }
             let p = activation::softmax(scores, 3).reshape([1, k, g * n, past + n]);
             let y = p.matmul(value).reshape([1, g * k, n, e]).swap_dims(1, 2).reshape([1, n, g * k * e]);
-            x = block.attn.out.forward(y, Pre::Nothing, Some(x));
-            x = block.feed_forward(x.clone(), Some(x), None);
+            x = layer.attention_output(y, Some(x));
+            x = layer.feed_forward(x.clone(), Some(x), None);
         }
         cache.tokens += n;
         let last = self.norm.forward(x.narrow(1, n - 1, 1));

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::experts::ExpertsConfig;
+use super::reduction::Reduction;
 
 /// A decoder's shape; every value is resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,9 @@ pub struct DecoderConfig {
     /// Experts in place of each block's feed-forward layer; none for a dense model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertsConfig>,
+    /// Parameters that layers share, and matrices that are products of smaller ones; by default none.
+    #[serde(default, skip_serializing_if = "Reduction::is_none")]
+    pub reduction: Reduction,
     /// Normalization before each part and at the end.
     pub norm: NormKind,
     /// Added to the variance.
@@ -151,6 +155,7 @@ impl DecoderConfig {
         if let Some(experts) = &self.experts {
             experts.validate(self)?;
         }
+        self.reduction.validate(self)?;
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -184,33 +189,37 @@ impl DecoderConfig {
         }
     }
 
-    /// Number of parameters, without making the model.
+    /// Number of parameters, without making the model: what layers share counts once.
     pub fn num_params(&self) -> usize {
         let d = self.d_model;
         let bias = |n: usize| if self.bias { n } else { 0 };
         let norm = d + if self.norm == NormKind::LayerNorm { bias(d) } else { 0 };
-        let linear = |i: usize, o: usize| i * o + bias(o);
         let head_norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let attention = linear(d, self.qkv_width()) + head_norms + linear(self.n_heads * self.head_dim, d);
-        let mlp = linear(d, self.ff_in_width()) + linear(self.d_ff, d);
-        let mlp = self.experts.map_or(mlp, |experts| experts.num_params(d, mlp));
-        let tables = self.vocab_size * d * if self.tied { 1 } else { 2 };
+        let [qkv, out, input, output] = self.matrices().map(|matrix| matrix.num_params() + bias(matrix.outputs));
+        let mlp = self.experts.map_or(input + output, |experts| experts.num_params(d, input + output));
+        let block = qkv + out + head_norms + mlp + 2 * norm;
+        let deltas: usize = self.matrices().iter().map(|matrix| matrix.factors(self.reduction.delta_rank)).sum();
+        let [embed, embed_proj, head, head_proj] = self.tables();
         let positions = if self.positions == Positions::Learned { self.context * d } else { 0 };
-        tables + positions + self.n_layers * (attention + mlp + 2 * norm) + norm
+        let tables = embed + embed_proj + head_proj + if self.tied { 0 } else { head };
+        tables + positions + self.n_blocks() * block + self.n_layers * deltas + norm
     }
 
-    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's), and 12 H E per layer
-    /// and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
+    /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's; of a shared block, once in every
+    /// layer), and 12 H E per layer and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
     pub fn flops_per_token(&self) -> f64 {
-        self.n_layers as f64 * self.block_flops_per_token() + (6 * self.vocab_size * self.d_model) as f64
+        let [_, embed_proj, head, head_proj] = self.tables();
+        self.n_layers as f64 * self.block_flops_per_token() + (6 * (embed_proj + head + head_proj)) as f64
     }
 
     /// Those of one block.
     pub(crate) fn block_flops_per_token(&self) -> f64 {
-        let d = self.d_model;
-        let mlp = d * self.ff_in_width() + self.d_ff * d;
-        let mlp = self.experts.map_or(mlp, |experts| d * experts.n_experts + experts.experts_per_token * mlp);
-        let weights = d * self.qkv_width() + self.n_heads * self.head_dim * d + mlp;
+        let [qkv, out, input, output] =
+            self.matrices().map(|matrix| matrix.num_params() + matrix.factors(self.reduction.delta_rank));
+        let mlp = input + output;
+        let mlp =
+            self.experts.map_or(mlp, |experts| self.d_model * experts.n_experts + experts.experts_per_token * mlp);
+        let weights = qkv + out + mlp;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
         let keys = window * (1.0 - window / (2.0 * context));
         (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+use super::reduction::Reduction;
 pub use pieces::{Entry, Piece};
 
 /// Which of the two families a decoder is written as.
@@ -75,6 +76,9 @@ impl Family {
             && matches!(config.positions, Positions::Rotary { .. })
             && !config.bias
             && experts::have_a_class(config);
+        if !config.reduction.is_none() {
+            return Family::Firebox;
+        }
         // Gemma 2 has soft-caps, but also norms after each part.
         let softcap = config.attention_softcap != 0.0 || config.logit_softcap != 0.0;
         match (gpt2 && !config.qk_norm && !softcap, llama && !(config.qk_norm && config.window.is_some()) && !softcap) {
@@ -89,7 +93,11 @@ impl Family {
         let mut table = Table { family: self, entries: vec![] };
         let (d, v) = (config.d_model, config.vocab_size);
         let norm_bias = config.bias && config.norm == NormKind::LayerNorm;
-        table.whole("embed.weight", &[v, d], ["transformer.wte.weight", "model.embed_tokens.weight"]);
+        let e = config.embed_width();
+        table.whole("embed.weight", &[v, e], ["transformer.wte.weight", "model.embed_tokens.weight"]);
+        if e < d {
+            table.whole("embed_proj.weight", &[e, d], ["", ""]);
+        }
         if config.positions == Positions::Learned {
             table.whole(
                 "positions.weight",
@@ -97,7 +105,8 @@ impl Family {
                 ["transformer.wpe.weight", "model.embed_positions.weight"],
             );
         }
-        for i in 0..config.n_layers {
+        let [rank_qkv, rank_out, rank_input, rank_output] = config.matrices().map(|matrix| matrix.rank);
+        for i in 0..config.n_blocks() {
             let (ours, gpt2, llama) =
                 (format!("blocks.{i}"), format!("transformer.h.{i}"), format!("model.layers.{i}"));
             let name = |ours_: &str, gpt2_: &str, llama_: &str| {
@@ -106,13 +115,20 @@ impl Family {
             table.norm(name("attn_norm", "ln_1", "input_layernorm"), d, norm_bias);
             let (h, k) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
             let qkv = [("self_attn.q_proj", h), ("self_attn.k_proj", k), ("self_attn.v_proj", k)];
-            table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.bias);
+            table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.bias, rank_qkv);
             if config.qk_norm {
                 for (ours, llama) in [("attn.q_norm", "self_attn.q_norm"), ("attn.k_norm", "self_attn.k_norm")] {
                     table.norm(name(ours, "", llama), config.head_dim, false);
                 }
             }
-            table.linear(name("attn.out", "attn.c_proj", ""), h, &llama, &[("self_attn.o_proj", d)], config.bias);
+            table.linear(
+                name("attn.out", "attn.c_proj", ""),
+                h,
+                &llama,
+                &[("self_attn.o_proj", d)],
+                config.bias,
+                rank_out,
+            );
             table.norm(name("mlp_norm", "ln_2", "post_attention_layernorm"), d, norm_bias);
             if let Some(experts) = &config.experts {
                 table.entries.extend(experts::entries(self, config, experts, i));
@@ -122,18 +138,25 @@ impl Family {
                 FeedForward::SwiGlu => &[("mlp.gate_proj", config.d_ff), ("mlp.up_proj", config.d_ff)],
                 FeedForward::Gelu | FeedForward::GeluExact => &[("mlp.up_proj", config.d_ff)],
             };
-            table.linear(name("mlp.input", "mlp.c_fc", ""), d, &llama, input, config.bias);
+            table.linear(name("mlp.input", "mlp.c_fc", ""), d, &llama, input, config.bias, rank_input);
             table.linear(
                 name("mlp.output", "mlp.c_proj", ""),
                 config.d_ff,
                 &llama,
                 &[("mlp.down_proj", d)],
                 config.bias,
+                rank_output,
             );
         }
+        for (name, shape) in config.delta_shapes() {
+            table.whole(&name, &shape, ["", ""]);
+        }
         table.norm(("norm".into(), ["transformer.ln_f".into(), "model.norm".into()]), d, norm_bias);
+        if e < d {
+            table.whole("head_proj.weight", &[d, e], ["", ""]);
+        }
         if !config.tied {
-            table.whole("head.weight", &[v, d], ["lm_head.weight", "lm_head.weight"]);
+            table.whole("head.weight", &[v, e], ["lm_head.weight", "lm_head.weight"]);
         }
         table.entries
     }
@@ -308,6 +331,7 @@ impl Keys<'_> {
             attention_softcap: 0.0,
             logit_softcap: 0.0,
             experts: None,
+            reduction: Reduction::default(),
             norm: NormKind::LayerNorm,
             norm_eps: self.number_or("layer_norm_epsilon", 1e-5)?,
             feed_forward: match self.0.get("activation_function") {
@@ -365,6 +389,7 @@ impl Keys<'_> {
             attention_softcap: 0.0,
             logit_softcap: 0.0,
             experts: None,
+            reduction: Reduction::default(),
             norm: NormKind::RmsNorm,
             norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
             feed_forward: FeedForward::SwiGlu,
@@ -412,7 +437,8 @@ impl Table {
         }
     }
 
-    /// A linear layer: one matrix `[in, out]` in GPT-2's files (Conv1D), `[out, in]` per part in Llama's.
+    /// A linear layer: one matrix `[in, out]` in GPT-2's files (Conv1D), `[out, in]` per part in Llama's; of a rank that is not 0, two matrices in ours.
+    #[allow(clippy::too_many_arguments)]
     fn linear(
         &mut self,
         (ours, [gpt2, _]): (String, [String; 2]),
@@ -420,8 +446,17 @@ impl Table {
         llama: &str,
         parts: &[(&str, usize)],
         bias: bool,
+        rank: usize,
     ) {
         let outputs: usize = parts.iter().map(|(_, n)| n).sum();
+        if rank > 0 {
+            self.whole(&format!("{ours}.weight"), &[inputs, rank], ["", ""]);
+            self.whole(&format!("{ours}.factor"), &[rank, outputs], ["", ""]);
+            if bias {
+                self.whole(&format!("{ours}.bias"), &[outputs], ["", ""]);
+            }
+            return;
+        }
         if self.family != Family::Llama {
             self.whole(&format!("{ours}.weight"), &[inputs, outputs], [&format!("{gpt2}.weight"), ""]);
             if bias {

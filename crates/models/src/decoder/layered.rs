@@ -1,7 +1,7 @@
 //! What goes into the decoder's matrices.
 
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{self, Pre};
+use firebox_tensor::ops;
 
 use super::config::{FeedForward, NormKind};
 use super::model::{Block, Decoder};
@@ -9,9 +9,12 @@ use crate::layered::{Layered, Scaled};
 use crate::stage::{Flow, Staged, TokenBatch};
 
 impl Layered for Decoder {
-    /// Of attention, and of a dense feed-forward layer; experts, of which each sees other tokens, are not among them.
+    /// Of attention, and of a dense feed-forward layer; experts, of which each sees other tokens, are not among them, nor what layers add to a block that they share. A
+    /// matrix of low rank is its first factor.
     fn matrices(&self, i: usize) -> Vec<String> {
-        let Some(block) = i.checked_sub(1).filter(|&i| i < self.blocks.len()) else { return vec![] };
+        let layers = self.config().reduction.layers_per_block;
+        let first = i.checked_sub(1).filter(|&layer| layer < self.config().n_layers && layer.is_multiple_of(layers));
+        let Some(block) = first.map(|layer| layer / layers) else { return vec![] };
         let dense = if self.blocks[block].mlp.is_some() { &["mlp.input", "mlp.output"][..] } else { &[] };
         ["attn.qkv", "attn.out"].iter().chain(dense).map(|name| format!("blocks.{block}.{name}.weight")).collect()
     }
@@ -25,19 +28,21 @@ impl Layered for Decoder {
     ) -> Flow {
         self.assert_whole();
         let names = self.matrices(i);
-        let [qkv, out, rest @ ..] = &names[..] else { return self.forward_stage(i, flow, batch, None) };
-        let Block { attn, attn_norm, mlp, mlp_norm, .. } = &self.blocks[i - 1];
+        let (Some(layer), [qkv, out, rest @ ..]) = (i.checked_sub(1).and_then(|i| self.layer(i)), &names[..]) else {
+            return self.forward_stage(i, flow, batch, None);
+        };
+        let Block { attn_norm, mlp_norm, .. } = layer.block;
         let x = flow.hidden();
         observe(qkv, rows(attn_norm.forward(x.clone())));
-        let y = self.blocks[i - 1].project(x.clone(), self.attention_config());
+        let y = layer.project(x.clone(), self.attention_config());
         let y = ops::attention(y, self.attention_config(), &batch.sequence);
         observe(out, rows(y.clone()));
-        let x = attn.out.forward(y, Pre::Nothing, Some(x));
-        let (Some(mlp), [input, output]) = (mlp, rest) else {
-            return Flow::Hidden(self.blocks[i - 1].feed_forward(x.clone(), Some(x), None));
+        let x = layer.attention_output(y, Some(x));
+        let [input, output] = rest else {
+            return Flow::Hidden(layer.feed_forward(x.clone(), Some(x), None));
         };
         observe(input, rows(mlp_norm.forward(x.clone())));
-        let y = mlp.input.forward(x.clone(), mlp_norm.before(), None);
+        let Some(y) = layer.inner(x.clone()) else { return Flow::Hidden(x) };
         observe(
             output,
             rows(match self.config().feed_forward {
@@ -46,12 +51,16 @@ impl Layered for Decoder {
                 FeedForward::SwiGlu => ops::swiglu(y.clone()),
             }),
         );
-        Flow::Hidden(mlp.output.forward(y, mlp.activation(), Some(x)))
+        Flow::Hidden(layer.outer(y, Some(x.clone())).unwrap_or(x))
     }
 
     /// The norm before queries, keys, values and the feed-forward layer; the values before attention's output, where each head has its own; what SwiGLU's gate multiplies.
     fn scaled_before(&self, matrix: &str) -> Vec<Scaled> {
         let config = self.config();
+        // What layers share or add, and factors, are scaled by none of these alone.
+        if !config.reduction.is_none() {
+            return vec![];
+        }
         let Some((block, name)) = matrix.strip_suffix(".weight").and_then(|path| {
             let (at, _) = path.match_indices('.').nth(1)?;
             Some((&path[..at], &path[at + 1..]))

@@ -10,6 +10,7 @@ mod model;
 pub mod packed;
 mod parallel;
 pub mod presets;
+mod reduction;
 mod tables;
 mod teach;
 
@@ -19,5 +20,6 @@ pub use context::{ContextKind, ContextParallel};
 pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use model::{Attention, Block, Decoder, Linear, Mlp, Norm};
 pub use parallel::{TensorParallel, TensorParallelError};
-pub use tables::Embedding;
+pub use reduction::{Delta, Layer, LayerDeltas, LowRank, Product, Reduction, Source};
+pub use tables::{Embedding, Projection};
 pub use teach::Observed;

@@ -17,22 +17,29 @@ use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions
 use super::context::ContextParallel;
 use super::experts::Experts;
 use super::parallel::TensorParallel;
-use super::tables::Embedding;
+use super::reduction::LayerDeltas;
+use super::tables::{Embedding, Projection};
 use crate::placement::Placement;
 use crate::stage::{Flow, Staged, TokenBatch};
 
 /// The decoder: embedding, blocks, final norm, head.
 #[derive(Module, Debug)]
 pub struct Decoder {
-    /// Token embedding, `[V, D]`; also the head where it is tied.
+    /// Token embedding, `[V, D]`; also the head where it is tied. Where it is factorized, its rows are narrower.
     pub embed: Embedding,
+    /// From the embedding's rows to width D, where they are narrower.
+    pub embed_proj: Option<Projection>,
     /// Position embedding, `[context, D]`, unless positions are rotary.
     pub positions: Option<Embedding>,
-    /// The blocks.
+    /// The blocks; of those that several layers use, one. [`layer`](Self::layer) has them in the order of their use.
     pub blocks: Vec<Block>,
+    /// What each layer adds to the matrices of its block; empty where they add nothing.
+    pub deltas: Vec<LayerDeltas>,
     /// Final norm.
     pub norm: Norm,
-    /// Head, `[V, D]`, unless it is tied.
+    /// From width D to that of the head's rows, where they are narrower.
+    pub head_proj: Option<Projection>,
+    /// Head, `[V, D]`, or as wide as the embedding, unless it is tied.
     pub head: Option<Embedding>,
     /// Of a student, a projection of each block's output to its teacher's width: see [`with_projections`](Self::with_projections).
     pub projections: Vec<Linear>,
@@ -53,11 +60,13 @@ struct Context {
     rows: Option<ContextParallel>,
 }
 
-/// `x weight + bias`
+/// `x weight + bias`, or of low rank `x weight factor + bias`
 #[derive(Module, Debug)]
 pub struct Linear {
-    /// `[in, out]`
+    /// `[in, out]`, or `[in, rank]`
     pub weight: Param<Tensor<2>>,
+    /// `[rank, out]`, of a matrix of low rank.
+    pub factor: Option<Param<Tensor<2>>>,
     /// `[out]`
     pub bias: Option<Param<Tensor<1>>>,
     /// What is used in place of the weight, see [`Decoder::with_packed`]; `[out, in]`.
@@ -164,7 +173,7 @@ impl Init<'_> {
         })
     }
 
-    fn constant(&self, n: usize, value: f32) -> Param<Tensor<1>> {
+    pub(super) fn constant(&self, n: usize, value: f32) -> Param<Tensor<1>> {
         self.param([n], move |device| Tensor::full([n], value, device))
     }
 
@@ -175,7 +184,8 @@ impl Init<'_> {
     pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
-        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)), packed: None }
+        let bias = bias.then(|| self.constant(width, 0.0));
+        Linear { weight: self.matrix(name, shape, std), factor: None, bias, packed: None }
     }
 
     fn norm(&self, config: &DecoderConfig) -> Norm {
@@ -194,22 +204,22 @@ impl Init<'_> {
     }
 
     fn block(&self, i: usize, config: &DecoderConfig) -> Block {
-        let DecoderConfig { d_model: d, init_std: std, bias, .. } = *config;
+        let DecoderConfig { init_std: std, bias, .. } = *config;
         let residual_std = std / (2.0 * config.n_layers as f64).sqrt();
         let name = |part: &str| format!("blocks.{i}.{part}");
-        let heads = config.n_heads * config.head_dim;
+        let [qkv, out, input, output] = config.matrices();
         Block {
             attn_norm: self.norm(config),
             attn: Attention {
-                qkv: self.linear(&name("attn.qkv"), [d, config.qkv_width()], std, bias),
+                qkv: self.low_rank(&name("attn.qkv"), qkv, std, bias),
                 q_norm: config.qk_norm.then(|| self.head_norm(config)),
                 k_norm: config.qk_norm.then(|| self.head_norm(config)),
-                out: self.linear(&name("attn.out"), [heads, d], residual_std, bias),
+                out: self.low_rank(&name("attn.out"), out, residual_std, bias),
             },
             mlp_norm: self.norm(config),
             mlp: config.experts.is_none().then(|| Mlp {
-                input: self.linear(&name("mlp.input"), [d, config.ff_in_width()], std, bias),
-                output: self.linear(&name("mlp.output"), [config.d_ff, d], residual_std, bias),
+                input: self.low_rank(&name("mlp.input"), input, std, bias),
+                output: self.low_rank(&name("mlp.output"), output, residual_std, bias),
                 kind: config.feed_forward,
             }),
             experts: config.experts.map(|experts| Experts::new(experts, self, &name("experts"), config, residual_std)),
@@ -239,16 +249,21 @@ impl Decoder {
         let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size, experts };
         let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
+        let e = config.embed_width();
+        let delta_layers = if config.reduction.delta_rank == 0 { 0 } else { config.n_layers };
         let rope = match config.positions {
             Positions::Rotary { theta } => Some(Arc::new(RopeTable::new(theta, config.head_dim, config.context))),
             Positions::Learned => None,
         };
         Ok(Self {
-            embed: init.embedding("embed", v, d, std),
+            embed: init.embedding("embed", v, e, std),
+            embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d])),
             positions: rope.is_none().then(|| init.embedding("positions", config.context, d, std)),
-            blocks: (0..config.n_layers).map(|i| init.block(i, config)).collect(),
+            blocks: (0..config.n_blocks()).map(|i| init.block(i, config)).collect(),
+            deltas: (0..delta_layers).map(|i| init.deltas(i)).collect(),
             norm: init.norm(config),
-            head: (!config.tied).then(|| init.embedding("head", v, d, std)),
+            head_proj: (e < d).then(|| init.projection("head_proj", [d, e])),
+            head: (!config.tied).then(|| init.embedding("head", v, e, std)),
             projections: vec![],
             context: Context {
                 config: config.clone(),
@@ -318,28 +333,6 @@ impl Decoder {
         &self.context.attention
     }
 
-    /// Hidden states after the final norm, `[B, T, D]`.
-    ///
-    /// # Panics
-    /// If a row is longer than the context, or an id is not in the vocabulary.
-    pub fn hidden(&self, batch: &TokenBatch) -> Tensor<3> {
-        let flow = (0..self.n_stages() - 1).fold(Flow::Start, |flow, i| self.forward_stage(i, flow, batch, None));
-        let x = flow.hidden();
-        match self.parallel() {
-            Some(parallel) => parallel.normed(x, &self.norm, &batch.sequence),
-            None => self.norm.forward(x),
-        }
-    }
-
-    /// Logits of every position, `[B, T, V]`. As in evaluation: without dropout.
-    ///
-    /// # Panics
-    /// As [`hidden`](Self::hidden), and if the model is [divided](Self::sharded) among ranks.
-    pub fn logits(&self, batch: &TokenBatch) -> Tensor<3> {
-        self.assert_whole();
-        self.head_logits(self.hidden(batch))
-    }
-
     /// Attention of this rank's heads and tokens, `[B, T, H E]`.
     fn attend(&self, qkv: Tensor<3>, sequence: &Sequence) -> Tensor<3> {
         match self.context_parallel() {
@@ -365,33 +358,35 @@ impl Decoder {
 }
 
 impl Staged for Decoder {
-    /// Embedding, one per block, head.
+    /// Embedding, one per layer, head.
     fn n_stages(&self) -> usize {
-        self.blocks.len() + 2
+        self.config().n_layers + 2
     }
 
     fn first_stage(&self, param: &str) -> usize {
-        let block = param.strip_prefix("blocks.").or_else(|| param.strip_prefix("projections."));
-        let block = block.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-        match block {
-            Some(i) => i + 1,
-            None if param.starts_with("embed.") || param.starts_with("positions.") => 0,
-            None => self.blocks.len() + 1,
+        let number = |list: &str| param.strip_prefix(list)?.split('.').next()?.parse::<usize>().ok();
+        match (number("blocks."), number("deltas.").or_else(|| number("projections."))) {
+            (Some(block), _) => block * self.config().reduction.layers_per_block + 1,
+            (None, Some(layer)) => layer + 1,
+            _ if ["embed.", "embed_proj.", "positions."].iter().any(|table| param.starts_with(table)) => 0,
+            _ => self.config().n_layers + 1,
         }
     }
 
     fn uses(&self, i: usize, param: &str) -> bool {
+        let first = self.first_stage(param);
+        let layers = if param.starts_with("blocks.") { self.config().reduction.layers_per_block } else { 1 };
         let tied = self.head.is_none() && param.starts_with("embed.");
-        self.first_stage(param) == i || tied && i == self.blocks.len() + 1
+        (first..first + layers).contains(&i) || tied && i == self.config().n_layers + 1
     }
 
     fn stage_flops(&self, i: usize) -> f64 {
         let config = &self.context.config;
         match i {
             // Rows are copied, and their gradients added: a few operations per value.
-            0 => (6 * config.d_model) as f64,
-            _ if i <= self.blocks.len() => config.block_flops_per_token(),
-            _ => (6 * config.vocab_size * config.d_model) as f64,
+            0 => (6 * (config.d_model + config.tables()[1])) as f64,
+            _ if i <= config.n_layers => config.block_flops_per_token(),
+            _ => (6 * (config.tables()[2] + config.tables()[3])) as f64,
         }
     }
 
@@ -416,20 +411,28 @@ impl Staged for Decoder {
             let (b, t) = (sequence.batch(), sequence.tokens());
             let x = match self.parallel() {
                 Some(parallel) => {
-                    parallel.embed(&self.embed, self.positions.as_ref(), self.config(), &batch.inputs, sequence)
+                    let projection = self.embed_proj.as_ref();
+                    parallel.embed(
+                        &self.embed,
+                        projection,
+                        self.positions.as_ref(),
+                        self.config(),
+                        &batch.inputs,
+                        sequence,
+                    )
                 }
                 None => self.embed_tokens(batch.inputs.clone(), sequence.positions(), b, t),
             };
             return Flow::Hidden(self.drop(x, sequence, step, "embed"));
         }
         let x = flow.hidden();
-        let Some(block) = self.blocks.get(i - 1) else {
+        let Some(layer) = self.layer(i - 1) else {
             let [b, t, d] = x.dims();
             let loss = if step.is_some() { self.context.loss } else { LossConfig::default() };
             if let Some(parallel) = self.parallel() {
-                return Flow::Loss(parallel.loss(x, &self.norm, self.head_weight(), self.config(), batch, &loss));
+                return Flow::Loss(parallel.loss(x, self, batch, &loss));
             }
-            let x = self.norm.forward(x).reshape([b * t, d]);
+            let x = self.before_head(self.norm.forward(x).reshape([b * t, d]));
             let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
             let cap = self.context.config.logit_softcap;
             if let Some(head) = &self.head_table().packed {
@@ -447,13 +450,13 @@ impl Staged for Decoder {
         let join = |x: Tensor<3>, y: Tensor<3>, place: &str| {
             if fused { y } else { x + self.drop(y, sequence, step, &format!("{place}.{i}")) }
         };
-        let (heads, Block { attn, attn_norm, mlp, mlp_norm, .. }) = (&self.context.attention, block);
+        let (heads, Block { attn, attn_norm, mlp, mlp_norm, .. }) = (&self.context.attention, layer.block);
         let Some(parallel) = self.parallel() else {
-            let qkv = self.related(i - 1, block.project(x.clone(), heads), batch);
+            let qkv = self.related(i - 1, layer.project(x.clone(), heads), batch);
             let y = self.attend(qkv, sequence);
-            let y = attn.out.forward(y, Pre::Nothing, residual(&x));
+            let y = layer.attention_output(y, residual(&x));
             let x = join(x, y, "attn");
-            let y = block.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
+            let y = layer.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
             return Flow::Hidden(self.hinted(i - 1, join(x, y, "mlp"), batch));
         };
         let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
@@ -468,11 +471,10 @@ impl Staged for Decoder {
     }
 }
 
-impl Block {
-    /// `[q | k | v]` of attention, not yet rotated; `[B, T, D] -> [B, T, (H + 2 K) E]`
-    pub(crate) fn project(&self, x: Tensor<3>, config: &AttentionConfig) -> Tensor<3> {
-        let qkv = self.attn.qkv.forward(x, self.attn_norm.before(), None);
-        match (&self.attn.q_norm, &self.attn.k_norm) {
+impl Attention {
+    /// `[q | k | v]` with the norms of queries and keys, where there are such.
+    pub(super) fn normed(&self, qkv: Tensor<3>, config: &AttentionConfig) -> Tensor<3> {
+        match (&self.q_norm, &self.k_norm) {
             (Some(q), Some(k)) => {
                 let heads = [config.n_heads, config.n_kv_heads];
                 ops::qk_norm(qkv, [q.weight.val(), k.weight.val()], heads, q.eps)
@@ -482,26 +484,18 @@ impl Block {
     }
 }
 
-impl Block {
-    /// `x`'s feed-forward layer or experts, and the residual; `[B, T, D] -> [B, T, D]`. `share` is that of the batch in its step, in training.
-    pub(crate) fn feed_forward(&self, x: Tensor<3>, residual: Option<Tensor<3>>, share: Option<f64>) -> Tensor<3> {
-        match (&self.mlp, &self.experts) {
-            (_, Some(experts)) => experts.forward(self.mlp_norm.forward(x), residual, share),
-            (Some(mlp), None) => mlp.forward(x, self.mlp_norm.before(), residual),
-            // PANIC: `Init::block` makes one of them.
-            (None, None) => unreachable!("a block without a feed-forward layer"),
-        }
-    }
-}
-
 impl Linear {
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
-        if let Some(packed) = &self.packed {
-            return ops::packed_linear(x, pre, packed.clone(), self.bias.as_ref().map(Param::val), residual);
+        let first = |x, pre, bias, residual| match &self.packed {
+            Some(packed) => ops::packed_linear(x, pre, packed.clone(), bias, residual),
+            None => ops::fused_linear(x, pre, self.weight.val(), bias, residual),
+        };
+        let bias = self.bias.as_ref().map(Param::val);
+        match &self.factor {
+            None => first(x, pre, bias, residual),
+            Some(factor) => ops::fused_linear(first(x, pre, None, None), Pre::Nothing, factor.val(), bias, residual),
         }
-        let (weight, bias) = self.values();
-        ops::fused_linear(x, pre, weight, bias, residual)
     }
 
     /// Weight and bias.
@@ -540,11 +534,6 @@ impl Norm {
 }
 
 impl Mlp {
-    /// `mlp(pre(x)) + residual`; `[.., D] -> [.., D]`
-    pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
-        self.output.forward(self.input.forward(x, pre, None), self.activation(), residual)
-    }
-
     pub(super) fn activation(&self) -> Pre {
         match self.kind {
             FeedForward::Gelu => Pre::Gelu,

@@ -17,7 +17,7 @@ use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
 use super::config::{ConfigError, DecoderConfig};
 use super::model::{Attention, Decoder, Linear, Norm};
-use super::tables::Embedding;
+use super::tables::{Embedding, Projection};
 use crate::placement::{Placement, Segment};
 use crate::stage::TokenBatch;
 
@@ -56,6 +56,7 @@ impl DecoderConfig {
             let expected = "must be 0 with tensor parallelism, which divides dense layers: divide the experts (ep)";
             return fail("n_experts", experts.n_experts, expected.into());
         }
+        self.reduction.validate_parallel()?;
         for (field, value) in [("vocab_size", self.vocab_size), ("d_ff", self.d_ff)] {
             if value < size {
                 return fail(field, value, format!("must be at least the {size} ranks of tensor parallelism"));
@@ -75,6 +76,7 @@ impl DecoderConfig {
     pub fn placement(&self, param: &str, size: usize) -> Placement {
         let (name, field) = param.rsplit_once('.').unwrap_or((param, ""));
         let segment = |units, width| Segment { units, width };
+        let [qkv, out, input, output] = self.matrices().map(|matrix| matrix.rank == 0);
         // Query heads go where their key-value head goes, unless that one goes to several ranks.
         let queries = if self.n_kv_heads >= size {
             segment(self.n_kv_heads, self.n_heads / self.n_kv_heads * self.head_dim)
@@ -87,10 +89,12 @@ impl DecoderConfig {
         let inner = vec![segment(self.d_ff, 1); self.ff_in_width() / self.d_ff];
         match name {
             "embed" | "head" => Placement::split(0, [segment(self.vocab_size, 1)]),
-            _ if name.ends_with("attn.qkv") => Placement::split(columns, [queries, keys, keys]),
-            _ if name.ends_with("mlp.input") => Placement::split(columns, inner),
-            _ if name.ends_with("attn.out") && columns == 1 => Placement::split(0, [queries]),
-            _ if name.ends_with("mlp.output") && columns == 1 => Placement::split(0, [segment(self.d_ff, 1)]),
+            // Ranks have factors whole: they divide none (`validate_parallel`).
+            _ if field == "factor" => Placement::replicated(),
+            _ if name.ends_with("attn.qkv") && qkv => Placement::split(columns, [queries, keys, keys]),
+            _ if name.ends_with("mlp.input") && input => Placement::split(columns, inner),
+            _ if name.ends_with("attn.out") && columns == 1 && out => Placement::split(0, [queries]),
+            _ if name.ends_with("mlp.output") && columns == 1 && output => Placement::split(0, [segment(self.d_ff, 1)]),
             _ => Placement::replicated(),
         }
     }
@@ -200,6 +204,7 @@ impl TensorParallel {
     pub(super) fn embed(
         &self,
         embed: &Embedding,
+        projection: Option<&Projection>,
         positions: Option<&Embedding>,
         config: &DecoderConfig,
         inputs: &[i32],
@@ -213,6 +218,10 @@ impl TensorParallel {
             (scatter_tokens(x, &self.group), [1, mine.len()], mine)
         } else {
             (reduce_from(x, &self.group), [b, t], 0..b * t)
+        };
+        let x = match projection {
+            Some(projection) => projection.forward(x, |weight| self.of_tokens(weight)),
+            None => x,
         };
         match positions {
             Some(table) => {
@@ -268,16 +277,13 @@ impl TensorParallel {
     }
 
     /// The loss from the residual stream.
-    pub(super) fn loss(
-        &self,
-        x: Tensor<3>,
-        norm: &Norm,
-        head: Tensor<2>,
-        config: &DecoderConfig,
-        batch: &TokenBatch,
-        loss: &LossConfig,
-    ) -> Tensor<1> {
-        let x = self.normed(x, norm, &batch.sequence);
+    pub(super) fn loss(&self, x: Tensor<3>, model: &Decoder, batch: &TokenBatch, loss: &LossConfig) -> Tensor<1> {
+        let (config, head) = (model.config(), model.head_weight());
+        let x = self.normed(x, &model.norm, &batch.sequence);
+        let x = match &model.head_proj {
+            Some(projection) => projection.forward(x, |weight| self.of_tokens(weight)),
+            None => x,
+        };
         let [b, t, d] = x.dims();
         let x = if self.sequence { x } else { copy_to(x, &self.group) }.reshape([b * t, d]);
         let (targets, scale) = (Arc::clone(&batch.targets), batch.loss_scale);

@@ -2,6 +2,7 @@
 
 use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
 use super::experts::ExpertsConfig;
+use super::reduction::Reduction;
 
 /// The single dial: everything follows from the number of blocks. A Llama-style decoder with width 64 per block (nanochat's aspect ratio),
 /// heads of width 64 (32 in models of less than four blocks' width), SwiGLU of 8/3 the width rounded up to a multiple of 32, tied embeddings up to 12 blocks.
@@ -24,6 +25,7 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
         attention_softcap: 0.0,
         logit_softcap: 0.0,
         experts: None,
+        reduction: Reduction::default(),
         norm: NormKind::RmsNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::SwiGlu,
@@ -57,6 +59,7 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
         attention_softcap: 0.0,
         logit_softcap: 0.0,
         experts: None,
+        reduction: Reduction::default(),
         norm: NormKind::LayerNorm,
         norm_eps: 1e-5,
         feed_forward: FeedForward::Gelu,

@@ -43,13 +43,10 @@ impl Decoder {
                 Tensor::from_data(TensorData::new(values, [d, width]), device).set_require_grad(require_grad)
             };
             let shape = [d, width].into();
-            Linear {
-                weight: Param::uninitialized(ParamId::new(), init, device.clone(), true, shape),
-                bias: None,
-                packed: None,
-            }
+            let weight = Param::uninitialized(ParamId::new(), init, device.clone(), true, shape);
+            Linear { weight, factor: None, bias: None, packed: None }
         };
-        self.projections = (0..self.blocks.len()).map(projection).collect();
+        self.projections = (0..self.config().n_layers).map(projection).collect();
         self
     }
 
@@ -62,7 +59,7 @@ impl Decoder {
         let (mut shown, mut qkv, mut flow) = (vec![], None, Flow::Start);
         for i in 0..self.n_stages() - 1 {
             if let (true, Flow::Hidden(x)) = (relations.is_some_and(|block| block + 1 == i), &flow) {
-                qkv = Some(self.blocks[i - 1].project(x.clone(), self.attention_config()));
+                qkv = self.layer(i - 1).map(|layer| layer.project(x.clone(), self.attention_config()));
             }
             flow = self.forward_stage(i, flow, batch, None);
             // One teacher's block may have several students.
@@ -85,7 +82,7 @@ impl Decoder {
 
     /// Queries, keys and values of the last block, which learn from the teacher's where there is a lesson of them.
     pub(super) fn related(&self, block: usize, qkv: Tensor<3>, batch: &TokenBatch) -> Tensor<3> {
-        if block + 1 < self.blocks.len() {
+        if block + 1 < self.config().n_layers {
             return qkv;
         }
         let Some(taught) = of_blocks(batch) else { return qkv };

@@ -64,6 +64,12 @@ fn check(student: &DecoderConfig, teacher: &DecoderConfig) -> Result<(), TrainEr
             return fail(what, format!("the teacher's {theirs} {why}"), mine.to_string());
         }
     }
+    for (what, config) in [("model", student), ("the teacher", teacher)] {
+        if !config.reduction.is_none() {
+            let expected = format!("whole matrices for every layer {why}");
+            return fail(what, expected, format!("{:?}", config.reduction));
+        }
+    }
     // What changes no parameter's shape or meaning.
     let mut same = DecoderConfig {
         n_layers: teacher.n_layers,

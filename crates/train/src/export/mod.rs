@@ -17,8 +17,8 @@ use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::GgufError;
 use firebox_compress::onnx::OnnxError;
 
-use crate::TrainError;
 use crate::checkpoint::Dtype;
+use crate::{TrainError, reshape};
 use source::Source;
 
 /// A file format, and how it stores the weights.
@@ -148,12 +148,23 @@ fn advice(format: &str) -> &'static str {
 /// # Errors
 /// [`TrainError`]: no model there, one that the format has no word for, or the disk.
 pub fn export(path: impl AsRef<Path>, target: Target, out: impl AsRef<Path>) -> Result<Exported, TrainError> {
-    let (out, source) = (out.as_ref(), Source::open(path.as_ref())?);
+    let (path, out) = (path.as_ref(), out.as_ref());
+    let mut source = Source::open(path)?;
     if out.symlink_metadata().is_ok() {
         return Err(ExportError::Exists(out.to_path_buf()).into());
     }
     if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         fs::create_dir_all(parent).map_err(TrainError::io("create", parent))?;
+    }
+    // No other program has words for layers that share parameters, or for products of them.
+    let aside = tempfile::Builder::new().prefix(".firebox-expand-");
+    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let aside = (!source.config.reduction.is_none()).then(|| aside.tempdir_in(parent)).transpose();
+    let aside = aside.map_err(TrainError::io("create a folder in", parent))?;
+    if let Some(aside) = &aside {
+        let expanded = aside.path().join("model");
+        reshape::expand(path, &expanded)?;
+        source = Source::open(&expanded)?;
     }
     let fallbacks = match target {
         Target::Gguf(block) => gguf::write(&source, block, out)?,

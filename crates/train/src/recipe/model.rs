@@ -1,6 +1,8 @@
 //! The recipe's part on the model.
 
-use firebox_models::decoder::{DecoderConfig, ExpertsConfig, FeedForward, NormKind, Positions, presets};
+use firebox_models::decoder::{
+    DecoderConfig, ExpertsConfig, FeedForward, LowRank, NormKind, Positions, Reduction, presets,
+};
 use serde::{Deserialize, Serialize};
 
 use super::RecipeError;
@@ -60,6 +62,18 @@ pub struct ModelRecipe {
     /// How many times its even share an expert takes in training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub capacity_factor: Option<f64>,
+    /// How many layers, one after the other, use the parameters of one block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_per_block: Option<usize>,
+    /// Rank of what each layer adds to the matrices of a shared block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_rank: Option<usize>,
+    /// Width of the rows of embedding and head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embed_dim: Option<usize>,
+    /// `{ qkv = 64, out = 64, input = 64, output = 64 }`: ranks of the blocks' matrices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub low_rank: Option<LowRank>,
     /// Soft-cap of attention scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_softcap: Option<f64>,
@@ -140,6 +154,12 @@ impl ModelRecipe {
             attention_softcap: self.attention_softcap.unwrap_or(base.attention_softcap),
             logit_softcap: self.logit_softcap.unwrap_or(base.logit_softcap),
             experts: self.experts(base.experts)?,
+            reduction: Reduction {
+                layers_per_block: self.layers_per_block.unwrap_or(base.reduction.layers_per_block),
+                delta_rank: self.delta_rank.unwrap_or(base.reduction.delta_rank),
+                embed_dim: self.embed_dim.unwrap_or(base.reduction.embed_dim),
+                low_rank: self.low_rank.unwrap_or(base.reduction.low_rank),
+            },
             norm: self.norm.unwrap_or(base.norm),
             norm_eps: self.norm_eps.unwrap_or(base.norm_eps),
             feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
@@ -209,6 +229,10 @@ impl ModelRecipe {
             router_aux_loss: config.experts.map(|experts| experts.router_aux_loss),
             router_bias_rate: config.experts.map(|experts| experts.router_bias_rate),
             capacity_factor: config.experts.map(|experts| experts.capacity_factor),
+            layers_per_block: Some(config.reduction.layers_per_block),
+            delta_rank: Some(config.reduction.delta_rank),
+            embed_dim: Some(config.reduction.embed_dim),
+            low_rank: Some(config.reduction.low_rank),
             attention_softcap: Some(config.attention_softcap),
             logit_softcap: Some(config.logit_softcap),
             norm: Some(config.norm),

@@ -1,5 +1,6 @@
 //! Executes a rank's list.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -311,10 +312,12 @@ impl<M: Staged> Run<'_, M> {
         if let (Some(gradient), true) = (pass.upstream.take(), stage > 0) {
             self.values.insert((Payload::Gradient, stage, micro_batch), gradient);
         }
-        let used: Vec<(String, usize)> = (self.shared.iter())
+        // Messages are in the order in which they are taken: of two owners on one rank, the later stage goes backward first.
+        let mut used: Vec<(String, usize)> = (self.shared.iter())
             .filter(|shared| shared.users.contains(&stage))
             .map(|shared| (shared.name.clone(), shared.owner))
             .collect();
+        used.sort_by_key(|(_, owner)| Reverse(*owner));
         for (name, owner) in used {
             pass.pending.add(NamedGrads::from_deferred(self.model, &mut deferred, |other| other == name));
             let part = pass.pending.remove(&name);

@@ -2,7 +2,8 @@
 //!
 //! A [`Pipeline`] cuts the model's stages into those of the plan, by what they cost. [`Engine::pipeline_gradients`](super::Engine::pipeline_gradients) executes the lists: what
 //! [`Engine::gradients`](super::Engine::gradients) gives for all micro-batches of a step on one rank, each rank then has of its own parameters, to the bit: a stage's gradients are
-//! added in the order of the micro-batches, and what two stages share (a tied embedding) is added where one rank would add it.
+//! added in the order of the micro-batches, and what two stages share (a tied embedding) is added where one rank would add it. What more than two share (a block of several layers) is added
+//! within each stage of the plan first: the same sum, but for its last bits.
 
 mod execute;
 mod trace;
