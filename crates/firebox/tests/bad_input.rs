@@ -119,6 +119,23 @@ fn recipes() {
         ("tiny", "train.steps=0", &["train.steps", "at least 1"]),
         ("tiny", "optimizer={kind='schedule_free'} average={kind='ema'}", &["average", "schedule_free"]),
         ("tiny", "average={kind='ema',decay=1.0}", &["decay", "1"]),
+        ("tiny", "prune.keep_zeros=false", &["prune.keep_zeros", "prune.sparsity"]),
+        ("tiny", "prune.keep_zeros=true", &["prune.keep_zeros", "--init", "without a zero"]),
+        ("tiny", "prune={sparsity=1.0,end_step=5}", &["prune.sparsity = 1", "(0, 1)"]),
+        ("tiny", "prune={sparsity=0.5,begin_step=6,end_step=5}", &["prune.begin_step = 6", "end_step = 5"]),
+        ("tiny", "prune={sparsity=0.5,end_step=1000000}", &["prune.end_step", "train.steps"]),
+        ("tiny", "prune={pattern='5:4',end_step=5}", &["5:4", "N:M"]),
+        ("tiny", "prune={pattern='2:4',sparsity=0.75,end_step=5}", &["prune.sparsity = 0.75", "0.5"]),
+        ("tiny", "prune={pattern='3:7',end_step=5}", &["prune.pattern", "3:7"]),
+        ("tiny", "prune={sparsity=0.5,end_step=5,scope='row'}", &["row", "global"]),
+        ("tiny", "prune={sparsity=0.5,end_step=5} average={kind='ema'}", &["prune", "average"]),
+        ("tiny", "qat.bits=5", &["qat.bits = 5", "8, 4, 3 or 2"]),
+        ("tiny", "qat.group=48", &["qat.group = 48", "32, 64 or 128"]),
+        ("tiny", "qat.group=128", &["qat.group", "does not divide 64"]),
+        ("tiny", "qat.method=pact", &["pact", "lsq"]),
+        ("tiny", "qat.bits=4 average={kind='ema'}", &["qat", "average"]),
+        ("tiny", "qat.bits=4 model.n_experts=4", &["qat", "4 experts"]),
+        ("tiny", "qat.bits=4 precision={compute='bf16',params='bf16'}", &["precision.params", "qat"]),
         ("tiny", "watch.on_spike=panic", &["panic", "rollback"]),
         ("tiny", "watch.threshold=0", &["watch.threshold"]),
         (
@@ -358,9 +375,18 @@ fn students() {
         &[
             ("distill", &["TEACHER"]),
             ("distill absent tiny --data docs.jsonl --out student", &["absent"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.temperature=0", &["temperature = 0"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.alpha=2", &["distill.alpha = 2", "0 to 1"]),
-            ("distill run small.toml --data docs.jsonl --out student --set distill.init=student", &["distill", "random"]),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.temperature=0",
+                &["temperature = 0"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.alpha=2",
+                &["distill.alpha = 2", "0 to 1"],
+            ),
+            (
+                "distill run small.toml --data docs.jsonl --out student --set distill.init=student",
+                &["distill", "random"],
+            ),
             ("distill run small.toml --data docs.jsonl --out student --set distill.temp=1", &["temp", "temperature"]),
             (
                 "distill run small.toml --data docs.jsonl --out student --set distill.init=teacher --set model.d_model=64",
@@ -381,7 +407,8 @@ fn students() {
 fn a_student_goes_on_where_it_stopped() {
     let (lab, _) = lab_with_run();
     let call = |more: &str| {
-        let line = format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
+        let line =
+            format!("distill run small.toml --data docs.jsonl --set model.n_layers=1 --set train.steps=8 {more}");
         lab.call(&line.split_whitespace().collect::<Vec<_>>()).succeeded()
     };
     call("--out whole --cache-logits 6");

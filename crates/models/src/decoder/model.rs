@@ -16,6 +16,7 @@ use firebox_tensor::random::{Counter, Purpose, normal};
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 use super::context::ContextParallel;
 use super::experts::Experts;
+use super::fake_quant::Quantizer;
 use super::parallel::TensorParallel;
 use super::tables::Embedding;
 use crate::placement::Placement;
@@ -63,6 +64,8 @@ pub struct Linear {
     /// What is used in place of the weight, see [`Decoder::with_packed`]; `[out, in]`.
     #[module(skip)]
     pub(super) packed: Option<Arc<PackedMatrix>>,
+    /// How the weight is rounded, where it is trained for few bits.
+    pub quantizer: Option<Quantizer>,
 }
 
 /// LayerNorm or RMSNorm.
@@ -175,7 +178,7 @@ impl Init<'_> {
     pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
-        Linear { weight: self.matrix(name, shape, std), bias: bias.then(|| self.constant(width, 0.0)), packed: None }
+        Linear::new(self.matrix(name, shape, std), bias.then(|| self.constant(width, 0.0)))
     }
 
     fn norm(&self, config: &DecoderConfig) -> Norm {
@@ -495,6 +498,11 @@ impl Block {
 }
 
 impl Linear {
+    /// A layer that computes with its weight as it is.
+    pub(super) fn new(weight: Param<Tensor<2>>, bias: Option<Param<Tensor<1>>>) -> Self {
+        Self { weight, bias, packed: None, quantizer: None }
+    }
+
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
         if let Some(packed) = &self.packed {
@@ -504,9 +512,13 @@ impl Linear {
         ops::fused_linear(x, pre, weight, bias, residual)
     }
 
-    /// Weight and bias.
+    /// Weight and bias, as the layer computes with them.
     pub(super) fn values(&self) -> (Tensor<2>, Option<Tensor<1>>) {
-        (self.weight.val(), self.bias.as_ref().map(Param::val))
+        let weight = match &self.quantizer {
+            Some(quantizer) => quantizer.apply(self.weight.val()),
+            None => self.weight.val(),
+        };
+        (weight, self.bias.as_ref().map(Param::val))
     }
 }
 

@@ -41,7 +41,7 @@ impl Decoder {
                 Tensor::from_data(TensorData::new(values, [d, width]), device).set_require_grad(require_grad)
             };
             let shape = [d, width].into();
-            Linear { weight: Param::uninitialized(ParamId::new(), init, device.clone(), true, shape), bias: None }
+            Linear::new(Param::uninitialized(ParamId::new(), init, device.clone(), true, shape), None)
         };
         self.projections = (0..self.blocks.len()).map(projection).collect();
         self
