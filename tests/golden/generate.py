@@ -28,6 +28,7 @@ import bounded
 import compress
 import distillation
 import experts
+import lsq
 import optimizers
 import torch_schedules
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -376,6 +377,7 @@ def generate(out_dir):
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     adamw_fixture(out_dir)
+    lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)
     distillation.fixture(save, out_dir)
     compress.fixture(save, out_dir)

@@ -10,7 +10,7 @@ use firebox_tensor::ops::Precision;
 use crate::algorithm::{Algorithm, Geometry, MAX_STEPS, ParamState, Slot};
 use crate::clip::{Clip, Clipping};
 use crate::groups::{Assigned, GroupConfig, Groups, Rules};
-use crate::params::{DecayRule, New, ParamInfo, located, map_trainable};
+use crate::params::{DecayRule, New, ParamInfo, ParamKind, located, map_trainable};
 use crate::parts::Parts;
 use crate::{NamedGrads, OptimError};
 
@@ -21,6 +21,8 @@ use crate::{NamedGrads, OptimError};
 pub struct Optimizer {
     pub(crate) rules: Rules,
     precision: Precision,
+    /// Whether zeros of matrices stay; see [`with_kept_zeros`](Self::with_kept_zeros).
+    pub(crate) keep_zeros: bool,
     /// Which part of each parameter is this rank's, where it does not have all; see [`shard`](Self::shard).
     pub(crate) parts: Option<Parts>,
     pub(crate) state: BTreeMap<String, ParamState>,
@@ -58,12 +60,18 @@ impl Optimizer {
         groups: Vec<GroupConfig>,
     ) -> Result<Self, OptimError> {
         let rules = Rules::new(algorithm.into(), decay, groups)?;
-        Ok(Self { rules, precision: Precision::Full, parts: None, state: BTreeMap::new() })
+        Ok(Self { rules, precision: Precision::Full, keep_zeros: false, parts: None, state: BTreeMap::new() })
     }
 
     /// The same with states held in fewer bits. A checkpoint has them in 32, so that any precision can go on from any other.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
+    }
+
+    /// The same where an element of a matrix ([`ParamKind::Matrix`]) that is exactly 0 before a step is 0 after it, whatever its gradient and its moments: what is
+    /// pruned stays so. What the algorithm remembers of it goes on as if it were not; norms of gradients have it too.
+    pub fn with_kept_zeros(self) -> Self {
+        Self { keep_zeros: true, ..self }
     }
 
     /// The same with gradients clipped, by default they are not. It goes for the parameters in no group and for groups without a clipping of their own: the
@@ -186,7 +194,7 @@ impl Optimizer {
         let trainable = trainable(&module)?;
         self.check_gradients(&trainable, grads)?;
         self.prepare(&trainable);
-        let step = Step { lr, grad_scale, clipping };
+        let step = Step { lr, grad_scale, clipping, keep_zeros: self.keep_zeros };
         let with_gradient = trainable.into_iter().filter(|(name, _)| grads.get(name).is_some());
         let assigned: BTreeMap<String, (Assigned, usize)> =
             with_gradient.map(|(name, (info, _))| (name, (self.rules.assign(&info), rows(&info)))).collect();
@@ -412,6 +420,7 @@ pub(crate) struct Step<'a> {
     pub lr: f64,
     pub grad_scale: f64,
     pub clipping: &'a Clipping,
+    pub keep_zeros: bool,
 }
 
 impl Step<'_> {
@@ -428,7 +437,12 @@ impl Step<'_> {
             None => grad,
         };
         let scale = self.grad_scale * self.clipping.factor(to.clip);
-        to.algorithm.step(self.lr * to.lr_scale, to.weight_decay, scale, param, grad, state)
+        let zeros = (self.keep_zeros && to.kind == ParamKind::Matrix).then(|| param.clone().equal_elem(0.0));
+        let updated = to.algorithm.step(self.lr * to.lr_scale, to.weight_decay, scale, param, grad, state);
+        match zeros {
+            Some(zeros) => updated.mask_fill(zeros, 0.0),
+            None => updated,
+        }
     }
 }
 

@@ -89,7 +89,7 @@ impl Optimizer {
         let trainable = trainable(module)?;
         self.check_gradients(&trainable, grads)?;
         self.prepare(&trainable);
-        let step = Step { lr, grad_scale: 1.0, clipping };
+        let step = Step { lr, grad_scale: 1.0, clipping, keep_zeros: self.keep_zeros };
         for (name, grad) in std::mem::take(grads) {
             let found = values.remove(&name).zip(self.state.get_mut(&name)).zip(trainable.get(&name));
             let Some(((value, state), (info, _))) = found else { continue };

@@ -71,6 +71,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 val_loss,
                 val_bpb: val_loss / 3.1 / std::f64::consts::LN_2,
                 val_loss_average: None,
+                sparsity: None,
             };
             observers.on_event(&Event::Evaluated(&eval))?;
             last_eval = Some(eval);

@@ -85,7 +85,7 @@ pub(crate) fn start(recipe: &Recipe, tokens: usize, device: &Device) -> Result<(
     let mup = recipe.mup(&config)?;
     let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
     let model = if let Some(mup) = mup { mup.initial(model) } else { model };
-    Ok((model, recipe.optimizer.build(recipe.train.batch_rows, mup)?))
+    Ok((model, recipe.optimizer.build(recipe.train.batch_rows, mup, vec![])?))
 }
 
 fn rms(x: Tensor<2>) -> f64 {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
+use firebox_models::decoder::Decoder;
 use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
-use firebox_models::decoder::{Decoder, DecoderConfig};
 use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
 
@@ -87,7 +87,7 @@ fn not_json(reason: &str) -> HfError {
 /// # Errors
 /// [`CheckpointError`]: tensors that do not fit, all at once.
 pub(crate) fn load_parameters(model: Decoder, file: TensorFile) -> Result<Decoder, TrainError> {
-    let entries = entries(model.config());
+    let entries = entries(&model);
     from_entries(model, entries, file)
 }
 
@@ -146,9 +146,23 @@ pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &Tens
     report.into_result(file.path())
 }
 
-/// The parameters of a model of this shape, and the tensors of a file that they become: under Hugging Face's names where the architecture has them.
-pub(crate) fn entries(config: &DecoderConfig) -> Vec<Entry> {
-    Family::of(config).entries(config)
+/// The parameters of a model, and the tensors of a file that they become: under Hugging Face's names where the architecture has them. Learned steps of weights
+/// keep our names.
+pub(crate) fn entries(model: &Decoder) -> Vec<Entry> {
+    let config = model.config();
+    let mut entries = Family::of(config).entries(config);
+    for (i, block) in model.blocks.iter().enumerate() {
+        let mlp = block.mlp.iter().flat_map(|mlp| [("mlp.input", &mlp.input), ("mlp.output", &mlp.output)]);
+        let layers = [("attn.qkv", &block.attn.qkv), ("attn.out", &block.attn.out)].into_iter().chain(mlp);
+        for (layer, linear) in layers {
+            let Some(steps) = linear.quantizer.as_ref().and_then(|quantizer| quantizer.steps.as_ref()) else {
+                continue;
+            };
+            let (name, shape) = (format!("blocks.{i}.{layer}.quantizer.steps"), steps.lazy_shape().to_vec());
+            entries.push(Entry::whole(&name, &shape, &name));
+        }
+    }
+    entries
 }
 
 /// Names and shapes of the tensors that a parameter becomes.

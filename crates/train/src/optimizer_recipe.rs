@@ -70,16 +70,21 @@ impl Default for OptimizerRecipe {
 }
 
 impl OptimizerRecipe {
-    /// The optimizer before its first step, for batches of `rows`; the groups are those of μP where there is one.
+    /// The optimizer before its first step, for batches of `rows`; the groups are those of μP where there is one, after `first`.
     ///
     /// # Errors
     /// [`OptimError`]: a value out of its range, a pattern that is none.
-    pub(crate) fn build(&self, rows: usize, mup: Option<Mup>) -> Result<Optimizer, OptimError> {
+    pub(crate) fn build(
+        &self,
+        rows: usize,
+        mup: Option<Mup>,
+        mut first: Vec<GroupConfig>,
+    ) -> Result<Optimizer, OptimError> {
         if let Some(scaling) = &self.batch_scaling {
             scaling.validate()?;
         }
-        let groups = mup.map_or_else(|| self.groups.clone(), Mup::groups);
-        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, groups)?.with_clip(self.clip)?;
+        first.extend(mup.map_or_else(|| self.groups.clone(), Mup::groups));
+        let optimizer = Optimizer::with_groups(self.algorithm, self.decay, first)?.with_clip(self.clip)?;
         optimizer.validate_lr(self.lr * self.batch_factor(rows))?;
         Ok(optimizer.with_precision(self.state.into()))
     }

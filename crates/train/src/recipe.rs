@@ -16,7 +16,9 @@ use crate::batch_warmup::BatchWarmup;
 use crate::distill::{DistillRecipe, StudentInit};
 use crate::engine::MemoryRecipe;
 use crate::optimizer_recipe::OptimizerRecipe;
-use crate::precision::PrecisionRecipe;
+use crate::precision::{ParamType, PrecisionRecipe};
+use crate::prune::PruneRecipe;
+use crate::qat::QatRecipe;
 use crate::watch::{OnSpike, WatchRecipe};
 
 pub use error::RecipeError;
@@ -82,6 +84,12 @@ pub struct Recipe {
     /// The teacher of a student.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distill: Option<DistillRecipe>,
+    /// Zeros that stay, and a sparsity that grows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<PruneRecipe>,
+    /// Training for few bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qat: Option<QatRecipe>,
 }
 
 fn seed() -> u64 {
@@ -248,6 +256,8 @@ impl Recipe {
             watch: WatchRecipe::default(),
             average: None,
             distill: None,
+            prune: None,
+            qat: None,
         }
     }
 
@@ -311,6 +321,25 @@ impl Recipe {
         self.watch.validate(micro_batches)?;
         if self.average.is_some() && matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {
             return fail("average", "none with schedule_free, which is an average already", "one".into());
+        }
+        if let Some(prune) = &self.prune {
+            prune.validate(self.train.steps)?;
+            let averages = matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_))
+                || self.average.is_some() && prune.target().is_some();
+            if averages {
+                let expected = "none with averages of the parameters (schedule_free, [average]): in them a weight that is pruned now is not 0";
+                return fail("prune", expected, "one".into());
+            }
+        }
+        if let Some(qat) = &self.qat {
+            qat.validate()?;
+            if self.average.is_some() || matches!(self.optimizer.algorithm, Algorithm::ScheduleFree(_)) {
+                let expected = "none with averages of the parameters (schedule_free, [average])";
+                return fail("qat", expected, "one".into());
+            }
+            if self.precision.params == ParamType::Bf16 {
+                return fail("precision.params", "f32 with [qat], which rounds by itself", "bf16".into());
+            }
         }
         if self.memory.optimizer_in_backward && self.watch.on_spike != OnSpike::Ignore {
             let expected =

@@ -8,6 +8,7 @@ mod held;
 mod held_out;
 mod layout;
 mod persist;
+mod pruning;
 mod save;
 mod seen;
 mod update;
@@ -40,6 +41,7 @@ use crate::watch::Watch;
 use distill::project;
 pub use held::Held;
 pub use held_out::prompt_ids;
+pub(crate) use persist::load_trained;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -147,7 +149,15 @@ impl<'a> Trainer<'a> {
         recipe.schedule.validate(recipe.train.steps)?;
         config.validate()?;
         let mup = recipe.mup(&config)?;
-        let optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup)?;
+        let groups = recipe.qat.map_or_else(Vec::new, |qat| qat.groups(&recipe.optimizer.algorithm));
+        let mut optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup, groups)?;
+        if let Some(qat) = &recipe.qat {
+            qat.check(&config)?;
+        }
+        if let Some(prune) = &recipe.prune {
+            prune.check(&config)?;
+            optimizer = optimizer.with_kept_zeros();
+        }
         let loader = dataset.train_loader(config.context, recipe.seed)?;
         if recipe.eval.sample_tokens > 0 {
             prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
@@ -167,6 +177,11 @@ impl<'a> Trainer<'a> {
                     model
                 }
             }
+        };
+        pruning::check_zeros(&recipe, &model)?;
+        let model = match &recipe.qat {
+            Some(qat) => qat.apply(model),
+            None => model,
         };
         let model =
             project(model, teacher.as_ref().and_then(Teacher::projected), recipe.seed, &device.clone().autodiff());
@@ -332,6 +347,7 @@ impl<'a> Trainer<'a> {
             best_step: self.state.best_step,
             peak_memory_bytes: memory::peak_bytes(),
             skipped_steps: self.state.skipped,
+            sparsity: self.sparsity(),
             noise_scale_rows: self.state.noise_scale.rows(),
             noise_scale_tokens: self.noise_scale_tokens(),
             stopped: stopped.into(),
@@ -348,6 +364,7 @@ impl<'a> Trainer<'a> {
     pub fn find_lr(mut self, sweep: &LrSweep, on_point: &mut dyn FnMut(&LrPoint)) -> Result<LrFound, TrainError> {
         sweep.validate()?;
         self.recipe.train.batch_warmup = None;
+        self.recipe.prune = None;
         self.recipe.train.max_bad_steps = u64::MAX;
         let factor = self.recipe.optimizer.batch_factor(self.recipe.train.batch_rows);
         self.optimizer.validate_lr(sweep.lr_max * factor)?;
@@ -379,6 +396,7 @@ impl<'a> Trainer<'a> {
 
     /// One step: load, forward and backward per micro-batch, clip, update. `None` where it was skipped.
     fn step(&mut self, lr: f64, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
+        self.prune();
         let rows = self.recipe.train.rows_at(self.state.step);
         let batches = self.batches(rows);
         if self.optimizer.curvature_is_due(self.state.step) {

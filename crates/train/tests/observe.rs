@@ -86,6 +86,7 @@ fn eval(step: u64) -> EvalRecord {
         val_loss: 9.5 / step as f64,
         val_bpb: 3.2 / step as f64,
         val_loss_average: None,
+        sparsity: None,
     }
 }
 

@@ -16,6 +16,7 @@ use firebox_tensor::random::{Counter, Purpose, normal};
 use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
 use super::context::ContextParallel;
 use super::experts::Experts;
+use super::fake_quant::Quantizer;
 use super::parallel::TensorParallel;
 use super::reduction::LayerDeltas;
 use super::tables::{Embedding, Projection};
@@ -72,6 +73,8 @@ pub struct Linear {
     /// What is used in place of the weight, see [`Decoder::with_packed`]; `[out, in]`.
     #[module(skip)]
     pub(super) packed: Option<Arc<PackedMatrix>>,
+    /// How the weight is rounded, where it is trained for few bits.
+    pub quantizer: Option<Quantizer>,
 }
 
 /// LayerNorm or RMSNorm.
@@ -131,7 +134,7 @@ pub struct Mlp {
 pub(super) struct Init<'a> {
     counter: Counter,
     pub(super) device: &'a Device,
-    config: &'a DecoderConfig,
+    pub(super) config: &'a DecoderConfig,
     rank: usize,
     size: usize,
     /// The ranks that divide the experts.
@@ -184,8 +187,7 @@ impl Init<'_> {
     pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
         let placement = self.config.placement(&format!("{name}.bias"), self.size);
         let width = placement.shape(&shape[1..], self.rank, self.size)[0];
-        let bias = bias.then(|| self.constant(width, 0.0));
-        Linear { weight: self.matrix(name, shape, std), factor: None, bias, packed: None }
+        Linear::new(self.matrix(name, shape, std), bias.then(|| self.constant(width, 0.0)))
     }
 
     fn norm(&self, config: &DecoderConfig) -> Norm {
@@ -485,11 +487,16 @@ impl Attention {
 }
 
 impl Linear {
+    /// A layer that computes with its weight as it is.
+    pub(super) fn new(weight: Param<Tensor<2>>, bias: Option<Param<Tensor<1>>>) -> Self {
+        Self { weight, factor: None, bias, packed: None, quantizer: None }
+    }
+
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
         let first = |x, pre, bias, residual| match &self.packed {
             Some(packed) => ops::packed_linear(x, pre, packed.clone(), bias, residual),
-            None => ops::fused_linear(x, pre, self.weight.val(), bias, residual),
+            None => ops::fused_linear(x, pre, self.values().0, bias, residual),
         };
         let bias = self.bias.as_ref().map(Param::val);
         match &self.factor {
@@ -498,9 +505,13 @@ impl Linear {
         }
     }
 
-    /// Weight and bias.
+    /// Weight and bias, as the layer computes with them.
     pub(super) fn values(&self) -> (Tensor<2>, Option<Tensor<1>>) {
-        (self.weight.val(), self.bias.as_ref().map(Param::val))
+        let weight = match &self.quantizer {
+            Some(quantizer) => quantizer.apply(self.weight.val()),
+            None => self.weight.val(),
+        };
+        (weight, self.bias.as_ref().map(Param::val))
     }
 }
 

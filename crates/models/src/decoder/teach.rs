@@ -43,8 +43,7 @@ impl Decoder {
                 Tensor::from_data(TensorData::new(values, [d, width]), device).set_require_grad(require_grad)
             };
             let shape = [d, width].into();
-            let weight = Param::uninitialized(ParamId::new(), init, device.clone(), true, shape);
-            Linear { weight, factor: None, bias: None, packed: None }
+            Linear::new(Param::uninitialized(ParamId::new(), init, device.clone(), true, shape), None)
         };
         self.projections = (0..self.config().n_layers).map(projection).collect();
         self

@@ -16,6 +16,7 @@ pub(crate) mod distillation;
 pub(crate) mod embedding;
 pub(crate) mod experts;
 pub(crate) mod factored;
+pub(crate) mod fake_quant;
 pub(crate) mod half;
 pub(crate) mod linear;
 pub(crate) mod matmul;

@@ -12,6 +12,7 @@ use super::deferred;
 use super::distillation::{self, Distillation};
 use super::embedding::Embedding;
 use super::experts::{Combine, GroupedLinear, RouterWeights};
+use super::fake_quant::FakeQuant;
 use super::hint::{HiddenHint, RelationHint};
 use super::linear::Linear;
 use super::norm::{Norm, QkNorm};
@@ -52,6 +53,7 @@ pub(crate) trait FusedOps: Backend {
         op: PackedLinear,
     ) -> FloatTensor<Self>;
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self>;
+    fn fused_fake_quantize(w: FloatTensor<Self>, steps: FloatTensor<Self>, op: FakeQuant) -> FloatTensor<Self>;
     fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self>;
     fn fused_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, op: Norm) -> FloatTensor<Self>;
     fn fused_qk_norm(
@@ -130,6 +132,9 @@ macro_rules! host_backend {
             }
             fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
+            }
+            fn fused_fake_quantize(w: FloatTensor<Self>, steps: FloatTensor<Self>, op: FakeQuant) -> FloatTensor<Self> {
+                op.forward::<Self>([w, steps])
             }
             fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
@@ -261,6 +266,9 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
     }
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])
+    }
+    fn fused_fake_quantize(w: FloatTensor<Self>, steps: FloatTensor<Self>, op: FakeQuant) -> FloatTensor<Self> {
+        apply::<B, C, _, 2>(op, [w, steps])
     }
     fn fused_swap(x: FloatTensor<Self>, op: Swap) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])

@@ -16,6 +16,7 @@ mod expert_parallel;
 pub mod experts;
 mod extension;
 mod factored;
+mod fake_quant;
 pub(crate) mod formula;
 mod hint;
 mod linear;
@@ -39,6 +40,7 @@ pub use deferred::{Deferred, defer_weights};
 pub use distillation::{LossParts, SoftLoss, SoftTargets, linear_distillation};
 pub use embedding::{embedding, vocab_embedding};
 pub use factored::{divide_by_root, mean_squares, subtract_scaled};
+pub use fake_quant::{FakeQuant, fake_quantize, fake_quantized};
 pub use formula::{
     AdEmaMixHyper, AdamWHyper, Formula, LionHyper, MomentumHyper, Number, ScheduleFreeHyper, SgdHyper, SophiaHyper,
     Update,

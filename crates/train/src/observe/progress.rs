@@ -232,6 +232,9 @@ fn closing_line(summary: &Summary) -> String {
     if let (Some(rows), Some(tokens)) = (summary.noise_scale_rows, summary.noise_scale_tokens) {
         text.push_str(&format!("; gradient noise scale {} rows ({} tokens)", short(rows), short(tokens)));
     }
+    if let Some(share) = summary.sparsity {
+        text.push_str(&format!("; {} zeros in the matrices", percent(share)));
+    }
     if summary.skipped_steps > 0 {
         text.push_str(&format!("; {} skipped", plural(summary.skipped_steps, "step")));
     }
@@ -255,11 +258,12 @@ impl Observer for Progress {
             Event::RunStarted(info) => self.start(info),
             Event::Step(record) => self.step(record),
             Event::Evaluated(record) => self.say(&format!(
-                "step {}: validation loss {:.4}, {:.3} bits per byte{}",
+                "step {}: validation loss {:.4}, {:.3} bits per byte{}{}",
                 count(record.step),
                 record.val_loss,
                 record.val_bpb,
-                record.val_loss_average.map_or_else(String::new, |loss| format!("; of the average {loss:.4}"))
+                record.val_loss_average.map_or_else(String::new, |loss| format!("; of the average {loss:.4}")),
+                record.sparsity.map_or_else(String::new, |share| format!("; {} zeros", percent(share)))
             )),
             Event::Sampled { step, text } => {
                 self.say(&format!("step {}: a sample\n{}", count(*step), sample_block(text)));

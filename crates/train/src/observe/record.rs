@@ -172,6 +172,9 @@ pub struct EvalRecord {
     /// `val_loss` of the averaged parameters, where there is an average.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss_average: Option<f64>,
+    /// The share of zeros in the matrices of the blocks, from 0 to 1, of a run that prunes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
 }
 
 /// The result of a run: `summary.json`.
@@ -210,6 +213,9 @@ pub struct Summary {
     /// The same in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub noise_scale_tokens: Option<f64>,
+    /// The share of zeros in the matrices of the blocks at the end, of a run that prunes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
     /// Why the run ended: "done", "interrupted", "early stop" or a message.
     pub stopped: String,
 }

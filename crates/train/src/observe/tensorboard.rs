@@ -75,7 +75,8 @@ impl Observer for TensorBoard {
             Event::Evaluated(record) => {
                 let raw = [("validation/loss", record.val_loss), ("validation/bits_per_byte", record.val_bpb)];
                 let average = record.val_loss_average.map(|loss| ("validation/loss_of_average", loss));
-                let scalars: Vec<_> = raw.into_iter().chain(average).collect();
+                let sparsity = record.sparsity.map(|share| ("validation/sparsity", share));
+                let scalars: Vec<_> = raw.into_iter().chain(average).chain(sparsity).collect();
                 self.write(record.step, &Content::Scalars(&scalars))
             }
             Event::Sampled { step, text } => self.write(*step, &Content::Text("sample", text)),

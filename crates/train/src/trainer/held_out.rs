@@ -41,6 +41,7 @@ impl Trainer<'_> {
             val_loss: loss,
             val_bpb: bpb,
             val_loss_average: average.map(|found| found.loss),
+            sparsity: self.sparsity(),
         };
         observer.on_event(&Event::Evaluated(&record))?;
         self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });

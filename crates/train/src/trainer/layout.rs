@@ -56,6 +56,10 @@ impl Trainer<'_> {
                             every one of them";
             return fail("zero", expected, "3".into());
         }
+        super::pruning::check_layout(&self.recipe, &layout)?;
+        if let Some(qat) = &self.recipe.qat {
+            qat.check_layout(&layout)?;
+        }
         super::experts::check_layout(self.model().config(), &layout, train.batch_warmup.is_some())?;
         if layout.pp * layout.tp * layout.ep > 1 || layout.zero == Zero::Parameters {
             let whole = "pp 1, tp 1, ep 1 and zero 0, 1 or 2: it needs the whole model on each rank";

@@ -13,6 +13,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, TensorFile, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
+use crate::qat::QatRecipe;
 use crate::recipe::Recipe;
 use crate::watch::OnSpike;
 
@@ -45,7 +46,7 @@ impl<'a> Trainer<'a> {
         device: &Device,
         checkpoint: &Checkpoint,
     ) -> Result<Self, TrainError> {
-        let loaded = load_trained(checkpoint, &device.clone().autodiff())?;
+        let loaded = load_trained(checkpoint, &device.clone().autodiff(), recipe.qat.as_ref())?;
         let tokens = dataset.tokenizer.json();
         if loaded.tokenizer.as_ref().is_some_and(|t| t.json() != tokens) {
             return Err(TrainError::Resume {
@@ -88,7 +89,8 @@ impl<'a> Trainer<'a> {
 
     /// The model to evaluate and to keep: mostly the one that is trained.
     pub(super) fn averaged(&self) -> Result<Decoder, TrainError> {
-        Ok(self.optimizer.averaged(self.model().clone())?)
+        let model = self.optimizer.averaged(self.model().clone())?;
+        Ok(if self.recipe.qat.is_some() { model.quantized() } else { model })
     }
 
     /// The optimizer's state in a checkpoint.
@@ -108,7 +110,7 @@ impl<'a> Trainer<'a> {
         let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
         let Some(found) = found else { return Ok(false) };
         let device = self.model().embed.weight.val().device();
-        let model = load_trained(&found.checkpoint, &device)?.model;
+        let model = load_trained(&found.checkpoint, &device, self.recipe.qat.as_ref())?.model;
         let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
         let model = model.with_context(self.model().context_parallel().cloned());
         let model = self.with_projections_of(model, &found.checkpoint)?;
@@ -128,8 +130,15 @@ impl<'a> Trainer<'a> {
 }
 
 /// The model with the parameters that are trained.
-fn load_trained(checkpoint: &Checkpoint, device: &Device) -> Result<model_io::Loaded, TrainError> {
+pub(crate) fn load_trained(
+    checkpoint: &Checkpoint,
+    device: &Device,
+    qat: Option<&QatRecipe>,
+) -> Result<model_io::Loaded, TrainError> {
     let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
+    if let Some(qat) = qat {
+        loaded.model = qat.apply(loaded.model);
+    }
     if checkpoint.contains(TRAINED) {
         loaded.model = model_io::load_parameters(loaded.model, checkpoint.tensors(TRAINED)?)?;
     }

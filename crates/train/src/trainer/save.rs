@@ -21,6 +21,7 @@ use crate::checkpoint::{CheckpointError, Hash, PieceWriter, TensorPlan, TensorSp
 use crate::distill::Teacher;
 use crate::model_io::{encoded, entries, parameters, specs, to_host};
 use crate::observe::{Event, Observer};
+use crate::qat::{QAT, QatRecipe};
 use crate::ranks::{Collect, Parted, Shapes};
 use crate::recipe::CheckpointRecipe;
 
@@ -76,7 +77,8 @@ impl Trainer<'_> {
             keep: self.recipe.checkpoint.clone(),
             model: self.averaged()?,
             shards: self.shards.as_ref().map(|shards| shards.held().clone()),
-            trained: self.optimizer.averages().then(|| self.model().clone()),
+            trained: (self.optimizer.averages() || self.recipe.qat.is_some()).then(|| self.model().clone()),
+            qat: self.recipe.qat,
             average: self.average.as_ref().map(|average| Averaged {
                 average: average.clone(),
                 model: match &self.shards {
@@ -136,6 +138,7 @@ struct Snapshot {
     /// This rank's parts of the parameters, where the model has none of their values.
     shards: Option<BTreeMap<String, Tensor<1>>>,
     trained: Option<Decoder>,
+    qat: Option<QatRecipe>,
     average: Option<Averaged>,
     optimizer: Optimizer,
     state_file: String,
@@ -174,10 +177,10 @@ impl Snapshot {
         let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
         let folder = self.folder(writer.as_ref())?;
         let to = &mut (writer.as_mut(), folder.as_path());
-        let of_model = entries(self.model.config());
+        let of_model = entries(&self.model);
         self.put_model(to, "model.safetensors", &of_model, &self.model, self.shards.as_ref())?;
         if let Some(trained) = &self.trained {
-            self.put_model(to, TRAINED, &of_model, trained, None)?;
+            self.put_model(to, TRAINED, &entries(trained), trained, None)?;
         }
         if !self.projections.is_empty() {
             let trained = self.trained.as_ref().unwrap_or(&self.model);
@@ -212,6 +215,9 @@ impl Snapshot {
         writer.json("config.json", &Family::of(config).config_json(config))?;
         writer.bytes("tokenizer.json", self.tokenizer.as_bytes())?;
         writer.json("state.json", &self.state)?;
+        if let Some(qat) = &self.qat {
+            writer.json(QAT, qat)?;
+        }
         let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
         prune(&self.dir, self.keep.keep_last, self.keep.keep_best)?;

@@ -153,6 +153,9 @@ fn figures(html: &mut String, run: &Run) -> fmt::Result {
     if let Some(peak) = summary.map(|s| s.peak_memory_bytes).or(logged_peak).filter(|peak| *peak > 0) {
         cards.push(("Peak memory", bytes(peak), "resident".into()));
     }
+    if let Some(share) = summary.and_then(|s| s.sparsity) {
+        cards.push(("Zeros", percent(share), "of the blocks' matrices".into()));
+    }
     let steps = if run.steps() < 1_000_000 { count(run.steps()) } else { short(run.steps() as f64) };
     cards.push(("Steps", steps, format!("{} tokens", short(run.tokens() as f64))));
     html.push_str("<dl class=\"figures\">\n");
