@@ -9,6 +9,7 @@ use firebox_data::{DataConfig, Source};
 use firebox_models::decoder::presets;
 use firebox_optim::{Algorithm, AverageConfig, Schedule};
 use firebox_tensor::ops::LossConfig;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -199,18 +200,7 @@ impl Recipe {
     /// # Errors
     /// [`RecipeError`], which offers the nearest known key for an unknown one.
     pub fn load(name: &str, overrides: &[String]) -> Result<Self, RecipeError> {
-        let built_in = BUILT_IN.iter().find(|(n, _)| *n == name).map(|(_, text)| (*text).to_string());
-        let text = match built_in {
-            Some(text) => text,
-            None if Path::new(name).is_file() => {
-                std::fs::read_to_string(name).map_err(|source| RecipeError::Read { path: name.into(), source })?
-            }
-            None => {
-                let known = BUILT_IN.map(|(n, _)| n).join(", ");
-                return Err(RecipeError::Unknown { name: name.into(), known });
-            }
-        };
-        Self::parse(name, &text, overrides)
+        Self::parse(name, &read_text(name, &BUILT_IN)?, overrides)
     }
 
     /// Parses TOML and applies overrides.
@@ -218,12 +208,7 @@ impl Recipe {
     /// # Errors
     /// [`RecipeError`].
     pub fn parse(origin: &str, text: &str, overrides: &[String]) -> Result<Self, RecipeError> {
-        let fail = |reason: String| RecipeError::Parse { origin: origin.into(), hint: nearest(&reason), reason };
-        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| fail(e.message().to_string()))?;
-        for given in overrides {
-            set(&mut table, given)?;
-        }
-        let recipe: Self = table.try_into().map_err(|e: toml::de::Error| fail(one_line(&e)))?;
+        let recipe: Self = parse_toml(origin, text, overrides)?;
         recipe.validate()?;
         Ok(recipe)
     }
@@ -349,6 +334,32 @@ impl Recipe {
         self.precision.validate(self.memory.optimizer_in_backward)?;
         self.memory.validate(&self.optimizer, micro_batches)
     }
+}
+
+/// The text of a built-in recipe or of a file.
+pub(crate) fn read_text(name: &str, built_in: &[(&str, &str)]) -> Result<String, RecipeError> {
+    if let Some((_, text)) = built_in.iter().find(|(n, _)| *n == name) {
+        return Ok((*text).to_string());
+    }
+    if Path::new(name).is_file() {
+        return std::fs::read_to_string(name).map_err(|source| RecipeError::Read { path: name.into(), source });
+    }
+    let known = built_in.iter().map(|(n, _)| *n).collect::<Vec<_>>().join(", ");
+    Err(RecipeError::Unknown { name: name.into(), known })
+}
+
+/// What TOML says, with overrides (`key=value`).
+pub(crate) fn parse_toml<T: DeserializeOwned>(
+    origin: &str,
+    text: &str,
+    overrides: &[String],
+) -> Result<T, RecipeError> {
+    let fail = |reason: String| RecipeError::Parse { origin: origin.into(), hint: nearest(&reason), reason };
+    let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| fail(e.message().to_string()))?;
+    for given in overrides {
+        set(&mut table, given)?;
+    }
+    table.try_into().map_err(|e: toml::de::Error| fail(one_line(&e)))
 }
 
 /// Puts the value of `key.path=value` into the table.

@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod compress;
 mod distill;
 mod export;
 mod launch;
@@ -38,6 +39,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Train a student: a model that learns from another one's predictions besides the text.
     Distill(distill::DistillArgs),
+    /// Make a trained model smaller: prune, quantize, distill, share, export, step by step, with a report.
+    Compress(compress::CompressArgs),
     /// Find the range of useful learning rates: a short run whose rate grows until the loss does.
     LrFind(lr_find::LrFindArgs),
     /// List or show the built-in recipes.
@@ -154,6 +157,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train::run(args, rayon::current_num_threads()),
         Command::Distill(args) => distill::run(args, rayon::current_num_threads()),
+        Command::Compress(args) => compress::run(args),
         Command::LrFind(args) => lr_find::run(args),
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),

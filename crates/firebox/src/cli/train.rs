@@ -329,7 +329,7 @@ fn compare(dataset: &Dataset, dir: &Path) -> Result<(), CliError> {
 }
 
 /// Set by Ctrl-C or SIGTERM, upon which the run writes a checkpoint and ends; a second one ends it at once.
-fn interrupt() -> Arc<AtomicBool> {
+pub(super) fn interrupt() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     let installed = ctrlc::set_handler(move || {

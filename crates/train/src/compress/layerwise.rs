@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use burn::tensor::Tensor;
+use firebox_compress::{CompressError, Hessian};
 use firebox_models::{Flow, Layered, TokenBatch};
 use firebox_tensor::ops;
 use rayon::prelude::*;
@@ -18,7 +19,7 @@ use crate::model_io::{later, set_parameters, to_host};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inputs {
     /// Sum over rows of `x xᵀ`, `[in, in]`.
-    pub gram: Vec<f64>,
+    gram: Vec<f64>,
     /// Mean absolute value of each.
     pub mean_abs: Vec<f32>,
     /// Largest absolute value of each.
@@ -47,15 +48,24 @@ impl Inputs {
         }
     }
 
-    /// Number of inputs.
-    pub fn width(&self) -> usize {
-        self.mean_abs.len()
+    /// Euclidean norm of each over all rows.
+    pub fn norms(&self) -> Vec<f32> {
+        let n = self.mean_abs.len();
+        (0..n).map(|i| self.gram[i * n + i].sqrt() as f32).collect()
     }
 
     /// Root mean square of each.
     pub fn rms(&self) -> Vec<f32> {
-        let (n, rows) = (self.width(), self.rows.max(1) as f64);
-        (0..n).map(|i| (self.gram[i * n + i] / rows).sqrt() as f32).collect()
+        let rows = (self.rows.max(1) as f32).sqrt();
+        self.norms().into_iter().map(|norm| norm / rows).collect()
+    }
+
+    /// The second moments.
+    ///
+    /// # Errors
+    /// [`CompressError::NotFinite`]: the model is damaged.
+    pub fn hessian(self) -> Result<Hessian, CompressError> {
+        Hessian::new(self.mean_abs.len(), self.gram)
     }
 }
 
@@ -195,13 +205,9 @@ mod tests {
             for (name, inputs) in stage.inputs {
                 let inputs = inputs.unwrap();
                 assert_eq!(inputs.rows, 32);
-                let (n, rms) = (inputs.width(), inputs.rms());
-                for i in 0..n {
-                    assert!(
-                        inputs.mean_abs[i] <= rms[i] * 1.0001 && rms[i] <= inputs.max_abs[i] * 1.0001,
-                        "{name} {i}"
-                    );
-                    assert!((inputs.gram[i * n] - inputs.gram[i]).abs() < 1e-4, "{name}: symmetric");
+                for (i, rms) in inputs.rms().into_iter().enumerate() {
+                    let (mean, max) = (inputs.mean_abs[i], inputs.max_abs[i]);
+                    assert!(mean <= rms * 1.0001 && rms <= max * 1.0001, "{name} {i}");
                 }
                 matrices.push(name);
             }
@@ -226,7 +232,7 @@ mod tests {
         let mut walk = Layerwise::new(|| Ok(model.clone()), batches());
         walk.next(|_, _| Ok(())).unwrap();
         let plain = walk.next(|_, _| Ok(())).unwrap().unwrap();
-        let (a, b) = (seen.inputs[0].1.as_ref().unwrap(), plain.inputs[0].1.as_ref().unwrap());
+        let [a, b] = [&seen, &plain].map(|stage| stage.inputs[0].1.as_ref().unwrap());
         assert!(a.max_abs.iter().zip(&b.max_abs).all(|(a, b)| (a - b).abs() < 1e-2));
         assert!(seen.cosine.unwrap() > plain.cosine.unwrap(), "the same change is smaller beside a doubled stream");
         assert_eq!(model.n_stages(), 4);

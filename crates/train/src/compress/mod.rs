@@ -1,3 +1,12 @@
-//! Compressing a trained model: step by step by methods of `firebox-compress`, [stage by stage](layerwise).
+//! Compressing a trained model: [step by step](pipeline) by methods of `firebox-compress`, each [stage by stage](layerwise).
 
+mod budget;
 pub mod layerwise;
+pub mod measure;
+pub mod pipeline;
+mod prune;
+mod quantize;
+pub mod recipe;
+pub mod report;
+mod shape;
+mod training;

@@ -45,7 +45,7 @@
 //! ```
 
 pub mod compare;
-mod files;
+pub(crate) mod files;
 pub mod format;
 pub mod memory;
 pub mod metrics;

@@ -7,6 +7,8 @@
 mod charts;
 mod data;
 mod page;
+
+pub(crate) use page::{Esc, STYLE};
 mod plots;
 mod timeline;
 

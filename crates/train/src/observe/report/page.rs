@@ -8,12 +8,12 @@ use crate::noise::advice;
 use crate::observe::format::{bytes, count, duration, figure, flops, operations, percent, plural, short, utc};
 use crate::observe::{ObserveError, StepRecord};
 
-const STYLE: &str = include_str!("report.css");
+pub(crate) const STYLE: &str = include_str!("report.css");
 /// Evaluations and skipped steps that are listed at most.
 const MAX_ROWS: usize = 200;
 
 /// Text for HTML: what has a meaning there is escaped, and characters that a page may not hold are replaced.
-pub(super) struct Esc<'a>(pub &'a str);
+pub(crate) struct Esc<'a>(pub &'a str);
 
 impl fmt::Display for Esc<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
