@@ -456,6 +456,10 @@ impl Compress {
         let folder = self.common.path("compress-models");
         let report = compress::speed(&own, &folder, settings.threads, settings.rounds, settings.quick)?;
         println!("{}", report.markdown());
+        if self.common.write_docs {
+            let machine = report.machine.describe(report.threads, &[&format!("Firebox {}", env!("CARGO_PKG_VERSION"))]);
+            docs::write_section_of("compression.md", "compress-speed", &format!("{}\n{machine}", report.markdown()))?;
+        }
         self.common.save("compress-speed", &report)
     }
 }

@@ -18,6 +18,7 @@ use firebox_train::quantized::{Weights, save};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::machine::Machine;
 use crate::stats::{Spread, bytes, number, times};
 use crate::table::Table;
 
@@ -59,7 +60,10 @@ struct Row {
 pub struct Report {
     model: String,
     params: usize,
-    threads: usize,
+    /// What measured.
+    pub machine: Machine,
+    /// Compute threads of each process.
+    pub threads: usize,
     rounds: usize,
     rows: Vec<Row>,
 }
@@ -113,7 +117,7 @@ pub fn speed(own: &Path, folder: &Path, threads: usize, rounds: usize, quick: bo
         })
     });
     let rows = rows.collect::<Result<Vec<_>>>()?;
-    Ok(Report { model: name.into(), params: config.num_params(), threads, rounds, rows })
+    Ok(Report { model: name.into(), params: config.num_params(), machine: Machine::here(), threads, rounds, rows })
 }
 
 impl Report {

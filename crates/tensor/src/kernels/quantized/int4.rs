@@ -243,6 +243,7 @@ vectorized! {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::{ahead, prefetch};
     use super::{BLOCK, CODES, Inputs, Int4, Scales, WIDTH, WORDS};
 
     /// `n` outputs from `first` on, of one row.
@@ -306,6 +307,7 @@ mod x86 {
         // Which of a block's groups each word is in.
         let word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         let group_of = _mm512_srl_epi32(word, _mm_cvtsi32_si128((WORDS / per_block).ilog2() as i32));
+        let ahead = ahead(w.stride);
         let mut totals = [_mm512_setzero_ps(); R];
         // SAFETY: the caller's promises; masked values are not read.
         unsafe {
@@ -320,6 +322,7 @@ mod x86 {
                 let sums = _mm512_maskz_loadu_ps(group_mask, inputs.sums.as_ptr().add(block * per_block));
                 for (r, total) in totals.iter_mut().enumerate() {
                     let at = codes.add(r * w.stride + block * WIDTH / 2);
+                    prefetch(at.wrapping_add(ahead));
                     let codes = _mm512_maskz_loadu_epi32(word_mask, at.cast());
                     // Of an index, the instruction looks at the lowest 4 bits alone.
                     macro_rules! step {

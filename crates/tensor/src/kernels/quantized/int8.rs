@@ -144,6 +144,7 @@ fn portable(weights: [&[i8]; BLOCK], codes: &[u8], stride: usize) -> [[i32; BLOC
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::{ahead, prefetch};
     use super::{BLOCK, SIDE, STEP};
 
     /// See [`portable`](super::portable).
@@ -174,11 +175,13 @@ mod x86 {
         out: &mut [[i32; BLOCK]; SIDE],
     ) {
         let inputs = weights[0].len();
+        let ahead = ahead(inputs);
         let mut sums = [[_mm512_setzero_si512(); BLOCK]; N];
         let mut at = 0;
         // SAFETY: the caller's promises; masked bytes are not read.
         unsafe {
             while at + STEP <= inputs {
+                weights.iter().for_each(|w| prefetch(w.as_ptr().wrapping_add(at + ahead)));
                 let w = weights.map(|w| _mm512_loadu_si512(w.as_ptr().add(at).cast()));
                 for (j, sums) in sums.iter_mut().enumerate() {
                     let x = _mm512_loadu_si512(codes.as_ptr().add(j * stride + at).cast());

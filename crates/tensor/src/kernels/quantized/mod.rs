@@ -247,6 +247,25 @@ fn outputs_per_task(row_bytes: usize) -> usize {
     ((64 << 10) / row_bytes.max(1)).clamp(BLOCK, 256).next_multiple_of(BLOCK)
 }
 
+/// How many bytes behind a code of a block its fellow in a later block lies, which is asked for meanwhile: the hardware does not look ahead where the
+/// rows of a block are read side by side.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ahead(row_bytes: usize) -> usize {
+    const ENOUGH: usize = 4 << 10;
+    let block = BLOCK * row_bytes.max(1);
+    block * ENOUGH.div_ceil(block)
+}
+
+/// Asks for the memory at `at`, which need not be anyone's.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch<T>(at: *const T) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint, which no address makes fail.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+}
+
 /// Outputs whose products are made side by side.
 const BLOCK: usize = 4;
 
