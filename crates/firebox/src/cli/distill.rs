@@ -50,5 +50,5 @@ fn fixed(teacher: &Path) -> Result<(PathBuf, Option<PathBuf>), CliError> {
     }
     let checkpoint = resolve(teacher)?.checkpoint;
     let tokenizer = checkpoint.contains("tokenizer.json").then(|| checkpoint.file("tokenizer.json")).transpose()?;
-    Ok((checkpoint.path().to_path_buf(), tokenizer.map(PathBuf::from)))
+    Ok((checkpoint.path().to_path_buf(), tokenizer))
 }

@@ -17,7 +17,7 @@ pub struct Observed {
     pub blocks: Vec<Tensor<3>>,
     /// `[q | k | v]` of the block that was asked for, not yet rotated, `[B, T, (H + 2 K) E]`.
     pub qkv: Option<Tensor<3>>,
-    /// After the final norm, `[B, T, D]`.
+    /// What the head is multiplied with: after the final norm, and as wide as the head's rows, `[B, T, D]`.
     pub hidden: Tensor<3>,
     /// The head's weight, `[V, D]`.
     pub head: Tensor<2>,
@@ -67,7 +67,8 @@ impl Decoder {
                 shown.extend(std::iter::repeat_n(x.clone(), times));
             }
         }
-        Observed { blocks: shown, qkv, hidden: self.norm.forward(flow.hidden()), head: self.head_weight() }
+        let hidden = self.before_head(self.norm.forward(flow.hidden()));
+        Observed { blocks: shown, qkv, hidden, head: self.head_weight() }
     }
 
     /// A block's output, which learns from the teacher's where there is a lesson of it.
