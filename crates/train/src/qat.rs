@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_models::decoder::{Decoder, DecoderConfig, LowRank, Reduction};
 use firebox_optim::{Algorithm, GroupConfig};
 use firebox_tensor::ops::FakeQuant;
 use serde::{Deserialize, Serialize};
@@ -65,6 +65,11 @@ impl QatRecipe {
         if let Some(experts) = &config.experts {
             let expected = "none with experts, whose matrices it does not round".into();
             return fail("qat", expected, format!("{} experts", experts.n_experts));
+        }
+        let Reduction { low_rank, delta_rank, .. } = config.reduction;
+        if low_rank != LowRank::default() || delta_rank > 0 {
+            let expected = "none with matrices of low rank or layers' own deltas, which it does not round".into();
+            return fail("qat", expected, format!("{low_rank:?}, delta_rank {delta_rank}"));
         }
         let widths = [config.d_model, config.n_heads * config.head_dim, config.d_ff];
         match widths.iter().find(|width| self.group > 0 && !width.is_multiple_of(self.group)) {
