@@ -291,7 +291,7 @@ impl Init<'_> {
         let std = (std / (rank as f64).sqrt()).sqrt();
         let factor = Some(self.replicated(&format!("{name}.factor"), [rank, outputs], std));
         let weight = self.replicated(name, [inputs, rank], std);
-        Linear { weight, factor, bias: bias.then(|| self.constant(outputs, 0.0)), packed: None }
+        Linear { factor, ..Linear::new(weight, bias.then(|| self.constant(outputs, 0.0))) }
     }
 
     pub(super) fn replicated(&self, name: &str, shape: [usize; 2], std: f64) -> Param<Tensor<2>> {
