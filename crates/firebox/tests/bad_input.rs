@@ -362,15 +362,15 @@ fn exports() {
     lab.call(&["export", "run", "--format", "hf"]).failed(2, &["--out"]);
 
     // Whatever has no word in a format, before anything is written.
-    let odd = ["--set", "model.logit_softcap=30", "--set", "train.steps=4"];
+    let odd = ["--set", "model.logit_softcap=30", "--set", "train.steps=6"];
     lab.trained("odd", &odd);
     for format in ["hf", "gguf"] {
         export("odd", format, "", "out", &["logit_softcap", "Llama", "--format onnx"]);
     }
-    lab.trained("window", &["--set", "model.window=5", "--set", "train.steps=4"]);
+    lab.trained("window", &["--set", "model.window=5", "--set", "train.steps=6"]);
     export("window", "gguf", "", "out", &["GGUF", "sliding window"]);
     let one = ["--set", "model.n_experts=4", "--set", "model.experts_per_token=1", "--set", "model.qk_norm=true"];
-    lab.trained("experts", &[&one[..], &["--set", "train.steps=4"]].concat());
+    lab.trained("experts", &[&one[..], &["--set", "train.steps=6"]].concat());
     export("experts", "gguf", "", "out", &["GGUF", "single expert"]);
 
     // Without its tokenizer.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::{TensorInfo, Value, Writer};
-use firebox_models::decoder::hf::{Family, Piece};
+use firebox_models::decoder::hf::{Entry, Family, Piece};
 use firebox_models::decoder::{DecoderConfig, FeedForward, Positions};
 
 use super::ExportError;
@@ -32,7 +32,7 @@ pub fn write(source: &Source, block: BlockType, out: &Path) -> Result<Vec<(Strin
         let mut values = arranged(source, architecture, pieces[0])?;
         values.reserve_exact(info.elements() - values.len());
         for piece in &pieces[1..] {
-            values.extend(arranged(source, architecture, piece)?);
+            values.extend(arranged(source, architecture, *piece)?);
         }
         writer.tensor(&info.name, &values).map_err(ExportError::from)?;
     }
@@ -43,7 +43,7 @@ pub fn write(source: &Source, block: BlockType, out: &Path) -> Result<Vec<(Strin
 /// A tensor of the file, and those of Hugging Face that it is made of: one, or those of all experts.
 struct Item<'a> {
     info: TensorInfo,
-    pieces: Vec<&'a Piece>,
+    pieces: Vec<(&'a Entry, &'a Piece)>,
 }
 
 /// All tensors, and those that are of another type than asked for.
@@ -51,12 +51,12 @@ fn items(source: &Source, block: BlockType) -> Result<(Vec<Item<'_>>, Vec<(Strin
     let mut items: Vec<Item<'_>> = vec![];
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
     let mut fallbacks = vec![];
-    for piece in source.entries().iter().flat_map(|entry| &entry.pieces) {
+    for (entry, piece) in source.pieces() {
         let name = name(&piece.name)?;
         if let Some(at) = places.get(&name) {
             // Another expert.
             items[*at].info.shape[0] += 1;
-            items[*at].pieces.push(piece);
+            items[*at].pieces.push((entry, piece));
             continue;
         }
         let mut shape = piece.shape.clone();
@@ -74,7 +74,7 @@ fn items(source: &Source, block: BlockType) -> Result<(Vec<Item<'_>>, Vec<(Strin
             fallbacks.push((name.clone(), format));
         }
         places.insert(name.clone(), items.len());
-        items.push(Item { info: TensorInfo::new(name, shape, format), pieces: vec![piece] });
+        items.push(Item { info: TensorInfo::new(name, shape, format), pieces: vec![(entry, piece)] });
     }
     Ok((items, fallbacks))
 }
@@ -229,8 +229,8 @@ fn is_conv1d(family: Family, piece: &Piece) -> bool {
 
 /// A tensor as llama.cpp wants it: matrices `[out, in]`, and in its `llama` architecture the rows of queries and keys in the order of pairs that it rotates,
 /// (0, E/2, 1, E/2 + 1, ..), where Hugging Face's rotate the halves of a head.
-fn arranged(source: &Source, architecture: &str, piece: &Piece) -> Result<Vec<f32>, TrainError> {
-    let values = source.piece(piece)?;
+fn arranged(source: &Source, architecture: &str, (entry, piece): (&Entry, &Piece)) -> Result<Vec<f32>, TrainError> {
+    let values = source.piece(entry, piece)?;
     let columns = piece.shape.last().copied().unwrap_or(1);
     if is_conv1d(source.family, piece) {
         let rows = piece.shape[0];
