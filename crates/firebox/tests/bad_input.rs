@@ -389,8 +389,9 @@ fn exports() {
     bytes[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     lab.write("plain/model.safetensors", &bytes);
     lab.write("plain/tokenizer.json", std::fs::read(step.join("tokenizer.json")).unwrap());
-    export("plain", "gguf", "q8_0", "out", &["finite", "NaN"]);
-    export("plain", "onnx", "int8", "out", &["finite", "NaN"]);
+    for format in ["hf", "gguf", "onnx"] {
+        export("plain", format, "", "out", &["finite", "NaN"]);
+    }
 }
 
 #[test]

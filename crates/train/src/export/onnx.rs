@@ -147,10 +147,6 @@ impl Net<'_> {
     /// A parameter as 8-bit integers and scales: of each column, or of each row of a table.
     fn integers(&mut self, name: &str, [rows, columns]: [usize; 2], axis: usize) -> Result<[String; 2], TrainError> {
         let values = self.source.param(name)?;
-        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-            let expected = format!("finite values in {name}: this model is damaged, or training has diverged");
-            return Err(TrainError::Input { what: "checkpoint", expected, got: value.to_string() });
-        }
         let mut most = vec![0f32; [rows, columns][axis]];
         let channel = |i: usize| if axis == 0 { i / columns } else { i % columns };
         for (i, value) in values.iter().enumerate() {

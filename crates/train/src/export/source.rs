@@ -90,7 +90,14 @@ impl Source {
         }
         let values = self.file.f32(&piece.name)?;
         self.file.release(&piece.name);
-        Ok(values)
+        match values.iter().find(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(value) => {
+                let expected =
+                    format!("finite values in {}: this model is damaged, or training has diverged", piece.name);
+                Err(TrainError::Input { what: "checkpoint", expected, got: value.to_string() })
+            }
+        }
     }
 
     /// A parameter of the decoder in the layout that it has there.
