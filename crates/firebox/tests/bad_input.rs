@@ -343,6 +343,58 @@ fn torn_checkpoints() {
 }
 
 #[test]
+fn exports() {
+    let (lab, run) = lab_with_run();
+    let export = |from: &str, format: &str, kind: &str, out: &str, words: &[&str]| {
+        let mut args = vec!["export", from, "--format", format, "--out", out];
+        if !kind.is_empty() {
+            args.extend(["--type", kind]);
+        }
+        lab.call(&args).failed(2, words);
+        assert!(!lab.path(out).exists() || out == "docs.jsonl", "{args:?}");
+    };
+    export("run", "pickle", "", "out", &["--format", "hf, gguf or onnx", "pickle"]);
+    export("run", "hf", "q8_0", "out", &["--type", "f32, f16, bf16 for hf", "q8_0"]);
+    export("run", "gguf", "int8", "out", &["--type", "q4_k", "int8"]);
+    export("run", "onnx", "f16", "out", &["--type", "f32, int8 for onnx", "f16"]);
+    export("run", "gguf", "", "docs.jsonl", &["docs.jsonl exists already"]);
+    export("absent", "hf", "", "out", &["absent"]);
+    lab.call(&["export", "run", "--format", "hf"]).failed(2, &["--out"]);
+
+    // Whatever has no word in a format, before anything is written.
+    let odd = ["--set", "model.logit_softcap=30", "--set", "train.steps=6"];
+    lab.trained("odd", &odd);
+    for format in ["hf", "gguf"] {
+        export("odd", format, "", "out", &["logit_softcap", "Llama", "--format onnx"]);
+    }
+    lab.trained("window", &["--set", "model.window=5", "--set", "train.steps=6"]);
+    export("window", "gguf", "", "out", &["GGUF", "sliding window"]);
+    let one = ["--set", "model.n_experts=4", "--set", "model.experts_per_token=1", "--set", "model.qk_norm=true"];
+    lab.trained("experts", &[&one[..], &["--set", "train.steps=6"]].concat());
+    export("experts", "gguf", "", "out", &["GGUF", "single expert"]);
+
+    // Without its tokenizer.
+    let step = run.dir.join("checkpoints/step-8");
+    for name in ["config.json", "model.safetensors"] {
+        lab.write(&format!("plain/{name}"), std::fs::read(step.join(name)).unwrap());
+    }
+    export("plain", "gguf", "", "out", &["tokenizer", "no tokenizer.json"]);
+    lab.call(&["export", "plain", "--format", "hf", "--out", "whole"]).succeeded();
+
+    // Torn, and with a number that none is.
+    let mut bytes = std::fs::read(step.join("model.safetensors")).unwrap();
+    lab.write("plain/model.safetensors", &bytes[..bytes.len() - 5]);
+    export("plain", "hf", "", "out", &["model.safetensors", "bytes of tensors"]);
+    let n = bytes.len();
+    bytes[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    lab.write("plain/model.safetensors", &bytes);
+    lab.write("plain/tokenizer.json", std::fs::read(step.join("tokenizer.json")).unwrap());
+    for format in ["hf", "gguf", "onnx"] {
+        export("plain", format, "", "out", &["finite", "NaN"]);
+    }
+}
+
+#[test]
 fn a_run_is_not_continued_as_another() {
     let (lab, _) = lab_with_run();
     let resume = |args: &[&str]| Ended::new(lab.train("run", args).output().unwrap(), format!("{args:?}"));

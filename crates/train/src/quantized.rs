@@ -265,6 +265,19 @@ fn unpacked_bits(bytes: &[u8], n: usize, bits: usize, offset: i16) -> Vec<i8> {
         .collect()
 }
 
+/// The quantized parameters of a checkpoint, which others than kernels read.
+pub(crate) struct Numbers(BTreeMap<String, Stored>);
+
+impl Numbers {
+    /// The values of a parameter in f32, in its own layout; `None` if it is not quantized.
+    pub fn values(&self, name: &str, file: &TensorFile) -> Result<Option<Vec<f32>>, TrainError> {
+        let Some(stored) = self.0.get(name) else { return Ok(None) };
+        let values = stored.values(file)?;
+        stored.specs.iter().for_each(|spec| file.release(&spec.name));
+        Ok(Some(values))
+    }
+}
+
 impl Quantization {
     /// What `config.json` says; `None` if the model is not quantized.
     ///
@@ -306,11 +319,11 @@ impl Quantization {
         Ok((stored.collect::<Result<_, _>>()?, others))
     }
 
-    /// The model with the parameters of `file`.
-    pub(crate) fn load(&self, model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+    /// The same, of a file that has all of it.
+    fn checked(&self, entries: Vec<Entry>, file: &TensorFile) -> Result<(Vec<Stored>, Vec<Entry>), TrainError> {
         let (stored, others) = self.divide(entries)?;
         let expected: Vec<_> = stored.iter().flat_map(|stored| stored.specs.iter().cloned()).collect();
-        check_shapes(&others, &expected, &file)?;
+        check_shapes(&others, &expected, file)?;
         for spec in &expected {
             let got = file.dtype(&spec.name)?;
             if got != spec.dtype {
@@ -322,6 +335,19 @@ impl Quantization {
                 .into());
             }
         }
+        Ok((stored, others))
+    }
+
+    /// The quantized parameters of a file, to be read as numbers.
+    pub(crate) fn numbers(&self, entries: Vec<Entry>, file: &TensorFile) -> Result<Numbers, TrainError> {
+        let (stored, others) = self.checked(entries, file)?;
+        others.iter().flat_map(|entry| &entry.pieces).try_for_each(|piece| file.check_floats(&piece.name))?;
+        Ok(Numbers(stored.into_iter().map(|stored| (stored.name.clone(), stored)).collect()))
+    }
+
+    /// The model with the parameters of `file`.
+    pub(crate) fn load(&self, model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+        let (stored, others) = self.checked(entries, &file)?;
         let file = Arc::new(file);
         // First of all the question whether the device can use any.
         let mut model = filled(model.with_packed([])?, others, file.clone())?;

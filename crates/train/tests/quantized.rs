@@ -12,6 +12,7 @@ use firebox_models::decoder::packed::{from_matrix, matrix_shape, to_matrix};
 use firebox_models::decoder::{Decoder, DecoderConfig, ExpertsConfig, presets};
 use firebox_tensor::device::Backend;
 use firebox_train::TrainError;
+use firebox_train::export::export;
 use firebox_train::generate::{Sampling, generate};
 use firebox_train::model_io::{load, parameters, to_host};
 use firebox_train::quantized::{Weights, save};
@@ -193,6 +194,32 @@ fn experts_load_in_f32() {
     let ((model, got), (_, want)) = (logits(&small, Backend::NdArray), logits(&full, Backend::NdArray));
     assert_eq!(model.packed().count(), 1);
     assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-4));
+}
+
+/// What goes out of a quantized checkpoint are the numbers that its codes stand for.
+#[test]
+fn exports_have_the_values_of_the_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let moe = presets::named("firebox-moe-3m").unwrap();
+    let moe = DecoderConfig { d_model: 64, n_layers: 1, context: 16, vocab_size: 28, ..moe };
+    let formats = [("attn.qkv.weight", "int4-g32"), ("mlp.input.weight", "int8-channel"), ("embed", "nf4-g32")];
+    let formats = [&formats[..], &[("experts.input", "int3-g32")]].concat();
+    for (i, config) in [config("llama-30m"), config("gpt2"), moe].into_iter().enumerate() {
+        let case = Case::new(config, &formats);
+        let [small, full] = ["small", "full"].map(|kind| dir.path().join(format!("{kind}-{i}")));
+        case.save(&small);
+        case.save_full(&full);
+        for (target, file) in [("hf", "model.safetensors"), ("onnx", "model.onnx_data")] {
+            let [got, want] = [&small, &full].map(|from| {
+                let out = from.with_extension(target);
+                export(from, target.parse().unwrap(), &out).unwrap();
+                std::fs::read(out.join(file)).unwrap()
+            });
+            assert!(got == want, "{i} {target}");
+        }
+        let model = load(small.with_extension("hf"), &Backend::NdArray.device().unwrap()).unwrap().model;
+        assert_eq!(model.packed().count(), 0);
+    }
 }
 
 #[test]

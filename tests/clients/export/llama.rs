@@ -114,6 +114,15 @@ fn qwen3_is_the_same_in_llama_cpp() {
 }
 
 #[test]
+fn experts_are_the_same_in_llama_cpp() {
+    for qk_norm in [false, true] {
+        let model = Model::experts(qk_norm);
+        floats_are_equal(&model, 1e-4);
+        rounded_are_close(&model, &[KINDS[0]]);
+    }
+}
+
+#[test]
 fn gpt2_is_the_same_in_llama_cpp() {
     // llama.cpp looks GELU up in a table of f16.
     floats_are_equal(&Model::gpt2(), 2e-3);

@@ -4,7 +4,7 @@ mod files;
 #[cfg(feature = "llama")]
 mod llama;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
@@ -50,6 +50,13 @@ impl Model {
         let heads = ["model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=32"];
         let shape = ["model.d_model=96", "model.qk_norm=true", "model.d_ff=160", "model.tied=false"];
         Self::trained(&[&heads[..], &shape].concat())
+    }
+
+    /// Two of four experts, as Mixtral's or, with QK-norm, as Qwen 3's.
+    fn experts(qk_norm: bool) -> Self {
+        let shape = ["model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=96", "model.n_experts=4"];
+        let rest = ["model.experts_per_token=2", &format!("model.qk_norm={qk_norm}")];
+        Self::trained(&[&shape[..], &rest].concat())
     }
 
     fn gpt2() -> Self {

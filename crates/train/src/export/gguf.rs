@@ -1,10 +1,11 @@
-//! GGUF for llama.cpp, as its `convert_hf_to_gguf.py` writes it: architectures `llama`, `qwen3` and `gpt2`.
+//! GGUF for llama.cpp, as its `convert_hf_to_gguf.py` writes it: architectures `llama`, `qwen3`, `qwen3moe` and `gpt2`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::{TensorInfo, Value, Writer};
-use firebox_models::decoder::hf::{Family, Piece};
+use firebox_models::decoder::hf::{Entry, Family, Piece};
 use firebox_models::decoder::{DecoderConfig, FeedForward, Positions};
 
 use super::ExportError;
@@ -24,28 +25,58 @@ pub fn write(source: &Source, block: BlockType, out: &Path) -> Result<Vec<(Strin
     };
     metadata.extend(vocabulary::metadata(tokenizer, source.config.vocab_size)?);
 
-    let (mut infos, mut fallbacks) = (vec![], vec![]);
-    let pieces: Vec<&Piece> = source.entries().iter().flat_map(|entry| &entry.pieces).collect();
-    for piece in &pieces {
-        let name = name(&piece.name)?;
-        let shape =
-            if is_conv1d(source.family, piece) { vec![piece.shape[1], piece.shape[0]] } else { piece.shape.clone() };
-        let columns = shape.last().copied().unwrap_or(1);
-        // What llama.cpp's converter keeps in f32: vectors and positions.
-        let kept = shape.len() < 2 || name == "position_embd.weight";
-        let format = if kept { BlockType::F32 } else { fitting(block, columns) };
-        if !kept && format != block {
-            fallbacks.push((name.clone(), format));
+    let (items, fallbacks) = items(source, block)?;
+    let infos = items.iter().map(|item| item.info.clone()).collect();
+    let mut writer = Writer::create(out, &metadata, infos).map_err(ExportError::from)?;
+    for Item { info, pieces } in &items {
+        let mut values = arranged(source, architecture, pieces[0])?;
+        values.reserve_exact(info.elements() - values.len());
+        for piece in &pieces[1..] {
+            values.extend(arranged(source, architecture, *piece)?);
         }
-        infos.push(TensorInfo::new(name, shape, format));
-    }
-    let mut writer = Writer::create(out, &metadata, infos.clone()).map_err(ExportError::from)?;
-    for (piece, info) in pieces.iter().zip(&infos) {
-        let values = arranged(source, architecture, piece)?;
         writer.tensor(&info.name, &values).map_err(ExportError::from)?;
     }
     writer.finish().map_err(ExportError::from)?;
     Ok(fallbacks)
+}
+
+/// A tensor of the file, and those of Hugging Face that it is made of: one, or those of all experts.
+struct Item<'a> {
+    info: TensorInfo,
+    pieces: Vec<(&'a Entry, &'a Piece)>,
+}
+
+/// All tensors, and those that are of another type than asked for.
+fn items(source: &Source, block: BlockType) -> Result<(Vec<Item<'_>>, Vec<(String, BlockType)>), ExportError> {
+    let mut items: Vec<Item<'_>> = vec![];
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    let mut fallbacks = vec![];
+    for (entry, piece) in source.pieces() {
+        let name = name(&piece.name)?;
+        if let Some(at) = places.get(&name) {
+            // Another expert.
+            items[*at].info.shape[0] += 1;
+            items[*at].pieces.push((entry, piece));
+            continue;
+        }
+        let mut shape = piece.shape.clone();
+        if is_conv1d(source.family, piece) {
+            shape.reverse();
+        }
+        if name.ends_with("_exps.weight") {
+            shape.insert(0, 1);
+        }
+        // What llama.cpp's converter keeps in f32: vectors, positions, and what chooses experts.
+        let kept = shape.len() < 2 || name == "position_embd.weight" || name.ends_with("ffn_gate_inp.weight");
+        let columns = shape.last().copied().unwrap_or(1);
+        let format = if kept { BlockType::F32 } else { fitting(block, columns) };
+        if !kept && format != block {
+            fallbacks.push((name.clone(), format));
+        }
+        places.insert(name.clone(), items.len());
+        items.push(Item { info: TensorInfo::new(name, shape, format), pieces: vec![(entry, piece)] });
+    }
+    Ok((items, fallbacks))
 }
 
 /// The architecture that llama.cpp runs the model as.
@@ -53,8 +84,10 @@ fn architecture(source: &Source) -> Result<&'static str, ExportError> {
     source.in_a_class(FORMAT)?;
     let config = &source.config;
     let refuse = |feature: &str| Err(ExportError::NoWord { format: FORMAT, feature: feature.to_owned() });
-    if config.experts.is_some() {
-        return refuse("mixtures of experts in what Firebox writes of it");
+    if config.experts.is_some_and(|experts| experts.experts_per_token == 1) {
+        return refuse(
+            "single expert per token (model.experts_per_token = 1) with a weight in qwen3moe's architecture",
+        );
     }
     if config.window.is_some_and(|window| window < config.context) {
         return refuse("sliding window (model.window) in llama's architecture");
@@ -62,10 +95,11 @@ fn architecture(source: &Source) -> Result<&'static str, ExportError> {
     if config.feed_forward == FeedForward::GeluExact {
         return refuse("exact GELU in gpt2's architecture");
     }
-    Ok(match (source.family, config.qk_norm) {
-        (Family::Gpt2, _) => "gpt2",
-        (_, true) => "qwen3",
-        (_, false) => "llama",
+    Ok(match (source.family, config.qk_norm, config.experts) {
+        (Family::Gpt2, ..) => "gpt2",
+        (_, true, None) => "qwen3",
+        (_, true, Some(_)) => "qwen3moe",
+        (_, false, _) => "llama",
     })
 }
 
@@ -98,6 +132,13 @@ fn parameters(config: &DecoderConfig, architecture: &str, block: BlockType) -> V
         (own("attention.key_length"), count(config.head_dim)),
         (own("attention.value_length"), count(config.head_dim)),
     ];
+    if let Some(experts) = &config.experts {
+        metadata.extend([
+            (own("expert_count"), count(experts.n_experts)),
+            (own("expert_used_count"), count(experts.experts_per_token)),
+            (own("expert_feed_forward_length"), count(config.d_ff)),
+        ]);
+    }
     let eps = Value::F32(config.norm_eps as f32);
     match config.positions {
         Positions::Rotary { theta } => metadata.extend([
@@ -126,7 +167,7 @@ fn file_type(block: BlockType) -> u32 {
     }
 }
 
-/// llama.cpp's name of a tensor of Hugging Face.
+/// llama.cpp's name of a tensor of Hugging Face; all experts of a block are one there.
 fn name(theirs: &str) -> Result<String, ExportError> {
     const OUTSIDE: [(&str, &str); 6] = [
         ("model.embed_tokens", "token_embd"),
@@ -136,7 +177,7 @@ fn name(theirs: &str) -> Result<String, ExportError> {
         ("transformer.wpe", "position_embd"),
         ("transformer.ln_f", "output_norm"),
     ];
-    const INSIDE: [(&str, &str); 17] = [
+    const INSIDE: [(&str, &str); 25] = [
         ("input_layernorm", "attn_norm"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
@@ -148,6 +189,14 @@ fn name(theirs: &str) -> Result<String, ExportError> {
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
+        ("block_sparse_moe.gate", "ffn_gate_inp"),
+        ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
+        ("block_sparse_moe.experts.w3", "ffn_up_exps"),
+        ("block_sparse_moe.experts.w2", "ffn_down_exps"),
+        ("mlp.gate", "ffn_gate_inp"),
+        ("mlp.experts.gate_proj", "ffn_gate_exps"),
+        ("mlp.experts.up_proj", "ffn_up_exps"),
+        ("mlp.experts.down_proj", "ffn_down_exps"),
         ("ln_1", "attn_norm"),
         ("attn.c_attn", "attn_qkv"),
         ("attn.c_proj", "attn_output"),
@@ -161,7 +210,11 @@ fn name(theirs: &str) -> Result<String, ExportError> {
     let found = theirs.rsplit_once('.').and_then(|(stem, end)| {
         let block = ["model.layers.", "transformer.h."].iter().find_map(|prefix| stem.strip_prefix(prefix));
         match block.and_then(|rest| rest.split_once('.')) {
-            Some((i, part)) => Some(format!("blk.{i}.{}.{end}", of(&INSIDE, part)?)),
+            Some((i, part)) => {
+                let number = |part: &&str| part.bytes().all(|byte| byte.is_ascii_digit());
+                let part: Vec<&str> = part.split('.').filter(|part| !number(part)).collect();
+                Some(format!("blk.{i}.{}.{end}", of(&INSIDE, &part.join("."))?))
+            }
             None => Some(format!("{}.{end}", of(&OUTSIDE, stem)?)),
         }
     });
@@ -176,8 +229,8 @@ fn is_conv1d(family: Family, piece: &Piece) -> bool {
 
 /// A tensor as llama.cpp wants it: matrices `[out, in]`, and in its `llama` architecture the rows of queries and keys in the order of pairs that it rotates,
 /// (0, E/2, 1, E/2 + 1, ..), where Hugging Face's rotate the halves of a head.
-fn arranged(source: &Source, architecture: &str, piece: &Piece) -> Result<Vec<f32>, TrainError> {
-    let values = source.piece(piece)?;
+fn arranged(source: &Source, architecture: &str, (entry, piece): (&Entry, &Piece)) -> Result<Vec<f32>, TrainError> {
+    let values = source.piece(entry, piece)?;
     let columns = piece.shape.last().copied().unwrap_or(1);
     if is_conv1d(source.family, piece) {
         let rows = piece.shape[0];
@@ -218,6 +271,7 @@ mod tests {
         assert_eq!(name("model.layers.11.self_attn.o_proj.weight").unwrap(), "blk.11.attn_output.weight");
         assert_eq!(name("transformer.h.0.mlp.c_fc.bias").unwrap(), "blk.0.ffn_up.bias");
         assert_eq!(name("lm_head.weight").unwrap(), "output.weight");
-        assert!(name("model.layers.0.mlp.gate.weight").is_err());
+        assert_eq!(name("model.layers.2.mlp.experts.63.up_proj.weight").unwrap(), "blk.2.ffn_up_exps.weight");
+        assert!(name("model.layers.0.mlp.shared.weight").is_err());
     }
 }

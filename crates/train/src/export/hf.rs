@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
-use firebox_models::decoder::hf::Piece;
+use firebox_models::decoder::hf::{Entry, Piece};
 use serde_json::{Value, json};
 
 use super::source::{Source, Vocabulary};
@@ -59,19 +59,21 @@ fn tokenizer_config(vocabulary: &Vocabulary, context: usize) -> Value {
     config
 }
 
+/// A tensor of a file, and the parameter that it belongs to.
+type Part<'a> = (&'a Entry, &'a Piece);
+
 /// One file, or several of at most `most` bytes and an index.
 fn weights(source: &Source, dtype: Dtype, dir: &Path, most: usize) -> Result<(), TrainError> {
-    let pieces: Vec<&Piece> = source.entries().iter().flat_map(|entry| &entry.pieces).collect();
-    let spec = |piece: &&Piece| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype);
-    let mut files: Vec<(usize, Vec<&Piece>)> = vec![];
-    for piece in pieces {
-        let bytes = spec(&piece).n_bytes().unwrap_or(usize::MAX);
+    let spec = |piece: &Piece| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype);
+    let mut files: Vec<(usize, Vec<Part<'_>>)> = vec![];
+    for part in source.pieces() {
+        let bytes = spec(part.1).n_bytes().unwrap_or(usize::MAX);
         match files.last_mut() {
             Some((size, pieces)) if size.saturating_add(bytes) <= most => {
                 *size += bytes;
-                pieces.push(piece);
+                pieces.push(part);
             }
-            _ => files.push((bytes, vec![piece])),
+            _ => files.push((bytes, vec![part])),
         }
     }
     let name = |i: usize| match files.len() {
@@ -81,7 +83,7 @@ fn weights(source: &Source, dtype: Dtype, dir: &Path, most: usize) -> Result<(),
     let mut map = BTreeMap::new();
     for (i, (_, pieces)) in files.iter().enumerate() {
         write_file(source, dtype, &dir.join(name(i)), pieces)?;
-        map.extend(pieces.iter().map(|piece| (piece.name.clone(), name(i))));
+        map.extend(pieces.iter().map(|(_, piece)| (piece.name.clone(), name(i))));
     }
     if files.len() > 1 {
         let total: usize = files.iter().map(|(bytes, _)| bytes).sum();
@@ -91,14 +93,15 @@ fn weights(source: &Source, dtype: Dtype, dir: &Path, most: usize) -> Result<(),
     Ok(())
 }
 
-fn write_file(source: &Source, dtype: Dtype, path: &Path, pieces: &[&Piece]) -> Result<(), TrainError> {
-    let specs = pieces.iter().map(|piece| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype)).collect();
+fn write_file(source: &Source, dtype: Dtype, path: &Path, pieces: &[Part<'_>]) -> Result<(), TrainError> {
+    let spec = |(_, piece): &Part<'_>| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype);
+    let specs = pieces.iter().map(spec).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let plan = TensorPlan::new(path, &metadata, specs, pieces.iter().map(|_| 1))?;
     File::create(path).map_err(TrainError::io("create", path))?;
     let mut failed = None;
     // One tensor at a time; after one that cannot be read, the end.
-    let mut data = pieces.iter().map_while(|piece| match source.piece(piece) {
+    let mut data = pieces.iter().map_while(|(entry, piece)| match source.piece(entry, piece) {
         Ok(values) => Some(Bytes::new(values, dtype)),
         Err(error) => {
             failed = Some(error);

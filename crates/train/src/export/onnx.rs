@@ -7,7 +7,7 @@ use std::path::Path;
 
 use firebox_compress::onnx::{Attribute, Dim, Element, Writer};
 use firebox_models::decoder::hf::Family;
-use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::decoder::{DecoderConfig, ExpertsConfig, FeedForward, NormKind, Positions};
 
 use super::source::Source;
 use super::{ExportError, OnnxType, hf};
@@ -16,10 +16,6 @@ use crate::TrainError;
 /// Writes the folder's files.
 pub fn write(source: &Source, kind: OnnxType, dir: &Path) -> Result<(), TrainError> {
     let config = &source.config;
-    if config.experts.is_some() {
-        let feature = "mixtures of experts in what Firebox writes of it".into();
-        return Err(ExportError::NoWord { format: "ONNX", feature }.into());
-    }
     let mut json = source.family.config_json(config);
     if source.family == Family::Firebox {
         // Tools read from it how many layers and heads the cache has.
@@ -189,16 +185,26 @@ impl Net<'_> {
         self.op("Mul", &[&rows, &scale])
     }
 
+    /// A matrix, or several of `rows` rows after each other, in f32.
+    fn matrix(
+        &mut self,
+        name: &str,
+        several: Option<usize>,
+        [rows, columns]: [usize; 2],
+    ) -> Result<String, TrainError> {
+        let shape: Vec<usize> = several.into_iter().chain([rows, columns]).collect();
+        if self.kind == OnnxType::F32 {
+            return self.param(name, &shape);
+        }
+        let [values, scale] = self.integers(name, [several.unwrap_or(1) * rows, columns], 1)?;
+        let values = self.writer.node("DequantizeLinear", &[&values, &scale], &[("axis", Attribute::Int(1))]);
+        let shape: Vec<i64> = shape.into_iter().map(|n| n as i64).collect();
+        Ok(if several.is_some() { self.reshape(&values, &shape) } else { values })
+    }
+
     /// `x weight + bias` of a linear layer.
     fn linear(&mut self, x: &str, name: &str, shape: [usize; 2]) -> Result<String, TrainError> {
-        let weight = format!("{name}.weight");
-        let weight = match self.kind {
-            OnnxType::F32 => self.param(&weight, &shape)?,
-            OnnxType::Int8 => {
-                let [values, scale] = self.integers(&weight, shape, 1)?;
-                self.writer.node("DequantizeLinear", &[&values, &scale], &[("axis", Attribute::Int(1))])
-            }
-        };
+        let weight = self.matrix(&format!("{name}.weight"), None, shape)?;
         let y = self.op("MatMul", &[x, &weight]);
         if !self.config.bias {
             return Ok(y);
@@ -333,15 +339,13 @@ impl Net<'_> {
     }
 
     fn feed_forward(&mut self, x: &str, block: &str) -> Result<String, TrainError> {
+        if let Some(experts) = self.config.experts {
+            return self.experts(x, &format!("{block}.experts"), &experts);
+        }
         let (d, f) = (self.config.d_model, self.config.d_ff);
         let x = self.linear(x, &format!("{block}.mlp.input"), [d, self.config.ff_in_width()])?;
         let y = match self.config.feed_forward {
-            FeedForward::SwiGlu => {
-                let [gate, up] = self.split(&x, [f, f]);
-                let sigmoid = self.op("Sigmoid", &[&gate]);
-                let silu = self.op("Mul", &[&gate, &sigmoid]);
-                self.op("Mul", &[&silu, &up])
-            }
+            FeedForward::SwiGlu => self.swiglu(&x),
             FeedForward::Gelu => {
                 let square = self.op("Mul", &[&x, &x]);
                 let cube = self.op("Mul", &[&square, &x]);
@@ -356,6 +360,53 @@ impl Net<'_> {
             }
         };
         self.linear(&y, &format!("{block}.mlp.output"), [f, d])
+    }
+
+    fn swiglu(&mut self, x: &str) -> String {
+        let [gate, up] = self.split(x, [self.config.d_ff; 2]);
+        let sigmoid = self.op("Sigmoid", &[&gate]);
+        let silu = self.op("Mul", &[&gate, &sigmoid]);
+        self.op("Mul", &[&silu, &up])
+    }
+
+    /// Every expert of every token, of which those that are not chosen count 0: ONNX has no product of groups of rows.
+    fn experts(&mut self, x: &str, name: &str, experts: &ExpertsConfig) -> Result<String, TrainError> {
+        let (d, f, n) = (self.config.d_model, self.config.d_ff, experts.n_experts);
+        // In f32 always: another choice is another model.
+        let router = self.param(&format!("{name}.router.weight"), &[d, n])?;
+        let logits = self.op("MatMul", &[x, &router]);
+        let p = self.writer.node("Softmax", &[&logits], LAST);
+        let mut scores = p.clone();
+        if experts.router_bias_rate > 0.0 {
+            let bias = self.param(&format!("{name}.bias"), &[n])?;
+            scores = self.op("Add", &[&p, &bias]);
+        }
+        let count = self.writer.ints(&[experts.experts_per_token as i64], false);
+        let [_, chosen] = self.writer.split("TopK", &[&scores, &count], LAST);
+        let weights = match experts.experts_per_token {
+            1 => self.writer.node("GatherElements", &[&p, &chosen], LAST),
+            _ => {
+                let logits = self.writer.node("GatherElements", &[&logits, &chosen], LAST);
+                self.writer.node("Softmax", &[&logits], LAST)
+            }
+        };
+        let zeros = self.with("Mul", &p, 0.0);
+        let weights = self.writer.node("ScatterElements", &[&zeros, &chosen, &weights], LAST);
+        let weights = self.reshape(&weights, &[-1, n as i64]);
+        let weights = self.transpose(&weights, &[1, 0]);
+        let weights = self.unsqueeze(&weights, &[2]);
+
+        let rows = self.reshape(x, &[1, -1, d as i64]);
+        let input = self.matrix(&format!("{name}.input.weight"), Some(n), [d, 2 * f])?;
+        let y = self.op("MatMul", &[&rows, &input]);
+        let y = self.swiglu(&y);
+        let output = self.matrix(&format!("{name}.output.weight"), Some(n), [f, d])?;
+        let y = self.op("MatMul", &[&y, &output]);
+        let y = self.op("Mul", &[&y, &weights]);
+        let axes = self.writer.ints(&[0], false);
+        let y = self.writer.node("ReduceSum", &[&y, &axes], &[("keepdims", Attribute::Int(0))]);
+        let shape = self.op("Shape", &[x]);
+        Ok(self.op("Reshape", &[&y, &shape]))
     }
 
     /// `x (1 + sigmoidal(inner)) / 2`

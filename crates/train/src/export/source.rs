@@ -1,5 +1,6 @@
 //! A model that is read tensor by tensor.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use firebox_models::decoder::hf::{Entry, Family, Piece, parse_config};
@@ -10,14 +11,18 @@ use super::ExportError;
 use crate::TrainError;
 use crate::checkpoint::TensorFile;
 use crate::model_io;
+use crate::quantized::{Numbers, Quantization};
 
-/// A checkpoint whose tensors are read when they are asked for.
+/// A checkpoint whose tensors are read when they are asked for, quantized ones as the numbers that they stand for.
 pub struct Source {
     pub family: Family,
     pub config: DecoderConfig,
     pub tokenizer: Option<Vocabulary>,
     entries: Vec<Entry>,
     file: TensorFile,
+    quantized: Option<Numbers>,
+    /// The last quantized parameter that a part of was asked for.
+    last: RefCell<Option<(String, Vec<f32>)>>,
 }
 
 /// A `tokenizer.json`.
@@ -36,9 +41,16 @@ impl Source {
     /// Opens what [`load`](model_io::load) opens.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
         let model_io::Folder { config, file, tokenizer } = model_io::Folder::open(path)?;
+        let quantization = Quantization::of(&config)?;
         let (family, config) = parse_config(&config)?;
         let entries = family.entries(&config);
-        model_io::check_tensors(&entries, &file)?;
+        let quantized = match quantization {
+            Some(quantization) => Some(quantization.numbers(entries.clone(), &file)?),
+            None => {
+                model_io::check_tensors(&entries, &file)?;
+                None
+            }
+        };
         let tokenizer = tokenizer.map(|tokenizer| {
             let text = tokenizer.json().to_owned();
             // It has been parsed before.
@@ -51,19 +63,41 @@ impl Source {
             });
             Vocabulary { text, json, separator, separator_text }
         });
-        Ok(Self { family, config, tokenizer, entries, file })
+        Ok(Self { family, config, tokenizer, entries, file, quantized, last: RefCell::new(None) })
     }
 
-    /// Every parameter with the tensors that it is stored as.
-    pub fn entries(&self) -> &[Entry] {
-        &self.entries
+    /// Every tensor of Hugging Face, with the parameter that it is or that it is a part of.
+    pub fn pieces(&self) -> impl Iterator<Item = (&Entry, &Piece)> {
+        self.entries.iter().flat_map(|entry| entry.pieces.iter().map(move |piece| (entry, piece)))
     }
 
-    /// A tensor of the file.
-    pub fn piece(&self, piece: &Piece) -> Result<Vec<f32>, TrainError> {
+    /// A tensor of Hugging Face.
+    pub fn piece(&self, entry: &Entry, piece: &Piece) -> Result<Vec<f32>, TrainError> {
+        if let Some(quantized) = &self.quantized {
+            let mut last = self.last.borrow_mut();
+            if let Some((_, values)) = last.as_ref().filter(|(name, _)| *name == entry.param) {
+                return Ok(entry.split(values, piece));
+            }
+            // Not both at once.
+            *last = None;
+            if let Some(values) = quantized.values(&entry.param, &self.file)? {
+                let part = entry.split(&values, piece);
+                if entry.pieces.len() > 1 {
+                    *last = Some((entry.param.clone(), values));
+                }
+                return Ok(part);
+            }
+        }
         let values = self.file.f32(&piece.name)?;
         self.file.release(&piece.name);
-        Ok(values)
+        match values.iter().find(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(value) => {
+                let expected =
+                    format!("finite values in {}: this model is damaged, or training has diverged", piece.name);
+                Err(TrainError::Input { what: "checkpoint", expected, got: value.to_string() })
+            }
+        }
     }
 
     /// A parameter of the decoder in the layout that it has there.
@@ -72,12 +106,17 @@ impl Source {
             let expected = format!("a parameter {name}");
             return Err(TrainError::Input { what: "checkpoint", expected, got: "none of that name".into() });
         };
+        if let Some(quantized) = &self.quantized
+            && let Some(values) = quantized.values(name, &self.file)?
+        {
+            return Ok(values);
+        }
         match &entry.pieces[..] {
-            [whole] if !whole.transposed => self.piece(whole),
+            [whole] if !whole.transposed => self.piece(entry, whole),
             pieces => {
                 let mut values = vec![0.0; entry.shape.iter().product()];
                 for piece in pieces {
-                    entry.join(&mut values, piece, &self.piece(piece)?);
+                    entry.join(&mut values, piece, &self.piece(entry, piece)?);
                 }
                 Ok(values)
             }
