@@ -3,22 +3,27 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use burn::tensor::Device;
+use firebox_compress::Hessian;
+use firebox_models::TokenBatch;
 use firebox_models::decoder::{DecoderConfig, LowRank, Reduction};
 
 use super::{ModelFolder, factor};
 use crate::TrainError;
+use crate::compress::layerwise::{Layerwise, Stage};
+use crate::model_io;
 
-/// Writes the model in `input` to the folder `output` with matrices of these ranks, where they are not 0: the products of two that are closest, by singular vectors. `scales` says of a matrix, by path
-/// (`blocks.0.attn.qkv.weight`), the root mean square of each of its inputs, where that is known: then what is small is the error of what the matrix makes of such inputs
-/// (activation-aware SVD, Yuan et al., arXiv:2312.05821, section 3.2). Returns its shape.
+/// Writes the model in `input` to the folder `output` with matrices of these ranks, where they are not 0: each the product of two. Without `batches`, it is the one that is
+/// closest to the matrix, by its first singular vectors; with calibration text, the one whose outputs are closest on the inputs that the stages before, factored already, give it
+/// (activation-aware SVD, as in SVD-LLM, Wang et al., arXiv:2403.07378, section 3.1). Returns its shape.
 ///
 /// # Errors
-/// A model that is of low rank already, ranks that are too large or all 0, scales of another length, an `output` that is there, or a file that cannot be read or written.
+/// A model that shares layers or is of low rank already, ranks that are too large or all 0, an `output` that is there, or a file that cannot be read or written.
 pub fn low_rank(
     input: &Path,
     output: &Path,
     ranks: LowRank,
-    scales: &HashMap<String, Vec<f32>>,
+    batches: Vec<TokenBatch>,
 ) -> Result<DecoderConfig, TrainError> {
     let model = ModelFolder::open(input)?;
     let of = model.config();
@@ -26,47 +31,60 @@ pub fn low_rank(
     if ranks == LowRank::default() {
         return fail("the ranks", "at least one that is not 0", "none".into());
     }
-    if of.reduction.low_rank != LowRank::default() {
-        let got = format!("{:?}", of.reduction.low_rank);
-        return fail("the model to factor", "one with whole matrices", got);
+    if of.reduction != (Reduction { embed_dim: of.reduction.embed_dim, ..Reduction::default() }) {
+        let got = format!("{:?}", of.reduction);
+        return fail("the model to factor", "one whose layers have whole matrices of their own", got);
     }
     let config = DecoderConfig { reduction: Reduction { low_rank: ranks, ..of.reduction }, ..of.clone() };
     config.validate()?;
-    let of_path = |path: &str| match path {
+    let device = Device::default();
+    let mut walk = Layerwise::new(|| Ok(model_io::load(input, &device)?.model), batches);
+    // Those of one stage.
+    let mut factors: HashMap<String, [Vec<f32>; 2]> = HashMap::new();
+    model.write(output, &config, |param| {
+        let Some((path, side @ ("weight" | "factor"))) = param.rsplit_once('.') else { return model.read(param) };
+        if rank_of(ranks, path) == 0 {
+            return model.read(param);
+        }
+        while side == "weight" && !factors.contains_key(path) {
+            if walk.next(|_, stage| factor_stage(stage, ranks, &mut factors))?.is_none() {
+                break;
+            }
+        }
+        let found = factors.get_mut(path).map(|[a, b]| std::mem::take(if side == "weight" { a } else { b }));
+        if side == "factor" {
+            factors.remove(path);
+        }
+        Ok(found.unwrap_or_default())
+    })?;
+    Ok(config)
+}
+
+fn rank_of(ranks: LowRank, path: &str) -> usize {
+    match path {
         _ if path.ends_with("attn.qkv") => ranks.qkv,
         _ if path.ends_with("attn.out") => ranks.out,
         _ if path.ends_with("mlp.input") => ranks.input,
         _ if path.ends_with("mlp.output") => ranks.output,
         _ => 0,
-    };
-    // Of two factors the first is asked for first, and the second is kept until it is.
-    let mut second = vec![];
-    model.write(output, &config, |param| {
-        let Some((path, side @ ("weight" | "factor"))) = param.rsplit_once('.') else { return model.read(param) };
-        let rank = of_path(path);
-        if rank == 0 {
-            return model.read(param);
-        }
-        if side == "factor" {
-            return Ok(std::mem::take(&mut second));
-        }
-        let name = format!("{path}.weight");
-        let (rows, columns) = super::sides(model.shape(&name)?);
-        let scales = scales.get(&name).map(|scales| positive(scales));
-        if let Some(scales) = scales.as_ref().filter(|scales| scales.len() != rows) {
-            let (expected, got) = (format!("{rows} of {name}"), scales.len().to_string());
-            return Err(TrainError::Input { what: "the scales", expected, got });
-        }
-        let [a, b] = factor::low_rank(&model.read(&name)?, [rows, columns], rank, scales.as_deref());
-        second = b;
-        Ok(a)
-    })?;
-    Ok(config)
+    }
 }
 
-/// Inputs that are never there count little, not nothing: a scale is divided by.
-fn positive(scales: &[f32]) -> Vec<f32> {
-    let largest = scales.iter().fold(0f32, |most, scale| most.max(*scale));
-    let least = if largest > 0.0 && largest.is_finite() { largest * 1e-3 } else { 1.0 };
-    scales.iter().map(|scale| scale.max(least)).collect()
+/// Puts the products in the place of the matrices, for the stages after this one to see.
+fn factor_stage(
+    stage: &mut Stage,
+    ranks: LowRank,
+    factors: &mut HashMap<String, [Vec<f32>; 2]>,
+) -> Result<(), TrainError> {
+    for (name, inputs) in &stage.inputs {
+        let path = name.trim_end_matches(".weight");
+        let rank = rank_of(ranks, path);
+        let Some(weight) = stage.parameters.get_mut(name).filter(|_| rank > 0) else { continue };
+        let (rows, columns) = super::sides(&weight.shape);
+        let moments = inputs.as_ref().map(|inputs| Hessian::new(inputs.width(), inputs.gram.clone())).transpose()?;
+        let [a, b] = factor::low_rank(&weight.values, [rows, columns], rank, moments.as_ref())?;
+        weight.values = factor::product(&a, &b, [rows, rank, columns]);
+        factors.insert(path.to_owned(), [a, b]);
+    }
+    Ok(())
 }

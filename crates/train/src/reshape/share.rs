@@ -48,7 +48,7 @@ pub fn share(
             let own = model.read(&name)?;
             let difference: Vec<f32> = own.iter().zip(shared).map(|(own, shared)| own - shared).collect();
             let (rows, columns) = super::sides(model.shape(&name)?);
-            let [down, up] = factor::low_rank(&difference, [rows, columns], delta_rank, None);
+            let [down, up] = factor::low_rank(&difference, [rows, columns], delta_rank, None)?;
             second = up;
             Ok(down)
         }
