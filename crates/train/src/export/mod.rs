@@ -157,9 +157,10 @@ pub fn export(path: impl AsRef<Path>, target: Target, out: impl AsRef<Path>) -> 
         fs::create_dir_all(parent).map_err(TrainError::io("create", parent))?;
     }
     // No other program has words for layers that share parameters, or for products of them.
-    let aside = tempfile::Builder::new().prefix(".firebox-expand-");
+    let mut named = tempfile::Builder::new();
+    named.prefix(".firebox-expand-");
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let aside = (!source.config.reduction.is_none()).then(|| aside.tempdir_in(parent)).transpose();
+    let aside = (!source.config.reduction.is_none()).then(|| named.tempdir_in(parent)).transpose();
     let aside = aside.map_err(TrainError::io("create a folder in", parent))?;
     if let Some(aside) = &aside {
         let expanded = aside.path().join("model");
