@@ -1,7 +1,7 @@
 //! A pipeline from a trained model to a smaller one, on real text.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use firebox_data::{Dataset, Source, prepare};
@@ -63,7 +63,7 @@ impl Trained {
 
     fn pipeline(&self, recipe: &str, out: &str) -> Result<Pipeline<'_>, TrainError> {
         let settings = "[calibration]\nrows = 16\n[eval]\nspeed_tokens = 0\n";
-        let recipe = CompressRecipe::parse("test", &format!("{settings}{recipe}"), &[])?;
+        let recipe = CompressRecipe::parse("test", &format!("{recipe}\n{settings}"), &[])?;
         let device = Backend::NdArray.device().unwrap();
         Pipeline::open(recipe, &self.start(), &self.dir.path().join(out), &self.dataset, &device)
     }
@@ -82,7 +82,7 @@ fn each_method_keeps_what_it_promises() {
     let trained = trained();
     let one = |step: &str, out: &str| trained.rows(&format!("[[steps]]\n{step}"), out)[1].clone();
     let start = trained.rows("[[steps]]\nkind = \"quantize\"\nformat = \"int8-channel\"\nmethod = \"nearest\"", "int8");
-    let ([f32, int8], _) = (perplexities(&start).try_into().unwrap(), ()) as ([f64; 2], ());
+    let [f32, int8]: [f64; 2] = perplexities(&start).try_into().unwrap();
     assert!((int8 / f32 - 1.0).abs() < 0.005, "int8: {int8}, f32: {f32}");
     assert!(start[1].measured.bytes * 10 < start[0].measured.bytes * 4);
 
@@ -105,6 +105,28 @@ fn each_method_keeps_what_it_promises() {
     };
     let [magnitude, wanda, sparse_gpt] = ["magnitude", "wanda", "sparse_gpt"].map(sparse);
     assert!(wanda < magnitude && sparse_gpt < magnitude, "{magnitude} {wanda} {sparse_gpt}");
+}
+
+#[test]
+fn models_of_other_shapes_are_steps_like_any_other() {
+    let trained = trained();
+    let recipe = "[[steps]]\nkind = \"shrink\"\nunits = 32\nkv_heads = 1\n\
+        [[steps]]\nkind = \"low_rank\"\nranks = { input = 24, output = 24 }\n\
+        [[steps]]\nkind = \"distill\"\nrecipe = \"tiny\"\n\
+        set = [\"train.steps=10\", \"eval.sample_tokens=0\", \"schedule={ kind = 'constant' }\"]\n\
+        [[steps]]\nkind = \"export\"\nformat = \"hf\"\n\
+        [[steps]]\nkind = \"quantize\"\nformat = \"int4-channel\"\nmethod = \"nearest\"\n";
+    let rows = trained.rows(recipe, "shapes");
+    let names: Vec<_> = rows.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["start", "without 1 kv heads, 32 units", "low rank", "distill", "hf", "nearest int4-channel"]);
+    let parameters: Vec<_> = rows.iter().map(|row| row.measured.parameters).collect();
+    assert!(parameters[1] < parameters[0] && parameters[2] < parameters[1], "{parameters:?}");
+    assert_eq!(parameters[2..], [parameters[2]; 4]);
+    let bytes: Vec<_> = rows.iter().map(|row| row.measured.bytes).collect();
+    assert!(bytes[1] < bytes[0] && bytes[2] < bytes[1] && 2 * bytes[5] < bytes[4], "{bytes:?}");
+    let perplexities = perplexities(&rows);
+    assert!(perplexities[3] < perplexities[2], "{perplexities:?}");
+    assert!(trained.dir.path().join("shapes/4-export/config.json").is_file());
 }
 
 const THREE_STEPS: &str = "[[steps]]\nkind = \"prune\"\nsparsity = 0.5\n[[steps]]\nkind = \"train\"\nrecipe = \"tiny\"\n\
@@ -172,5 +194,4 @@ fn what_cannot_be_done_is_said_before_it_begins() {
     trained.rows("[[steps]]\nkind = \"prune\"\nsparsity = 0.5\n", "one");
     let Err(other) = trained.pipeline("[[steps]]\nkind = \"prune\"\nsparsity = 0.6\n", "one") else { panic!() };
     assert!(other.to_string().contains("--out"), "{other}");
-    let _: &Path = trained.dir.path();
 }

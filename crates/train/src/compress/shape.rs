@@ -1,9 +1,7 @@
 //! Models of another shape.
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use super::layerwise::Layerwise;
 use super::pipeline::{Pipeline, Source};
 use super::recipe::{LowRankStep, Shrink};
 use crate::TrainError;
@@ -20,13 +18,7 @@ impl Pipeline<'_> {
 
     pub(super) fn low_rank(&self, step: &LowRankStep, source: &Source, into: &Path) -> Result<(), TrainError> {
         let batches = if step.calibrated { self.calibration(&source.config)? } else { vec![] };
-        let mut scales = HashMap::new();
-        let mut walk = Layerwise::new(|| source.model(&self.device), batches);
-        while let Some(stage) = if step.calibrated { walk.next(|_, _| Ok(()))? } else { None } {
-            let seen = stage.inputs.into_iter().filter_map(|(name, inputs)| Some((name, inputs?.rms())));
-            scales.extend(seen);
-        }
-        low_rank(&source.path, into, step.ranks, &scales)?;
+        low_rank(&source.path, into, step.ranks, batches)?;
         Ok(())
     }
 }

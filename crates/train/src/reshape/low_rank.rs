@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_compress::Hessian;
 use firebox_models::TokenBatch;
 use firebox_models::decoder::{DecoderConfig, LowRank, Reduction};
 
 use super::{ModelFolder, factor};
 use crate::TrainError;
-use crate::compress::layerwise::{Layerwise, Stage};
+use crate::compress::layerwise::{Inputs, Layerwise, Stage};
 use crate::model_io;
 
 /// Writes the model in `input` to the folder `output` with matrices of these ranks, where they are not 0: each the product of two. Without `batches`, it is the one that is
@@ -81,7 +80,7 @@ fn factor_stage(
         let rank = rank_of(ranks, path);
         let Some(weight) = stage.parameters.get_mut(name).filter(|_| rank > 0) else { continue };
         let (rows, columns) = super::sides(&weight.shape);
-        let moments = inputs.as_ref().map(|inputs| Hessian::new(inputs.width(), inputs.gram.clone())).transpose()?;
+        let moments = inputs.clone().map(Inputs::hessian).transpose()?;
         let [a, b] = factor::low_rank(&weight.values, [rows, columns], rank, moments.as_ref())?;
         weight.values = factor::product(&a, &b, [rows, rank, columns]);
         factors.insert(path.to_owned(), [a, b]);
