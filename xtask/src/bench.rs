@@ -22,7 +22,7 @@ use crate::workspace::Workspace;
   scaling    time and memory over context, width and depth
   shootout   every optimizer on one recipe: --data tinyshakespeare.txt
   mup        what a step changes over the width, with μP and without
-  compress   compressed models beside f32: --speed
+  compress   what each method makes of one model: --data TEXT; or tokens/s and memory: --speed
   speedrun   nanoGPT's CPU recipe to the same loss, wall-clock: --data tinyshakespeare.txt
 
 Examples:

@@ -7,11 +7,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::contender::{Contender, Programs, Runtime};
 use crate::error::{Error, Result};
+use crate::machine::Machine;
 use crate::protocol::{Job, Task, Training};
 use crate::scaling::Axis;
 use crate::train::Settings;
 use crate::{
-    compress, docs, kernel_calls, kernels, models, mup, optim, peak, scaling, shootout, speedrun, step, train, worker,
+    compress, docs, kernel_calls, kernels, models, mup, optim, peak, quality, scaling, shootout, speedrun, step, train,
+    worker,
 };
 
 /// Measures Firebox beside PyTorch and plain burn.
@@ -439,12 +441,18 @@ impl Speedrun {
     }
 }
 
-/// Compressed models beside the same ones in f32.
+/// Compressed models beside the same ones in f32: what each method costs in quality, or, with --speed, how fast they are.
 #[derive(Args)]
 struct Compress {
-    /// Tokens per second and memory, of a random model that does not fit the caches.
-    #[arg(long, required = true)]
+    /// Tokens per second and memory instead, of a random model that does not fit the caches.
+    #[arg(long)]
     speed: bool,
+    /// Text that the model was or is trained on, and judged by: file, folder or glob; may be given several times.
+    #[arg(long, value_name = "PATH", required_unless_present = "speed")]
+    data: Vec<String>,
+    /// A trained model of 6 layers [default: one of 11M parameters is trained first, in half an hour].
+    #[arg(long, value_name = "RUN", conflicts_with = "speed")]
+    model: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
 }
@@ -452,15 +460,37 @@ struct Compress {
 impl Compress {
     fn run(&self) -> Result<()> {
         let settings = self.common.settings(&[Contender::Firebox], 5);
-        let own = self.common.programs()?.own;
-        let folder = self.common.path("compress-models");
-        let report = compress::speed(&own, &folder, settings.threads, settings.rounds, settings.quick)?;
+        let software = [format!("Firebox {}", env!("CARGO_PKG_VERSION"))];
+        let software: Vec<&str> = software.iter().map(String::as_str).collect();
+        if self.speed {
+            let own = self.common.programs()?.own;
+            let folder = self.common.path("compress-models");
+            let report = compress::speed(&own, &folder, settings.threads, settings.rounds, settings.quick)?;
+            println!("{}", report.markdown());
+            if self.common.write_docs {
+                let machine = report.machine.describe(report.threads, &software);
+                docs::write_section_of(
+                    "compression.md",
+                    "compress-speed",
+                    &format!("{}\n{machine}", report.markdown()),
+                )?;
+            }
+            return self.common.save("compress-speed", &report);
+        }
+        firebox_tensor::threads::init(settings.threads)?;
+        let folder = self.common.path("compress-quality");
+        let report = quality::run(self.model.as_deref(), &self.data, &folder, settings.quick)?;
         println!("{}", report.markdown());
         if self.common.write_docs {
-            let machine = report.machine.describe(report.threads, &[&format!("Firebox {}", env!("CARGO_PKG_VERSION"))]);
-            docs::write_section_of("compression.md", "compress-speed", &format!("{}\n{machine}", report.markdown()))?;
+            let picture = docs::write_plot("compress", "perplexity by size", &report.picture()?)?;
+            let machine = Machine::here().describe(settings.threads, &software);
+            docs::write_section_of(
+                "compression.md",
+                "compress",
+                &format!("{}\n{picture}\n\n{machine}", report.markdown()),
+            )?;
         }
-        self.common.save("compress-speed", &report)
+        self.common.save("compress", &report)
     }
 }
 

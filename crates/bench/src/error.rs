@@ -143,3 +143,9 @@ impl Error {
         move |source| Self::Io { operation, path, source }
     }
 }
+
+impl From<firebox_train::TrainError> for Error {
+    fn from(error: firebox_train::TrainError) -> Self {
+        Self::Train(Box::new(error))
+    }
+}

@@ -23,6 +23,7 @@ mod optim;
 mod peak;
 mod plot;
 pub mod protocol;
+mod quality;
 pub mod race;
 mod scaling;
 mod shootout;

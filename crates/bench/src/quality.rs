@@ -12,7 +12,7 @@ use firebox_train::compress::recipe::CompressRecipe;
 use firebox_train::compress::report::picture;
 use firebox_train::model_io::load;
 use firebox_train::observe::Observers;
-use firebox_train::{Recipe, Trainer};
+use firebox_train::{Recipe, TrainError, Trainer};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -21,62 +21,122 @@ use crate::table::Table;
 /// A table of the results: what it shows, and its rows: name, and steps as TOML.
 struct Group {
     title: &'static str,
-    rows: &'static [(&'static str, &'static str)],
+    rows: Vec<(&'static str, String)>,
 }
 
-/// Rows that begin with the training of a model of their own, from nothing: name, values of the recipe.
-const GROUPS: [Group; 5] = [
-    Group {
-        title: "Quantization, 8 bits",
-        rows: &[
-            ("int8, a scale for the tensor", "kind = 'quantize'\nformat = 'int8'\nmethod = 'nearest'"),
-            ("int8, a scale for each output", "kind = 'quantize'\nformat = 'int8-channel'\nmethod = 'nearest'"),
-            ("int8, SmoothQuant", "kind = 'quantize'\nformat = 'int8-channel'\nmethod = 'smoothquant'"),
-            ("fp8", "kind = 'quantize'\nformat = 'fp8'\nmethod = 'nearest'"),
-        ],
-    },
-    Group {
-        title: "Quantization, 4 bits in groups of 64",
-        rows: &[
-            ("int4, nearest", "kind = 'quantize'\nformat = 'int4'\nmethod = 'nearest'"),
-            ("int4, least squares ranges", "kind = 'quantize'\nformat = 'int4'\nmethod = 'mse'"),
-            ("int4, AWQ", "kind = 'quantize'\nformat = 'int4'\nmethod = 'awq'"),
-            ("int4, GPTQ", "kind = 'quantize'\nformat = 'int4'\nmethod = 'gptq'"),
-            ("nf4, nearest", "kind = 'quantize'\nformat = 'nf4'\nmethod = 'nearest'"),
-        ],
-    },
-    Group {
-        title: "Quantization, 3 and 2 bits in groups of 64",
-        rows: &[
-            ("int3, nearest", "kind = 'quantize'\nformat = 'int3'\nmethod = 'nearest'"),
-            ("int3, AWQ", "kind = 'quantize'\nformat = 'int3'\nmethod = 'awq'"),
-            ("int3, GPTQ", "kind = 'quantize'\nformat = 'int3'\nmethod = 'gptq'"),
-            (
-                "4 bits on average, GPTQ",
-                "kind = 'quantize'\nformat = 'int4'\nmethod = 'gptq'\nbudget = { bits_per_weight = 4.0 }",
-            ),
-            ("int2, nearest", "kind = 'quantize'\nformat = 'int2'\nmethod = 'nearest'"),
-            ("int2, GPTQ", "kind = 'quantize'\nformat = 'int2'\nmethod = 'gptq'"),
-        ],
-    },
-    Group {
-        title: "Pruning, half of the weights",
-        rows: &[
-            ("magnitude", "kind = 'prune'\nmethod = 'magnitude'\nsparsity = 0.5"),
-            ("magnitude, global", "kind = 'prune'\nmethod = 'global_magnitude'\nsparsity = 0.5"),
-            ("Wanda", "kind = 'prune'\nmethod = 'wanda'\nsparsity = 0.5"),
-            ("SparseGPT", "kind = 'prune'\nmethod = 'sparse_gpt'\nsparsity = 0.5"),
-            ("magnitude 2:4", "kind = 'prune'\nmethod = 'magnitude'\nsparsity = '2:4'"),
-            ("Wanda 2:4", "kind = 'prune'\nmethod = 'wanda'\nsparsity = '2:4'"),
-            ("SparseGPT 2:4", "kind = 'prune'\nmethod = 'sparse_gpt'\nsparsity = '2:4'"),
-            ("SparseGPT 4:8", "kind = 'prune'\nmethod = 'sparse_gpt'\nsparsity = '4:8'"),
-        ],
-    },
-    Group {
-        title: "Structures removed",
-        rows: &[],
-    },
-];
+/// What a training run after a step is, or before one.
+const TUNE: &str = "recipe = 'default'\nset = ['train.steps=60', 'train.batch_rows=16', 'train.micro_batch_rows=8', 'optimizer.lr=5e-4', \
+    'schedule={ kind = \"wsd\", warmup_steps = 5, decay_fraction = 0.5 }', 'eval.sample_tokens=0', 'eval.every=0', 'checkpoint.every=30'";
+
+fn step(kind: &str, keys: &[(&str, &str)]) -> String {
+    let keys: String = keys.iter().map(|(key, value)| format!("{key} = '{value}'\n")).collect();
+    format!("[[steps]]\nkind = '{kind}'\n{keys}")
+}
+
+fn quantize(format: &str, method: &str) -> String {
+    step("quantize", &[("format", format), ("method", method)])
+}
+
+fn prune(method: &str, sparsity: &str) -> String {
+    step("prune", &[("method", method), ("sparsity", sparsity)])
+}
+
+/// Training, with more values of the recipe.
+fn tune(kind: &str, more: &[&str]) -> String {
+    let more: String = more.iter().map(|value| format!(", '{value}'")).collect();
+    format!("[[steps]]\nkind = '{kind}'\n{TUNE}{more}]\n")
+}
+
+fn groups() -> Vec<Group> {
+    let half = "[[steps]]\nkind = 'shrink'\nlayers = 3\n";
+    let low = "[[steps]]\nkind = 'low_rank'\nranks = { qkv = 192, out = 128, input = 192, output = 192 }\n";
+    let mixed = format!("{}budget = {{ bits_per_weight = 4.0 }}\n", quantize("int4", "gptq"));
+    vec![
+        Group {
+            title: "8 bits",
+            rows: vec![
+                ("int8, a scale for the tensor", quantize("int8", "nearest")),
+                ("int8, a scale for each output", quantize("int8-channel", "nearest")),
+                ("int8, SmoothQuant", quantize("int8-channel", "smoothquant")),
+                ("fp8", quantize("fp8", "nearest")),
+            ],
+        },
+        Group {
+            title: "4 bits in groups of 64",
+            rows: vec![
+                ("int4, nearest", quantize("int4", "nearest")),
+                ("int4, ranges of least squares", quantize("int4", "mse")),
+                ("int4, AWQ", quantize("int4", "awq")),
+                ("int4, GPTQ", quantize("int4", "gptq")),
+                ("nf4, nearest", quantize("nf4", "nearest")),
+                ("nf4, GPTQ", quantize("nf4", "gptq")),
+            ],
+        },
+        Group {
+            title: "3 and 2 bits in groups of 64",
+            rows: vec![
+                ("4 bits on average, GPTQ", mixed),
+                ("int3, nearest", quantize("int3", "nearest")),
+                ("int3, AWQ", quantize("int3", "awq")),
+                ("int3, GPTQ", quantize("int3", "gptq")),
+                ("int2, nearest", quantize("int2", "nearest")),
+                ("int2, GPTQ", quantize("int2", "gptq")),
+            ],
+        },
+        Group {
+            title: "Half of the weights zero",
+            rows: vec![
+                ("magnitude", prune("magnitude", "0.5")),
+                ("magnitude, global", prune("global_magnitude", "0.5")),
+                ("Wanda", prune("wanda", "0.5")),
+                ("SparseGPT", prune("sparse_gpt", "0.5")),
+                ("magnitude 2:4", prune("magnitude", "2:4")),
+                ("Wanda 2:4", prune("wanda", "2:4")),
+                ("SparseGPT 2:4", prune("sparse_gpt", "2:4")),
+                ("magnitude 4:8", prune("magnitude", "4:8")),
+                ("Wanda 4:8", prune("wanda", "4:8")),
+                ("SparseGPT 4:8", prune("sparse_gpt", "4:8")),
+            ],
+        },
+        Group {
+            title: "With 60 more steps of training",
+            rows: vec![
+                ("f32, as it is", tune("train", &[])),
+                (
+                    "int4, trained for it (LSQ)",
+                    tune("train", &["qat.bits=4", "qat.group=64", "qat.method=lsq"])
+                        + &quantize("int4-g64-sym", "nearest"),
+                ),
+                (
+                    "int2, trained for it (LSQ)",
+                    tune("train", &["qat.bits=2", "qat.group=64", "qat.method=lsq"])
+                        + &quantize("int2-g64-sym", "nearest"),
+                ),
+                ("SparseGPT 2:4, recovered", prune("sparse_gpt", "2:4") + &tune("train", &["prune.keep_zeros=true"])),
+                ("3 of 6 layers, trained alone", half.to_owned() + &tune("train", &[])),
+                ("3 of 6 layers, distilled", half.to_owned() + &tune("distill", &["distill.alpha=0.1"])),
+                (
+                    "a quarter of the units less",
+                    "[[steps]]\nkind = 'shrink'\nunits = 256\n".to_owned() + &tune("train", &[]),
+                ),
+                (
+                    "pairs of layers share",
+                    "[[steps]]\nkind = 'share'\nlayers_per_block = 2\n".to_owned() + &tune("train", &[]),
+                ),
+                (
+                    "pairs of layers share, rank 32 each",
+                    "[[steps]]\nkind = 'share'\nlayers_per_block = 2\ndelta_rank = 32\n".to_owned()
+                        + &tune("train", &[]),
+                ),
+                (
+                    "all layers share",
+                    "[[steps]]\nkind = 'share'\nlayers_per_block = 6\n".to_owned() + &tune("train", &[]),
+                ),
+                ("low rank", low.to_owned() + &tune("train", &[])),
+            ],
+        },
+    ]
+}
 
 /// What came of a model.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -111,26 +171,26 @@ pub fn run(model: Option<&Path>, data: &[String], folder: &Path, quick: bool) ->
     let loaded = load(&start, &device)?;
     let tokenizer = folder.join("tokenizer.json");
     // PANIC: models that Firebox trains have one.
-    loaded.tokenizer.expect("a tokenizer").save(&tokenizer).map_err(firebox_train::TrainError::from)?;
+    loaded.tokenizer.expect("a tokenizer").save(&tokenizer).map_err(TrainError::from)?;
     let dataset = dataset(&tokenizer.display().to_string(), data, folder)?;
     let description = describe(&loaded.model);
     let (mut first, mut outcomes) = (None, vec![]);
-    for group in &GROUPS {
-        for (name, steps) in group.rows {
+    for group in groups() {
+        for (name, steps) in &group.rows {
             eprintln!("    {}: {name}", group.title);
             let settings = if quick {
                 "[calibration]\nrows = 8\n[eval]\nmax_batches = 2\nspeed_tokens = 0\n"
             } else {
                 "[calibration]\nrows = 64\n[eval]\nmax_batches = 32\nspeed_tokens = 64\n"
             };
-            let recipe = CompressRecipe::parse(name, &format!("{settings}[[steps]]\n{steps}\n"), &[])?;
+            let recipe = CompressRecipe::parse(name, &format!("{steps}{settings}"), &[]).map_err(TrainError::from)?;
             let out = folder.join(slug(name));
-            let rows = Pipeline::open(recipe, &start, &out, &dataset, &device)?
-                .run(&mut |_| {}, &AtomicBool::new(false))?;
+            let rows =
+                Pipeline::open(recipe, &start, &out, &dataset, &device)?.run(&mut |_| {}, &AtomicBool::new(false))?;
             first.get_or_insert_with(|| rows[0].clone());
             outcomes.extend(rows.last().map(|row| Outcome {
                 group: group.title.into(),
-                name: (*name).into(),
+                name: (*name).to_owned(),
                 row: row.clone(),
             }));
         }
@@ -159,15 +219,22 @@ fn slug(name: &str) -> String {
 fn dataset(tokenizer: &str, data: &[String], folder: &Path) -> Result<Dataset> {
     let config = DataConfig { tokenizer: tokenizer.into(), vocab_size: 2048, ..DataConfig::default() };
     let found = prepare(&config, &[Source::new(data.to_vec())], &folder.join("cache"), &mut |_| {});
-    Ok(found.map_err(firebox_train::TrainError::from)?)
+    Ok(found.map_err(TrainError::from)?)
 }
 
 /// The model at the start, and the steps it takes: a quarter of what its size would bear, so that the benchmark ends within the hour.
 fn recipe(quick: bool) -> Result<Recipe> {
     let set = if quick {
-        ["model.d_model=64", "model.n_heads=2", "model.head_dim=32", "model.d_ff=128", "model.n_layers=2", "train.steps=20"]
-            .map(String::from)
-            .to_vec()
+        [
+            "model.d_model=64",
+            "model.n_heads=2",
+            "model.head_dim=32",
+            "model.d_ff=128",
+            "model.n_layers=2",
+            "train.steps=20",
+        ]
+        .map(String::from)
+        .to_vec()
     } else {
         vec!["train.steps=500".into()]
     };
@@ -184,7 +251,7 @@ fn recipe(quick: bool) -> Result<Recipe> {
         ]
         .map(String::from),
     );
-    Ok(Recipe::depth(6).with(&set)?)
+    Ok(Recipe::depth(6).with(&set).map_err(TrainError::from)?)
 }
 
 fn train(run: &PathBuf, data: &[String], folder: &Path, quick: bool) -> Result<()> {
@@ -213,8 +280,9 @@ impl Report {
             self.start.measured.bytes as f64 / 1e6,
             self.start.measured.tokens_per_s
         );
-        for group in GROUPS.iter().filter(|group| !group.rows.is_empty()) {
-            let mut table = Table::new(["", "perplexity", "change", "MB", "bits a weight", "parameters", "zeros", "tokens/s"]);
+        for group in groups() {
+            let mut table =
+                Table::new(["", "perplexity", "change", "MB", "bits a weight", "parameters", "zeros", "tokens/s"]);
             for outcome in self.outcomes.iter().filter(|outcome| outcome.group == group.title) {
                 let m = &outcome.row.measured;
                 table.row([
