@@ -2,7 +2,7 @@
 //!
 //! Every row is a pipeline of `firebox compress` from the same model, in a folder of its own: run again, what is there is not done again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use firebox_data::{DataConfig, Dataset, Source, prepare};
@@ -254,7 +254,7 @@ fn recipe(quick: bool) -> Result<Recipe> {
     Ok(Recipe::depth(6).with(&set).map_err(TrainError::from)?)
 }
 
-fn train(run: &PathBuf, data: &[String], folder: &Path, quick: bool) -> Result<()> {
+fn train(run: &Path, data: &[String], folder: &Path, quick: bool) -> Result<()> {
     let device = Backend::NdArray.device()?;
     let (recipe, dataset) = (recipe(quick)?, dataset("bpe", data, folder)?);
     let found = firebox_train::checkpoint::find_latest(run.join("checkpoints")).ok().map(|found| found.checkpoint);

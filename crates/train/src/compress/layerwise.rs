@@ -214,7 +214,8 @@ mod tests {
             assert_eq!(stage.cosine.is_some(), (1..=2).contains(&stage.number));
         }
         let mut all: Vec<String> = later(&model).into_iter().map(|(info, _)| info.name).collect();
-        (all.sort(), visited.sort());
+        all.sort();
+        visited.sort();
         assert_eq!((visited, matrices.len()), (all, 8));
     }
 

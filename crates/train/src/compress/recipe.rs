@@ -176,7 +176,7 @@ impl Quantize {
         let mut formats = vec![self.scalar()?];
         if let Some(budget) = &self.budget {
             formats.extend(budget.scalars()?);
-            if budget.formats.is_empty() || !(budget.bits_per_weight > 0.0) {
+            if budget.formats.is_empty() || budget.bits_per_weight.is_nan() || budget.bits_per_weight <= 0.0 {
                 let (expected, got) = ("bits above 0, and formats".into(), budget.bits_per_weight.to_string());
                 return Err(RecipeError::Value { key: "steps.budget", expected, got }.into());
             }

@@ -46,8 +46,11 @@ struct Item<'a> {
     pieces: Vec<(&'a Entry, &'a Piece)>,
 }
 
+/// Tensors that are of another type than asked for.
+type Fallbacks = Vec<(String, BlockType)>;
+
 /// All tensors, and those that are of another type than asked for.
-fn items(source: &Source, block: BlockType) -> Result<(Vec<Item<'_>>, Vec<(String, BlockType)>), ExportError> {
+fn items(source: &Source, block: BlockType) -> Result<(Vec<Item<'_>>, Fallbacks), ExportError> {
     let mut items: Vec<Item<'_>> = vec![];
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
     let mut fallbacks = vec![];

@@ -169,7 +169,9 @@ mod tests {
             Bytes::Values((0..n).map(|i| i as f32 + piece.name.len() as f32).collect())
         };
         let mut data = pieces.iter().map(values);
-        (0..plan.pieces().len()).for_each(|i| drop(writer.write(i, &mut data).unwrap()));
+        for i in 0..plan.pieces().len() {
+            writer.write(i, &mut data).unwrap();
+        }
         write_json(from.path().join("config.json"), &Family::of(&config).config_json(&config)).unwrap();
 
         let source = Source::open(from.path()).unwrap();
