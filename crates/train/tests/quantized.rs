@@ -295,7 +295,8 @@ fn files_from_elsewhere_are_not_believed() {
     case.save(&good);
     let name = "blocks.0.attn.qkv.weight";
     let key = |json: &mut Value, value: Value| json["quantization_config"]["tensors"][name] = value;
-    let changes: [(&str, &dyn Fn(&mut Value)); 12] = [
+    type Change<'a> = (&'a str, &'a dyn Fn(&mut Value));
+    let changes: [Change<'_>; 12] = [
         ("load the model that was quantized", &|json| json["quantization_config"]["quant_method"] = json!("gptq")),
         ("got nothing", &|json| json["quantization_config"] = json!({})),
         ("expected 1, got 2", &|json| json["quantization_config"]["version"] = json!(2)),
