@@ -159,6 +159,7 @@ pub struct Report {
 /// # Errors
 /// [`Error::Train`].
 pub fn run(model: Option<&Path>, data: &[String], folder: &Path, quick: bool) -> Result<Report> {
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let own = folder.join("model");
     let start = match model {
         Some(path) => path.to_path_buf(),

@@ -8,5 +8,6 @@ mod prune;
 mod quantize;
 pub mod recipe;
 pub mod report;
+mod rewrite;
 mod shape;
 mod training;

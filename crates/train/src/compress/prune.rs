@@ -7,12 +7,12 @@ use firebox_compress::Matrix;
 use firebox_compress::prune::{Mask, SparseGpt, Sparsity, magnitude, magnitude_global, sparsegpt, wanda};
 use firebox_models::decoder::packed::{from_matrix, to_matrix};
 
-use super::layerwise::{Inputs, Layerwise, Stage, Values};
+use super::layerwise::{Inputs, Stage, Values};
 use super::pipeline::{Pipeline, Progress, Source};
 use super::recipe::{Prune, PruneMethod, is_matrix};
+use super::rewrite::Formats;
 use crate::TrainError;
 use crate::model_io::later;
-use crate::quantized::{Weights, save};
 
 impl Pipeline<'_> {
     pub(super) fn prune(
@@ -27,7 +27,7 @@ impl Pipeline<'_> {
             PruneMethod::GlobalMagnitude => global(source, &self.device, step.sparsity)?,
             _ => BTreeMap::new(),
         };
-        self.rewrite(source, into, batches, on, |stage| {
+        self.rewrite(source, into, &Formats::new(), batches, on, |_, stage| {
             let inputs = std::mem::take(&mut stage.inputs).into_iter();
             let mut inputs: BTreeMap<String, Inputs> =
                 inputs.filter_map(|(name, found)| Some((name, found?))).collect();
@@ -50,32 +50,7 @@ impl Pipeline<'_> {
                 }
                 set_matrix(&name, stage, weight);
             }
-            Ok(())
-        })
-    }
-
-    /// Writes the model in f32 into the folder `into`, as `edit` leaves its stages.
-    pub(super) fn rewrite(
-        &self,
-        source: &Source,
-        into: &Path,
-        batches: Vec<firebox_models::TokenBatch>,
-        on: &mut dyn FnMut(Progress<'_>),
-        mut edit: impl FnMut(&mut Stage) -> Result<(), TrainError>,
-    ) -> Result<(), TrainError> {
-        let mut walk = Layerwise::new(|| source.model(&self.device), batches);
-        let mut ready = BTreeMap::<String, Values>::new();
-        let mut done = 0;
-        save(into, &source.config, &BTreeMap::new(), source.tokenizer.as_ref(), |name| {
-            while !ready.contains_key(name) {
-                let stage = walk.next(|_, stage| edit(stage))?;
-                // PANIC: `save` asks for the model's parameters, and every one is of a stage.
-                ready.extend(stage.unwrap_or_else(|| panic!("no stage has the parameter {name}")).parameters);
-                done += 1;
-                on(Progress::Stage { done, of: source.config.n_layers + 2 });
-            }
-            // PANIC: it was just found.
-            Ok(Weights::Full(ready.remove(name).expect("a parameter that is ready").values))
+            Ok(BTreeMap::new())
         })
     }
 }

@@ -3,21 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use firebox_compress::ScalarFormat;
 use firebox_compress::quantize::{self, Gptq, Ranges, awq, gptq, smooth_scales};
 use firebox_models::Layered;
 use firebox_models::decoder::Decoder;
 
-use super::layerwise::{Inputs, Layerwise, Stage};
+use super::layerwise::{Inputs, Stage};
 use super::pipeline::{Pipeline, Progress, Source};
 use super::prune::{matrix, set_matrix};
 use super::recipe::{Quantize, QuantizeMethod, is_matrix};
+use super::rewrite::Formats;
 use crate::TrainError;
 use crate::model_io::later;
-use crate::quantized::{Weights, save};
-
-/// Formats of parameters, by path.
-type Formats = BTreeMap<String, ScalarFormat>;
+use crate::quantized::Weights;
 
 impl Pipeline<'_> {
     pub(super) fn quantize(
@@ -32,23 +29,7 @@ impl Pipeline<'_> {
             formats.extend(self.within(budget, source)?);
         }
         let batches = if step.method.is_calibrated() { self.calibration(&source.config)? } else { vec![] };
-        let mut walk = Layerwise::new(|| source.model(&self.device), batches);
-        let (mut ready, mut done) = (BTreeMap::new(), 0);
-        save(into, &source.config, &formats, source.tokenizer.as_ref(), |name| {
-            while !ready.contains_key(name) {
-                let mut made = BTreeMap::new();
-                let stage = walk.next(|model, stage| quantize_stage(model, stage, step, &formats, &mut made))?;
-                // PANIC: `save` asks for the model's parameters, and every one is of a stage.
-                let stage = stage.unwrap_or_else(|| panic!("no stage has the parameter {name}"));
-                done += 1;
-                on(Progress::Stage { done, of: source.config.n_layers + 2 });
-                let full = stage.parameters.into_iter().filter(|(name, _)| !made.contains_key(name));
-                ready.extend(full.map(|(name, p)| (name, Weights::Full(p.values))).collect::<Vec<_>>());
-                ready.extend(made);
-            }
-            // PANIC: it was just found.
-            Ok(ready.remove(name).expect("a parameter that is ready"))
-        })
+        self.rewrite(source, into, &formats, batches, on, |model, stage| quantize_stage(model, stage, step, &formats))
     }
 }
 
@@ -63,14 +44,14 @@ fn formats(step: &Quantize, model: &Decoder) -> Result<Formats, TrainError> {
     Ok(found.filter_map(|(format, name)| Some((name, format?))).collect())
 }
 
-/// Quantizes what `formats` names of a stage into `made`, and leaves in the stage what that computes with.
+/// Quantizes what `formats` names of a stage, and leaves in the stage what that computes with.
 fn quantize_stage(
     model: &Decoder,
     stage: &mut Stage,
     step: &Quantize,
     formats: &Formats,
-    made: &mut BTreeMap<String, Weights>,
-) -> Result<(), TrainError> {
+) -> Result<BTreeMap<String, Weights>, TrainError> {
+    let mut made = BTreeMap::new();
     let mut inputs: BTreeMap<String, Inputs> =
         std::mem::take(&mut stage.inputs).into_iter().filter_map(|(name, found)| Some((name, found?))).collect();
     // From the last to the first: what scales the inputs of a later matrix goes into the outputs of an earlier one, which is not yet quantized then.
@@ -105,7 +86,7 @@ fn quantize_stage(
         set_matrix(&name, stage, quantized.dequantize());
         made.insert(name, Weights::Quantized(quantized));
     }
-    Ok(())
+    Ok(made)
 }
 
 /// Divides what makes a matrix's inputs.

@@ -435,7 +435,13 @@ impl CompressRecipe {
     pub(super) fn check(&self, model: &Decoder) -> Result<(), TrainError> {
         let matrices: Vec<_> = later(model).into_iter().map(|(info, _)| (info.name, info.shape)).collect();
         let mut matrices: Vec<_> = matrices.into_iter().filter(|(name, shape)| is_matrix(name, shape.len())).collect();
+        let mut quantized = false;
         for step in &self.steps {
+            if quantized && !step.is_export() {
+                let expected = "nothing but exports after quantize: a quantized model is not changed".into();
+                return Err(RecipeError::Value { key: "steps", expected, got: step.kind().into() }.into());
+            }
+            quantized |= matches!(step, Step::Quantize(_));
             match step {
                 Step::Prune(prune) => prune.check(&matrices)?,
                 Step::Quantize(quantize) => quantize.check(&matrices)?,

@@ -353,7 +353,8 @@ mod tests {
                     let zeros = (case >= 2).then(|| zeros.clone());
                     let value = |o: usize, i: usize| {
                         let byte = codes[o * inputs.div_ceil(2) + i / 2];
-                        let (code, g) = (if i % 2 == 0 { byte & 15 } else { byte >> 4 }, o * groups + i / group);
+                        let (code, g) =
+                            (if i.is_multiple_of(2) { byte & 15 } else { byte >> 4 }, o * groups + i / group);
                         let zero = zeros.as_ref().map_or(0.0, |zeros| f32::from(zeros[g]));
                         stored.get(g) * (levels[usize::from(code)] - zero)
                     };
