@@ -218,7 +218,9 @@ fn slug(name: &str) -> String {
 }
 
 fn dataset(tokenizer: &str, data: &[String], folder: &Path) -> Result<Dataset> {
-    let config = DataConfig { tokenizer: tokenizer.into(), vocab_size: 2048, ..DataConfig::default() };
+    // Enough for the steps; each run ends with an evaluation on all that is held out.
+    let max_bytes = Some(8 << 20);
+    let config = DataConfig { tokenizer: tokenizer.into(), vocab_size: 2048, max_bytes, ..DataConfig::default() };
     let found = prepare(&config, &[Source::new(data.to_vec())], &folder.join("cache"), &mut |_| {});
     Ok(found.map_err(TrainError::from)?)
 }
