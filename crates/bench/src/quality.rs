@@ -25,8 +25,8 @@ struct Group {
 }
 
 /// What a training run after a step is, or before one.
-const TUNE: &str = "recipe = 'default'\nset = ['train.steps=60', 'train.batch_rows=16', 'train.micro_batch_rows=8', 'optimizer.lr=5e-4', \
-    'schedule={ kind = \"wsd\", warmup_steps = 5, decay_fraction = 0.5 }', 'eval.sample_tokens=0', 'eval.every=0', 'checkpoint.every=30'";
+const TUNE: &str = "recipe = 'default'\nset = ['train.steps=40', 'train.batch_rows=16', 'train.micro_batch_rows=8', 'optimizer.lr=5e-4', \
+    'schedule={ kind = \"wsd\", warmup_steps = 5, decay_fraction = 0.5 }', 'eval.sample_tokens=0', 'eval.every=0', 'checkpoint.every=40'";
 
 fn step(kind: &str, keys: &[(&str, &str)]) -> String {
     let keys: String = keys.iter().map(|(key, value)| format!("{key} = '{value}'\n")).collect();
@@ -49,7 +49,6 @@ fn tune(kind: &str, more: &[&str]) -> String {
 
 fn groups() -> Vec<Group> {
     let half = "[[steps]]\nkind = 'shrink'\nlayers = 3\n";
-    let low = "[[steps]]\nkind = 'low_rank'\nranks = { qkv = 192, out = 128, input = 192, output = 192 }\n";
     let mixed = format!("{}budget = {{ bits_per_weight = 4.0 }}\n", quantize("int4", "gptq"));
     vec![
         Group {
@@ -99,7 +98,7 @@ fn groups() -> Vec<Group> {
             ],
         },
         Group {
-            title: "With 60 more steps of training",
+            title: "With 40 more steps of training",
             rows: vec![
                 ("f32, as it is", tune("train", &[])),
                 (
@@ -116,23 +115,13 @@ fn groups() -> Vec<Group> {
                 ("3 of 6 layers, trained alone", half.to_owned() + &tune("train", &[])),
                 ("3 of 6 layers, distilled", half.to_owned() + &tune("distill", &["distill.alpha=0.1"])),
                 (
-                    "a quarter of the units less",
-                    "[[steps]]\nkind = 'shrink'\nunits = 256\n".to_owned() + &tune("train", &[]),
-                ),
-                (
                     "pairs of layers share",
                     "[[steps]]\nkind = 'share'\nlayers_per_block = 2\n".to_owned() + &tune("train", &[]),
-                ),
-                (
-                    "pairs of layers share, rank 32 each",
-                    "[[steps]]\nkind = 'share'\nlayers_per_block = 2\ndelta_rank = 32\n".to_owned()
-                        + &tune("train", &[]),
                 ),
                 (
                     "all layers share",
                     "[[steps]]\nkind = 'share'\nlayers_per_block = 6\n".to_owned() + &tune("train", &[]),
                 ),
-                ("low rank", low.to_owned() + &tune("train", &[])),
             ],
         },
     ]

@@ -182,6 +182,7 @@ mod tests {
         assert!(want.names().all(|name| want.bytes(name).unwrap() == got.bytes(name).unwrap()));
         let sizes = fs::read_dir(to.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
         let sizes: Vec<u64> = sizes.collect();
-        assert!(sizes.len() > 3 && sizes.iter().all(|size| *size < 150_000), "{sizes:?}");
+        // The largest tensors, of 180 kB, have a file each.
+        assert!(sizes.len() > 3 && sizes.iter().all(|size| *size < 181_000), "{sizes:?}");
     }
 }
