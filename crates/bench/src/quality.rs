@@ -303,8 +303,9 @@ impl Report {
     pub fn picture(&self) -> Result<String> {
         let size = |row: &Row| row.measured.bytes as f64 / 1e6;
         let mut points = vec![(size(&self.start), self.start.measured.perplexity, "f32".to_owned())];
-        // What is zero takes as much room: those have no place here.
-        let shown = self.outcomes.iter().filter(|outcome| outcome.row.measured.sparsity < 0.4);
+        // Zeros that are stored as floats take as much room: those models have no place here.
+        let stored = |m: &firebox_train::compress::measure::Measured| m.bits_per_weight < 31.0 || m.sparsity < 0.4;
+        let shown = self.outcomes.iter().filter(|outcome| stored(&outcome.row.measured));
         points.extend(shown.map(|o| (size(&o.row), o.row.measured.perplexity, o.name.clone())));
         picture(&points).map_err(|error| Error::Draw { plot: "compress".into(), reason: error.to_string() })
     }
