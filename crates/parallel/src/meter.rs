@@ -330,15 +330,14 @@ mod tests {
             Ok::<_, CommError>((waited, comm.meter().traffic() - before, comm.meter().recorded()))
         });
         let times = times.unwrap();
-        // On a busy machine everyone waits now and then; who comes early waits longer.
-        assert!(times[0].0.idle > LATE / 2 && times[0].0.idle > times[1].0.idle, "{times:?}");
+        assert!(times[0].0.idle > LATE / 2 && times[1].0.idle < LATE / 2, "{times:?}");
         for (_, all, calls) in times {
-            assert!(all.hidden > Duration::ZERO, "{all:?}");
+            assert!(all.hidden > Duration::ZERO && all.hidden > all.exposed, "{all:?}");
             let places: Vec<Place> = calls.iter().map(|call| call.place).collect();
             assert_eq!(places, [Place::Here, Place::Background, Place::Awaited]);
             assert!(calls.iter().all(|call| call.start <= call.met && call.met <= call.end), "{calls:?}");
             let moved = calls[1].end - calls[1].met;
-            assert!(all.hidden <= moved, "{all:?} {calls:?}");
+            assert!(all.hidden <= moved && moved < LATE * 4, "{all:?} {calls:?}");
         }
     }
 }

@@ -1,7 +1,6 @@
 //! `firebox compress`: a smaller model, step by step.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::Args;
 use firebox::train::TrainError;
@@ -22,7 +21,7 @@ use super::{CliError, DeviceArgs};
 ///   [[steps]]
 ///   kind = "prune"
 ///   method = "wanda"
-///   pattern = "2:4"
+///   sparsity = "2:4"
 ///   [[steps]]
 ///   kind = "quantize"
 ///   format = "int4"
@@ -84,11 +83,9 @@ pub fn run(args: CompressArgs) -> Result<(), CliError> {
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
     println!("\n{}", header());
-    let mut begun = Instant::now();
     let rows = pipeline.run(
         &mut |progress| match progress {
             Progress::Begun { name, .. } => {
-                begun = Instant::now();
                 bar.reset();
                 bar.set_message(name.to_owned());
                 bar.tick();

@@ -149,9 +149,9 @@ impl<'a, M: Layered> Layerwise<'a, M> {
         let inputs = inputs.map(|(found, name)| found.map_or((name, None), |(name, inputs)| (name, Some(inputs))));
         let cosine = (!cosine.is_empty()).then(|| cosine.iter().sum::<f64>() / cosine.len() as f64);
         let mut stage = Stage { number: i, parameters, inputs: inputs.collect(), cosine };
-        let before = stage.parameters.clone();
+        let before = (run && !self.batches.is_empty()).then(|| stage.parameters.clone());
         edit(&model, &mut stage)?;
-        if run && !self.batches.is_empty() {
+        if let Some(before) = before {
             let changed = stage.parameters.iter().filter(|(name, p)| before.get(*name) != Some(p));
             let changed: HashMap<_, _> = changed.map(|(name, p)| (name.clone(), p.values.clone())).collect();
             drop(before);

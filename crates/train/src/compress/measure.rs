@@ -10,10 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::recipe::EvalPart;
 use crate::TrainError;
-use crate::checkpoint::{TensorFile, resolve};
 use crate::evaluate::evaluate;
 use crate::generate::{Sampling, generate};
-use crate::model_io::{later, load};
+use crate::model_io::{Folder, later, load};
 
 /// A model, measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,8 +65,7 @@ pub fn measure(path: &Path, dataset: &Dataset, device: &Device, part: &EvalPart)
 
 /// Bytes of a model's tensors.
 fn tensor_bytes(path: &Path) -> Result<u64, TrainError> {
-    let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
-    let file = if plain { TensorFile::open(path)? } else { resolve(path)?.checkpoint.tensors("model.safetensors")? };
+    let file = Folder::open(path)?.file;
     let sizes = file.names().map(|name| Ok(file.bytes(name)?.len() as u64));
     sizes.sum::<Result<u64, TrainError>>()
 }
