@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use firebox::models::decoder::hf::{Entry, Family};
-use firebox::models::decoder::{Decoder, KvCache};
+use firebox::models::transformer::hf::{Entry, Family};
+use firebox::models::transformer::{KvCache, Transformer};
 use firebox::models::{Staged, TokenBatch};
 use firebox::optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox::tensor::device::Backend;
@@ -24,7 +24,7 @@ const LOSSES: f64 = 1e-5;
 
 struct Golden {
     file: TensorFile,
-    model: Decoder,
+    model: Transformer,
     batch: TokenBatch,
     entries: Vec<Entry>,
 }

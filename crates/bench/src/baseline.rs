@@ -10,7 +10,7 @@ use burn::nn::{
 };
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
-use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::{FeedForward, NormKind, Positions, TransformerConfig};
 use firebox_tensor::device::Backend;
 use firebox_train::observe::memory;
 
@@ -41,7 +41,7 @@ struct Block {
 }
 
 #[derive(Module, Debug)]
-struct Decoder {
+struct Transformer {
     embed: Embedding,
     positions: Option<Embedding>,
     blocks: Vec<Block>,
@@ -60,7 +60,7 @@ struct Shared {
 }
 
 impl Norm {
-    fn new(c: &DecoderConfig, device: &Device) -> Self {
+    fn new(c: &TransformerConfig, device: &Device) -> Self {
         match c.norm {
             NormKind::LayerNorm => {
                 let config = LayerNormConfig::new(c.d_model).with_epsilon(c.norm_eps).with_bias(c.bias);
@@ -79,7 +79,7 @@ impl Norm {
 }
 
 impl Block {
-    fn new(c: &DecoderConfig, device: &Device) -> Self {
+    fn new(c: &TransformerConfig, device: &Device) -> Self {
         let init = |std| Initializer::Normal { mean: 0.0, std };
         let linear = |i, o, std| LinearConfig::new(i, o).with_bias(c.bias).with_initializer(init(std)).init(device);
         let (d, std, residual_std) = (c.d_model, c.init_std, c.init_std / (2.0 * c.n_layers as f64).sqrt());
@@ -132,8 +132,8 @@ fn attention(qkv: Tensor<3>, shared: &Shared) -> Tensor<3> {
     weights.matmul(v).swap_dims(1, 2).reshape([b, t, h * e])
 }
 
-impl Decoder {
-    fn new(c: &DecoderConfig, device: &Device) -> Self {
+impl Transformer {
+    fn new(c: &TransformerConfig, device: &Device) -> Self {
         let init = Initializer::Normal { mean: 0.0, std: c.init_std };
         let table = |rows| EmbeddingConfig::new(rows, c.d_model).with_initializer(init.clone()).init(device);
         let head = LinearConfig::new(c.d_model, c.vocab_size).with_bias(false).with_initializer(init.clone());
@@ -209,7 +209,7 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
         .with_grad_clipping(Some(GradientClippingConfig::Norm(task.clip as f32)))
         .init();
     let loss_fn = CrossEntropyLossConfig::new().init(&device);
-    let mut model = Some(Decoder::new(c, &device));
+    let mut model = Some(Transformer::new(c, &device));
     let params = model.as_ref().map_or(0, Module::num_params) as u64;
     let mut step = || {
         let Some(current) = model.take() else { return f64::NAN };

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use firebox_compress::quantize::{Ranges, nearest};
 use firebox_compress::{Matrix, ScalarFormat};
-use firebox_models::decoder::packed::{matrix_shape, to_matrix};
-use firebox_models::decoder::{Decoder, DecoderConfig, hf::Family, presets};
+use firebox_models::transformer::packed::{matrix_shape, to_matrix};
+use firebox_models::transformer::{Transformer, TransformerConfig, hf::Family, presets};
 use firebox_tensor::device::Backend;
 use firebox_train::TrainError;
 use firebox_train::generate::{Sampling, generate};
@@ -77,7 +77,7 @@ pub fn speed(own: &Path, folder: &Path, threads: usize, rounds: usize, quick: bo
     // PANIC: a preset of this name is built in.
     let preset = presets::named(name).expect("the preset gpt2");
     let config = match quick {
-        true => DecoderConfig {
+        true => TransformerConfig {
             vocab_size: 512,
             d_model: 128,
             n_heads: 4,
@@ -88,7 +88,7 @@ pub fn speed(own: &Path, folder: &Path, threads: usize, rounds: usize, quick: bo
             context: 128,
             ..preset
         },
-        false => DecoderConfig { context: 256, ..preset },
+        false => TransformerConfig { context: 256, ..preset },
     };
     make(&config, folder)?;
     let tokens = if quick { 16 } else { 100 };
@@ -143,12 +143,12 @@ impl Report {
 }
 
 /// Writes the model in every variant that is not there.
-fn make(config: &DecoderConfig, folder: &Path) -> Result<()> {
+fn make(config: &TransformerConfig, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     if VARIANTS.iter().all(|(name, ..)| folder.join(name).is_dir()) {
         return Ok(());
     }
-    let model = Decoder::new(config, 1337, &Backend::NdArray.device()?)?;
+    let model = Transformer::new(config, 1337, &Backend::NdArray.device()?)?;
     let values: BTreeMap<String, _> = parameters(&model).into_iter().collect();
     drop(model);
     let entries = Family::of(config).entries(config);

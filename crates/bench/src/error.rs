@@ -105,7 +105,7 @@ pub enum Error {
     },
     /// A shape that no model has.
     #[error(transparent)]
-    Model(#[from] firebox_models::decoder::ConfigError),
+    Model(#[from] firebox_models::transformer::ConfigError),
     /// The optimizer.
     #[error(transparent)]
     Optim(#[from] firebox_optim::OptimError),

@@ -1,6 +1,6 @@
 //! The models of `bench train`.
 
-use firebox_models::decoder::{DecoderConfig, presets};
+use firebox_models::transformer::{TransformerConfig, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::Training;
@@ -36,9 +36,9 @@ pub struct Target {
 pub fn all() -> Vec<Spec> {
     // The presets are part of the library's interface, and tested there.
     let preset = |name| presets::named(name).unwrap_or_else(|| presets::depth(1, 256));
-    let gpt2 = DecoderConfig { dropout: 0.0, ..preset("gpt2") };
+    let gpt2 = TransformerConfig { dropout: 0.0, ..preset("gpt2") };
     // GPT-2's initial weights, so that all losses start near ln V.
-    let llama = DecoderConfig { tied: false, init_std: 0.02, ..preset("llama-30m") };
+    let llama = TransformerConfig { tied: false, init_std: 0.02, ..preset("llama-30m") };
     vec![
         Spec {
             name: "gpt-14m".to_owned(),
@@ -73,7 +73,7 @@ pub fn all() -> Vec<Spec> {
 }
 
 /// The training of a model, with nanoGPT's AdamW and clipping.
-pub fn training(model: DecoderConfig, batch: usize, tokens: usize) -> Training {
+pub fn training(model: TransformerConfig, batch: usize, tokens: usize) -> Training {
     Training {
         model,
         batch,

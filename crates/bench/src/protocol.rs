@@ -7,7 +7,7 @@
 use std::io::{self, BufRead, Write};
 use std::time::Instant;
 
-use firebox_models::decoder::DecoderConfig;
+use firebox_models::transformer::TransformerConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
@@ -43,7 +43,7 @@ pub enum Task {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Training {
     /// The model's shape.
-    pub model: DecoderConfig,
+    pub model: TransformerConfig,
     /// B: rows of a batch.
     pub batch: usize,
     /// T: tokens of a row, at most the model's context.
@@ -72,7 +72,7 @@ impl Training {
 
     /// Floating-point operations per token at this row length.
     pub fn flops_per_token(&self) -> f64 {
-        DecoderConfig { context: self.tokens, ..self.model.clone() }.flops_per_token()
+        TransformerConfig { context: self.tokens, ..self.model.clone() }.flops_per_token()
     }
 
     /// The batch: inputs and targets, `[B, T]` each.

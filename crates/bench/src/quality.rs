@@ -195,7 +195,7 @@ pub fn run(model: Option<&Path>, data: &[String], folder: &Path, quick: bool) ->
     Ok(Report { model: description, start: first.expect("a first row"), outcomes })
 }
 
-fn describe(model: &firebox_models::decoder::Decoder) -> String {
+fn describe(model: &firebox_models::transformer::Transformer) -> String {
     let c = model.config();
     format!(
         "A decoder of {:.1}M parameters ({} layers, width {}, context {}, {} tokens)",

@@ -1,7 +1,7 @@
 //! `bench scaling`: how time and memory of a step grow with context, width and depth.
 
 use clap::ValueEnum;
-use firebox_models::decoder::{DecoderConfig, presets};
+use firebox_models::transformer::{TransformerConfig, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::contender::{Contender, Programs};
@@ -55,7 +55,7 @@ impl Axis {
     fn training(self, value: usize) -> Training {
         match self {
             Self::Context => {
-                let model = DecoderConfig { context: value, init_std: 0.02, ..presets::depth(4, 4096) };
+                let model = TransformerConfig { context: value, init_std: 0.02, ..presets::depth(4, 4096) };
                 training(model, 4096 / value, value)
             }
             Self::Width => training(gpt(4, value), 4, 256),
@@ -64,9 +64,9 @@ impl Axis {
     }
 }
 
-fn gpt(n_layers: usize, d_model: usize) -> DecoderConfig {
+fn gpt(n_layers: usize, d_model: usize) -> TransformerConfig {
     let n_heads = d_model / 64;
-    DecoderConfig {
+    TransformerConfig {
         d_model,
         n_layers,
         n_heads,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use firebox_models::decoder::presets;
+use firebox_models::transformer::presets;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 

@@ -1,7 +1,7 @@
 //! Firebox's contender in training: the step that `firebox_train::Trainer` takes.
 
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::device::Backend;
 use firebox_tensor::ops::Compute;
@@ -15,7 +15,7 @@ use crate::protocol::{Ready, Training, serve};
 /// What a step needs and changes.
 struct State {
     // Taken out while the optimizer updates it.
-    model: Option<Decoder>,
+    model: Option<Transformer>,
     engine: Engine,
     /// Whether the optimizer runs inside backward.
     in_backward: bool,
@@ -65,7 +65,7 @@ pub fn work(contender: Contender, task: &Training) -> Result<()> {
     let mut state = State {
         engine: Engine { recompute, compute, offload: None },
         in_backward: contender == Contender::FireboxLean,
-        model: Some(Decoder::new(&task.model, task.seed, &device)?),
+        model: Some(Transformer::new(&task.model, task.seed, &device)?),
         optimizer: Optimizer::new(config, DecayRule::Matrices)?,
         batch: TokenBatch::plain(task.batch, task.tokens, inputs, targets),
         lr: task.lr,

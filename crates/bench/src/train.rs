@@ -252,7 +252,7 @@ mod tests {
     }
 
     fn report() -> Report {
-        let training = models::training(firebox_models::decoder::presets::nanogpt_cpu(65), 12, 64);
+        let training = models::training(firebox_models::transformer::presets::nanogpt_cpu(65), 12, 64);
         Report {
             name: "a".to_owned(),
             title: "A model".to_owned(),

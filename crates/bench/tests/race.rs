@@ -8,14 +8,14 @@ use firebox_bench::contender::{Contender, Programs};
 use firebox_bench::models::training;
 use firebox_bench::protocol::{Job, Task, Training};
 use firebox_bench::race::{Entry, race};
-use firebox_models::decoder::{DecoderConfig, presets};
+use firebox_models::transformer::{TransformerConfig, presets};
 
 fn programs() -> Programs {
     Programs { own: PathBuf::from(env!("CARGO_BIN_EXE_firebox-bench")), ..Programs::default() }
 }
 
 fn tiny() -> Training {
-    let model = DecoderConfig {
+    let model = TransformerConfig {
         n_layers: 2,
         d_model: 32,
         n_heads: 2,
@@ -55,7 +55,7 @@ fn two_workers_take_turns_and_train_the_same_model() {
 
 #[test]
 fn a_worker_that_dies_says_why() {
-    let model = DecoderConfig { n_kv_heads: 3, ..tiny().model };
+    let model = TransformerConfig { n_kv_heads: 3, ..tiny().model };
     let task = Task::Train(Training { model, ..tiny() });
     let error = race(&programs(), &[entry(1, task, Contender::Firebox, 1, 1)], &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("firebox died") && error.contains("n_kv_heads"), "{error}");

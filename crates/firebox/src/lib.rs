@@ -13,12 +13,12 @@
 //! | [`train`] | `firebox-train` | recipes, the loop, checkpoints, reports, generation |
 //!
 //! ```
-//! use firebox::models::decoder::{Decoder, presets};
+//! use firebox::models::transformer::{Transformer, presets};
 //! use firebox::tensor::device::Backend;
 //! use firebox::train::generate::{Sampling, generate};
 //!
 //! let device = Backend::NdArray.device()?;
-//! let model = Decoder::new(&presets::depth(1, 300), 1337, &device)?;
+//! let model = Transformer::new(&presets::depth(1, 300), 1337, &device)?;
 //! let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
 //! let ids = generate(&model, &[1, 2, 3], 4, &greedy, None, |_| true)?;
 //! assert_eq!(ids.len(), 7);

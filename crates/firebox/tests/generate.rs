@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use common::Lab;
 use firebox::models::TokenBatch;
-use firebox::models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox::models::transformer::{FeedForward, Head, NormKind, Positions, Transformer, TransformerConfig};
 use firebox::tensor::device::Backend;
 use firebox::train::checkpoint::TensorFile;
 use firebox::train::generate::{Sampling, generate};
@@ -16,8 +16,8 @@ use firebox::train::model_io::{load, to_host};
 const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, seed: 1337 };
 
 /// Odd sizes; weights large enough that the most likely token is not always the same.
-fn models() -> [(&'static str, Decoder); 2] {
-    let llama = DecoderConfig {
+fn models() -> [(&'static str, Transformer); 2] {
+    let llama = TransformerConfig {
         vocab_size: 37,
         d_model: 30,
         n_layers: 2,
@@ -30,6 +30,11 @@ fn models() -> [(&'static str, Decoder); 2] {
         qk_norm: true,
         attention_softcap: 4.0,
         logit_softcap: 6.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Default::default(),
         norm: NormKind::RmsNorm,
@@ -41,12 +46,17 @@ fn models() -> [(&'static str, Decoder); 2] {
         dropout: 0.0,
         init_std: 0.3,
     };
-    let gpt2 = DecoderConfig {
+    let gpt2 = TransformerConfig {
         n_heads: 5,
         n_kv_heads: 5,
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Default::default(),
         norm: NormKind::LayerNorm,
@@ -58,17 +68,17 @@ fn models() -> [(&'static str, Decoder); 2] {
         ..llama.clone()
     };
     let device = Backend::NdArray.device().unwrap();
-    [("llama", llama), ("gpt2", gpt2)].map(|(name, config)| (name, Decoder::new(&config, 7, &device).unwrap()))
+    [("llama", llama), ("gpt2", gpt2)].map(|(name, config)| (name, Transformer::new(&config, 7, &device).unwrap()))
 }
 
 /// Logits of what follows `ids`, without a cache.
-fn next_logits(model: &Decoder, ids: &[i32]) -> Vec<f32> {
+fn next_logits(model: &Transformer, ids: &[i32]) -> Vec<f32> {
     let logits = to_host(model.logits(&TokenBatch::plain(1, ids.len(), ids.to_vec(), vec![-100; ids.len()])));
     logits[logits.len() - model.config().vocab_size..].to_vec()
 }
 
 /// Greedy choice of `n` tokens, everything computed anew for each.
-fn greedy_without_cache(model: &Decoder, prompt: &[i32], n: usize) -> Vec<i32> {
+fn greedy_without_cache(model: &Transformer, prompt: &[i32], n: usize) -> Vec<i32> {
     let context = model.config().context;
     let mut ids = prompt.to_vec();
     let mut start = ids.len().saturating_sub(context);

@@ -3,17 +3,17 @@
 //! Transformer models for training on [burn](https://burn.dev): for one device, or divided among ranks by tables that are data ([`Placement`]); no files, no flags.
 //! A model is a list of [stages](Staged), so that whoever drives it decides what is kept, recomputed, sharded or sent.
 //!
-//! - [`decoder`]: one configurable causal decoder that covers GPT-2 and Llama, from 1M to 70B parameters, with its KV cache and the names and
+//! - [`transformer`]: one configurable transformer that covers GPT-2 and Llama, from 1M to 70B parameters, with its KV cache and the names and
 //!   layouts under which Hugging Face stores it.
 //!
 //! ```
-//! use firebox_models::decoder::{Decoder, DecoderConfig, presets};
+//! use firebox_models::transformer::{Transformer, TransformerConfig, presets};
 //! use firebox_models::{Staged, TokenBatch};
 //! use firebox_tensor::device::Backend;
 //!
 //! let device = Backend::NdArray.device()?.autodiff();
-//! let config = DecoderConfig { vocab_size: 64, context: 16, ..presets::depth(2, 64) };
-//! let model = Decoder::new(&config, 1337, &device)?;
+//! let config = TransformerConfig { vocab_size: 64, context: 16, ..presets::depth(2, 64) };
+//! let model = Transformer::new(&config, 1337, &device)?;
 //! let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
 //! let loss = model.loss(&batch, Some(0));
 //! let grads = loss.backward();
@@ -21,13 +21,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-pub mod decoder;
 mod layered;
 mod lesson;
 mod placement;
 mod stage;
+pub mod transformer;
 
 pub use layered::{Layered, Scaled};
 pub use lesson::{Hints, Lesson, Taught};
 pub use placement::{Placement, Segment};
-pub use stage::{Flow, Staged, TokenBatch};
+pub use stage::{Extra, Flow, Staged, TokenBatch};

@@ -22,6 +22,23 @@ pub struct TokenBatch {
     pub loss_scale: f64,
     /// What a teacher says of these tokens, where a student learns from one. It is for training: without it, the loss is that of the targets alone.
     pub lesson: Option<Lesson>,
+    /// What its rows have besides tokens.
+    pub extra: Option<Arc<Extra>>,
+}
+
+/// What rows of a batch have besides tokens; what a model does not ask for is empty.
+#[derive(Clone, Debug, Default)]
+pub struct Extra {
+    /// The class of each row, `[B]`; negative where it has none.
+    pub labels: Vec<i32>,
+    /// The numbers that each row is to give, `[B, N]`.
+    pub values: Vec<f32>,
+    /// The type of each token, `[B, T]`.
+    pub token_types: Vec<i32>,
+    /// Normalized pixels of each row's image, `[B, C, size, size]`.
+    pub pixels: Vec<f32>,
+    /// The logarithm of each row's probability under a reference model, `[B]`; rows come in pairs, the preferred one first.
+    pub reference: Vec<f32>,
 }
 
 impl TokenBatch {
@@ -29,7 +46,7 @@ impl TokenBatch {
     pub fn new(inputs: Vec<i32>, targets: Vec<i32>, sequence: Sequence) -> Self {
         let count = targets.iter().filter(|&&t| t >= 0).count();
         let loss_scale = 1.0 / count.max(1) as f64;
-        Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale, lesson: None }
+        Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale, lesson: None, extra: None }
     }
 
     /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss.
@@ -53,6 +70,8 @@ impl TokenBatch {
             sequence: self.sequence.part(rank, size),
             loss_scale: self.loss_scale,
             lesson: None,
+            // Per row, or of tokens that no rank divides.
+            extra: self.extra.clone(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The coordinate check of a parametrization.
 
 use burn::tensor::{Device, Tensor};
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{NamedGrads, Optimizer};
 
@@ -56,8 +56,8 @@ pub fn coordinate_check(
         (0..ROWS * (context + 1)).map(|i| ((i * i * 7 + i / (context + 1) * 13) % tokens.max(1)) as i32).collect();
     let part = |from: usize| text.chunks(context + 1).flat_map(|row| row[from..from + context].to_vec()).collect();
     let batch = TokenBatch::plain(ROWS, context, part(0), part(1));
-    let hidden = |model: &Decoder| model.hidden(&batch).inner().reshape([ROWS * context, width]);
-    let head = |model: &Decoder| {
+    let hidden = |model: &Transformer| model.hidden(&batch).inner().reshape([ROWS * context, width]);
+    let head = |model: &Transformer| {
         let found = parameters(model).into_iter().find(|(name, _)| name == "head.weight");
         found.map(|(_, value)| value.reshape([tokens, width]))
     };
@@ -79,11 +79,11 @@ pub fn coordinate_check(
 }
 
 /// The initial model and optimizer of a recipe.
-pub(crate) fn start(recipe: &Recipe, tokens: usize, device: &Device) -> Result<(Decoder, Optimizer), TrainError> {
+pub(crate) fn start(recipe: &Recipe, tokens: usize, device: &Device) -> Result<(Transformer, Optimizer), TrainError> {
     let config = recipe.model.resolve(tokens)?;
     config.validate()?;
     let mup = recipe.mup(&config)?;
-    let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
+    let model = Transformer::new(&config, recipe.seed, &device.clone().autodiff())?;
     let model = if let Some(mup) = mup { mup.initial(model) } else { model };
     Ok((model, recipe.optimizer.build(recipe.train.batch_rows, mup, vec![])?))
 }

@@ -3,14 +3,14 @@
 use burn::module::Module;
 use burn::tensor::activation::softmax;
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_tensor::random::{Counter, Purpose, uniform};
 
 use crate::model_io::to_host;
 
 /// The batch with every target replaced by one that the model gives its own probability (Liu et al., arXiv:2305.14342, algorithm 2). What is not to be
 /// predicted stays so. The draws are a pure function of (seed, step).
-pub(crate) fn drawn(model: &Decoder, batch: &TokenBatch, seed: u64, step: u64) -> TokenBatch {
+pub(crate) fn drawn(model: &Transformer, batch: &TokenBatch, seed: u64, step: u64) -> TokenBatch {
     let counter = Counter::new(seed, Purpose::Sampling, step).fork("curvature");
     let probabilities = to_host(softmax(model.valid().logits(batch), 2));
     let v = model.config().vocab_size;
@@ -30,7 +30,7 @@ pub(crate) fn drawn(model: &Decoder, batch: &TokenBatch, seed: u64, step: u64) -
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use firebox_models::decoder::{DecoderConfig, presets};
+    use firebox_models::transformer::{TransformerConfig, presets};
     use firebox_tensor::device::Backend;
 
     use super::*;
@@ -38,8 +38,8 @@ mod tests {
     #[test]
     fn targets_are_drawn_with_the_models_probabilities() {
         let device = Backend::NdArray.device().unwrap().autodiff();
-        let config = DecoderConfig { context: 64, init_std: 0.3, ..presets::depth(1, 5) };
-        let model = Decoder::new(&config, 3, &device).unwrap();
+        let config = TransformerConfig { context: 64, init_std: 0.3, ..presets::depth(1, 5) };
+        let model = Transformer::new(&config, 3, &device).unwrap();
         // One position, seen many times.
         let batch = TokenBatch::plain(1, 3, vec![1, 4, 2], vec![-1, 0, 3]);
         let expected = to_host(softmax(model.valid().logits(&batch), 2));

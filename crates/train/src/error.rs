@@ -18,10 +18,10 @@ pub enum TrainError {
     Data(#[from] firebox_data::DataError),
     /// The model's shape.
     #[error(transparent)]
-    Model(#[from] firebox_models::decoder::ConfigError),
+    Model(#[from] firebox_models::transformer::ConfigError),
     /// A checkpoint's `config.json`.
     #[error(transparent)]
-    Architecture(#[from] firebox_models::decoder::hf::HfError),
+    Architecture(#[from] firebox_models::transformer::hf::HfError),
     /// The optimizer.
     #[error(transparent)]
     Optim(#[from] firebox_optim::OptimError),
@@ -36,7 +36,7 @@ pub enum TrainError {
     Compress(#[from] firebox_compress::CompressError),
     /// Packed weights.
     #[error(transparent)]
-    Packed(#[from] firebox_models::decoder::packed::PackedWeightError),
+    Packed(#[from] firebox_models::transformer::packed::PackedWeightError),
     /// A model that cannot be exported.
     #[error(transparent)]
     Export(#[from] crate::export::ExportError),

@@ -1,7 +1,7 @@
 //! Loss and bits per byte on held-out text.
 
 use firebox_data::Batch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_tensor::ops::Sequence;
 use serde::Serialize;
@@ -31,7 +31,7 @@ pub fn token_batch(batch: Batch, targets: usize) -> TokenBatch {
 }
 
 /// Evaluates a model (on a device without gradients) over batches; `token_bytes` is the tokenizer's.
-pub fn evaluate(model: &Decoder, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Evaluation {
+pub fn evaluate(model: &Transformer, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Evaluation {
     Tally::evaluation(&tallies(model, batches, token_bytes, |batch| batch))
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct Tally {
 
 /// One for each batch, of which the model is shown what `prepare` makes of it.
 pub(crate) fn tallies(
-    model: &Decoder,
+    model: &Transformer,
     batches: impl Iterator<Item = Batch>,
     token_bytes: &[u32],
     prepare: impl Fn(TokenBatch) -> TokenBatch,

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use firebox_models::decoder::{Decoder, KvCache};
+use firebox_models::transformer::{KvCache, Transformer};
 use firebox_tensor::random::{Counter, Purpose, uniform};
 
 use crate::TrainError;
@@ -100,7 +100,7 @@ impl Sampling {
 /// # Errors
 /// [`TrainError::Input`] for an empty prompt, an id outside the vocabulary, or impossible sampling.
 pub fn generate(
-    model: &Decoder,
+    model: &Transformer,
     prompt: &[i32],
     max_tokens: usize,
     sampling: &Sampling,
@@ -136,7 +136,7 @@ pub fn generate(
 ///
 /// # Errors
 /// [`TrainError::Input`].
-pub fn check_ids(model: &Decoder, ids: &[i32]) -> Result<(), TrainError> {
+pub fn check_ids(model: &Transformer, ids: &[i32]) -> Result<(), TrainError> {
     let v = model.config().vocab_size;
     if ids.is_empty() {
         return Err(TrainError::Input { what: "prompt", expected: "at least one token".into(), got: "none".into() });

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 
 use crate::TrainError;
 use crate::checkpoint::resolve;
@@ -47,7 +47,7 @@ impl Recipe {
     ///
     /// # Errors
     /// As [`model_io::load`]; [`TrainError::Input`] for a model that is not of the recipe's shape.
-    pub fn initial_model(&self, device: &Device) -> Result<Option<Decoder>, TrainError> {
+    pub fn initial_model(&self, device: &Device) -> Result<Option<Transformer>, TrainError> {
         let Some(path) = &self.init else { return Ok(None) };
         let model = model_io::load(path, &device.clone().autodiff())?.model;
         let dropout = self.model.dropout.unwrap_or(model.config().dropout);

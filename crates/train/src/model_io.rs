@@ -7,8 +7,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
-use firebox_models::decoder::Decoder;
-use firebox_models::decoder::hf::{Entry, Family, HfError, parse_config};
+use firebox_models::transformer::Transformer;
+use firebox_models::transformer::hf::{Entry, Family, HfError, parse_config};
 use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
 
@@ -20,7 +20,7 @@ use crate::quantized::Quantization;
 #[derive(Debug)]
 pub struct Loaded {
     /// The decoder.
-    pub model: Decoder,
+    pub model: Transformer,
     /// Its tokenizer, where the folder has one.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -86,16 +86,16 @@ fn not_json(reason: &str) -> HfError {
 ///
 /// # Errors
 /// [`CheckpointError`]: tensors that do not fit, all at once.
-pub(crate) fn load_parameters(model: Decoder, file: TensorFile) -> Result<Decoder, TrainError> {
+pub(crate) fn load_parameters(model: Transformer, file: TensorFile) -> Result<Transformer, TrainError> {
     let entries = entries(&model);
     from_entries(model, entries, file)
 }
 
-fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Result<Decoder, TrainError> {
+fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Result<Transformer, TrainError> {
     let (family, config) = parse_config(json)?;
     let entries = family.entries(&config);
     // The initial values are replaced before they are made.
-    let model = Decoder::new(&config, 0, device)?;
+    let model = Transformer::new(&config, 0, device)?;
     match Quantization::of(json)? {
         Some(quantization) => quantization.load(model, entries, file),
         None => from_entries(model, entries, file),
@@ -103,13 +103,21 @@ fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Res
 }
 
 /// The model with the parameters that these entries are, from a file. Parameters are read when they are first used: a rank that needs a part of the model reads no more.
-pub(crate) fn from_entries(model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+pub(crate) fn from_entries(
+    model: Transformer,
+    entries: Vec<Entry>,
+    file: TensorFile,
+) -> Result<Transformer, TrainError> {
     check_shapes(&entries, &[], &file)?;
     filled(model, entries, Arc::new(file))
 }
 
 /// The shapes have been checked.
-pub(crate) fn filled(model: Decoder, entries: Vec<Entry>, file: Arc<TensorFile>) -> Result<Decoder, TrainError> {
+pub(crate) fn filled(
+    model: Transformer,
+    entries: Vec<Entry>,
+    file: Arc<TensorFile>,
+) -> Result<Transformer, TrainError> {
     for piece in entries.iter().flat_map(|entry| &entry.pieces) {
         file.check_floats(&piece.name)?;
     }
@@ -148,7 +156,7 @@ pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &Tens
 
 /// The parameters of a model, and the tensors of a file that they become: under Hugging Face's names where the architecture has them. Learned steps of weights
 /// keep our names.
-pub(crate) fn entries(model: &Decoder) -> Vec<Entry> {
+pub(crate) fn entries(model: &Transformer) -> Vec<Entry> {
     let config = model.config();
     let mut entries = Family::of(config).entries(config);
     for (i, block) in model.blocks.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Maximal update parametrization: hyperparameters that stay good as the width grows.
 
-use firebox_models::decoder::{Decoder, DecoderConfig, LowRank};
+use firebox_models::transformer::{LowRank, Transformer, TransformerConfig};
 use firebox_optim::{Algorithm, GroupConfig, ParamInfo, ParamKind};
 
 use crate::Recipe;
@@ -28,7 +28,7 @@ impl Recipe {
     ///
     /// # Errors
     /// [`RecipeError::Value`] for what μP does not fit.
-    pub(crate) fn mup(&self, config: &DecoderConfig) -> Result<Option<Mup>, RecipeError> {
+    pub(crate) fn mup(&self, config: &TransformerConfig) -> Result<Option<Mup>, RecipeError> {
         let Some(base_width) = self.model.mup_base_width else { return Ok(None) };
         let fail = |key, expected: &str, got: String| Err(RecipeError::Value { key, expected: expected.into(), got });
         if base_width == 0 {
@@ -78,7 +78,7 @@ impl Mup {
     }
 
     /// Initial values, of a model whose weights all have the standard deviation of its blocks' (`init_std`, scaled to the width already).
-    pub fn initial(self, model: Decoder) -> Decoder {
+    pub fn initial(self, model: Transformer) -> Transformer {
         let scaled = |(info, values): (ParamInfo, Later)| {
             let factor = match ParamKind::of(&info.name, &info.shape) {
                 ParamKind::Embedding => self.times.sqrt(),

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use firebox_models::Layered;
-use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_models::transformer::{Transformer, TransformerConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -174,7 +174,7 @@ impl PruneRecipe {
     }
 
     /// Checks it against the shape of the model.
-    pub(crate) fn check(&self, config: &DecoderConfig) -> Result<(), TrainError> {
+    pub(crate) fn check(&self, config: &TransformerConfig) -> Result<(), TrainError> {
         let Pattern::NOfM { m, .. } = self.pattern else { return Ok(()) };
         let widths = [config.d_model, config.n_heads * config.head_dim, config.d_ff];
         match widths.iter().find(|width| !width.is_multiple_of(m)) {
@@ -188,7 +188,7 @@ impl PruneRecipe {
     }
 
     /// Sets the weights of the least magnitude to 0, so that a share of `sparsity` is. Zeros stay; no parameter but those that change is touched.
-    pub(crate) fn prune(&self, model: Decoder, sparsity: f64) -> Decoder {
+    pub(crate) fn prune(&self, model: Transformer, sparsity: f64) -> Transformer {
         let names = matrices(&model);
         let mut values: Vec<(String, [usize; 2], Vec<f32>)> = later(&model)
             .into_iter()
@@ -265,13 +265,13 @@ struct Matrix<'a> {
 }
 
 /// Names of the weights that are pruned.
-fn matrices(model: &Decoder) -> Vec<String> {
+fn matrices(model: &Transformer) -> Vec<String> {
     use firebox_models::Staged;
     (0..model.n_stages()).flat_map(|stage| model.matrices(stage)).collect()
 }
 
 /// The share of zeros in the matrices of the blocks.
-pub fn sparsity(model: &Decoder) -> f64 {
+pub fn sparsity(model: &Transformer) -> f64 {
     let names = matrices(model);
     let (mut zeros, mut total) = (0usize, 0usize);
     for (info, values) in later(model) {
@@ -285,7 +285,7 @@ pub fn sparsity(model: &Decoder) -> f64 {
 }
 
 /// Whether there is a zero in the matrices of the blocks. No more than one matrix is made that has not been.
-pub(crate) fn has_zeros(model: &Decoder) -> bool {
+pub(crate) fn has_zeros(model: &Transformer) -> bool {
     let names = matrices(model);
     later(model).into_iter().any(|(info, values)| names.contains(&info.name) && values().contains(&0.0))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_models::decoder::{Decoder, DecoderConfig, LowRank, Reduction};
+use firebox_models::transformer::{LowRank, Reduction, Transformer, TransformerConfig};
 use firebox_optim::{Algorithm, GroupConfig};
 use firebox_tensor::ops::FakeQuant;
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,7 @@ impl QatRecipe {
     }
 
     /// Checks it against the shape of the model.
-    pub(crate) fn check(&self, config: &DecoderConfig) -> Result<(), TrainError> {
+    pub(crate) fn check(&self, config: &TransformerConfig) -> Result<(), TrainError> {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         if let Some(experts) = &config.experts {
             let expected = "none with experts, whose matrices it does not round".into();
@@ -98,7 +98,7 @@ impl QatRecipe {
     }
 
     /// The model that is trained; one that is that already stays as it is.
-    pub(crate) fn apply(&self, model: Decoder) -> Decoder {
+    pub(crate) fn apply(&self, model: Transformer) -> Transformer {
         if model.has_fake_quant() {
             return model;
         }

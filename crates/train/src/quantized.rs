@@ -31,9 +31,9 @@ use std::sync::Arc;
 use firebox_compress::format::{Element, Format, Group, NF4_LEVELS, ScalarFormat};
 use firebox_compress::{CompressError, Quantized};
 use firebox_data::Tokenizer;
-use firebox_models::decoder::hf::{Entry, Family, HfError};
-use firebox_models::decoder::packed::{can_be_packed, from_matrix, matrix_shape};
-use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_models::transformer::hf::{Entry, Family, HfError};
+use firebox_models::transformer::packed::{can_be_packed, from_matrix, matrix_shape};
+use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_tensor::ops::{PackedError, PackedMatrix, Scales};
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -346,7 +346,12 @@ impl Quantization {
     }
 
     /// The model with the parameters of `file`.
-    pub(crate) fn load(&self, model: Decoder, entries: Vec<Entry>, file: TensorFile) -> Result<Decoder, TrainError> {
+    pub(crate) fn load(
+        &self,
+        model: Transformer,
+        entries: Vec<Entry>,
+        file: TensorFile,
+    ) -> Result<Transformer, TrainError> {
         let (stored, others) = self.checked(entries, &file)?;
         let file = Arc::new(file);
         // First of all the question whether the device can use any.
@@ -372,7 +377,7 @@ impl Quantization {
 /// [`TrainError`]: a folder that exists, formats for what is no matrix, weights that are not what was asked for, and all that can go wrong with files.
 pub fn save(
     dir: &Path,
-    config: &DecoderConfig,
+    config: &TransformerConfig,
     formats: &BTreeMap<String, ScalarFormat>,
     tokenizer: Option<&Tokenizer>,
     mut weights: impl FnMut(&str) -> Result<Weights, TrainError>,

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
@@ -218,7 +218,12 @@ impl Ranks {
     ///
     /// # Errors
     /// [`TrainError::Optim`], [`TrainError::Comm`].
-    pub fn squares(&self, model: &Decoder, optimizer: &Optimizer, grads: &NamedGrads) -> Result<Vec<f64>, TrainError> {
+    pub fn squares(
+        &self,
+        model: &Transformer,
+        optimizer: &Optimizer,
+        grads: &NamedGrads,
+    ) -> Result<Vec<f64>, TrainError> {
         let owned = grads.iter().filter_map(|(name, grad)| Some((name.to_owned(), self.counted(model, name, grad)?)));
         let (of_experts, owned): (Vec<_>, Vec<_>) = owned.partition(|(name, _)| self.divisions.is_expert(name));
         let mut squares = optimizer.squares(model, &owned.into_iter().collect())?;
@@ -242,7 +247,7 @@ impl Ranks {
     }
 
     /// What of a gradient no rank before has: a sum over all ranks counts it here. The rest of it is zero.
-    fn counted(&self, model: &Decoder, name: &str, grad: &Tensor<1>) -> Option<Tensor<1>> {
+    fn counted(&self, model: &Transformer, name: &str, grad: &Tensor<1>) -> Option<Tensor<1>> {
         let shape = self.shapes.get(name)?;
         let (rank, size) = (self.tp.rank(), self.tp.size());
         if size == 1 {

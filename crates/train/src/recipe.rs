@@ -6,7 +6,7 @@ mod model;
 use std::path::{Path, PathBuf};
 
 use firebox_data::{DataConfig, Source};
-use firebox_models::decoder::presets;
+use firebox_models::transformer::presets;
 use firebox_optim::{Algorithm, AverageConfig, Schedule};
 use firebox_tensor::ops::LossConfig;
 use serde::de::DeserializeOwned;

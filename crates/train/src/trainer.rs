@@ -20,7 +20,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_optim::{Average, Optimizer};
 use serde::{Deserialize, Serialize};
 
@@ -99,7 +99,7 @@ pub struct Trainer<'a> {
     recipe: Recipe,
     dir: PathBuf,
     // Taken out while the optimizer updates it.
-    model: Option<Decoder>,
+    model: Option<Transformer>,
     optimizer: Optimizer,
     average: Option<Average>,
     teacher: Option<Teacher>,
@@ -113,7 +113,7 @@ pub struct Trainer<'a> {
     /// The checkpoint that is being written.
     saving: Option<save::Saving>,
     /// This rank's parts of the parameters, where `model` has none of their values.
-    shards: Option<Shards<Decoder>>,
+    shards: Option<Shards<Transformer>>,
     /// Bytes of the gradients of the last step, all micro-batches added up.
     gradient_bytes: usize,
     recorder: Recorder,
@@ -133,7 +133,7 @@ impl<'a> Trainer<'a> {
         dir: &Path,
         dataset: &'a Dataset,
         device: &Device,
-        init: Option<Decoder>,
+        init: Option<Transformer>,
     ) -> Result<Self, TrainError> {
         let tokens = dataset.tokenizer.vocab_size();
         let config = match &init {
@@ -168,7 +168,7 @@ impl<'a> Trainer<'a> {
         let model = match init {
             Some(model) => model,
             None => {
-                let model = Decoder::new(&config, recipe.seed, &device.clone().autodiff())?;
+                let model = Transformer::new(&config, recipe.seed, &device.clone().autodiff())?;
                 if let Some(distill) = started {
                     from_teacher(model, Path::new(&distill.teacher), device)?
                 } else if let Some(mup) = mup {
@@ -209,7 +209,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The model, as it is. Where ranks divide its parameters, it has their names and shapes alone, and panics where one is read.
-    pub fn model(&self) -> &Decoder {
+    pub fn model(&self) -> &Transformer {
         // PANIC: `model` is empty only while the optimizer has it; where that fails, the run is over.
         self.model.as_ref().expect("a model between steps")
     }

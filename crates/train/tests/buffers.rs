@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use firebox_models::TokenBatch;
-use firebox_models::decoder::{Decoder, presets};
+use firebox_models::transformer::{Transformer, presets};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::buffers;
 use firebox_tensor::device::Backend;
@@ -12,7 +12,7 @@ use firebox_train::engine::Engine;
 fn later_steps_take_no_new_buffers() {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let (config, batch, tokens) = (presets::depth(2, 300), 4, 64);
-    let mut model = Decoder::new(&config, 1, &device).unwrap();
+    let mut model = Transformer::new(&config, 1, &device).unwrap();
     let mut optimizer = Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
     let ids: Vec<i32> = (0..(batch * tokens) as i32).map(|i| i * 7 % 300).collect();
     let batch = TokenBatch::plain(batch, tokens, ids.clone(), ids);

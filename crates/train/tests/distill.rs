@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use firebox_data::{Dataset, Source, prepare};
-use firebox_models::decoder::ContextKind;
+use firebox_models::transformer::ContextKind;
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Communicator, spawn};
 use firebox_tensor::device::Backend;

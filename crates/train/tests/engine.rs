@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
 use firebox_data::{Dataset, Source, prepare};
-use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, Transformer, TransformerConfig};
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_tensor::device::Backend;
@@ -24,12 +24,17 @@ fn device() -> Device {
 }
 
 /// GPT-2's kind of decoder: LayerNorm, GELU, learned positions, biases.
-fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
-    DecoderConfig {
+fn gpt2(tied: bool, dropout: f64) -> TransformerConfig {
+    TransformerConfig {
         window: None,
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Default::default(),
         vocab_size: 37,
@@ -52,8 +57,8 @@ fn gpt2(tied: bool, dropout: f64) -> DecoderConfig {
 }
 
 /// Llama's kind: RMSNorm, SwiGLU, rotary positions, grouped heads.
-fn llama(tied: bool, dropout: f64) -> DecoderConfig {
-    DecoderConfig {
+fn llama(tied: bool, dropout: f64) -> TransformerConfig {
+    TransformerConfig {
         n_heads: 4,
         n_kv_heads: 2,
         head_dim: 6,
@@ -65,8 +70,8 @@ fn llama(tied: bool, dropout: f64) -> DecoderConfig {
     }
 }
 
-fn models() -> [(&'static str, DecoderConfig); 5] {
-    let bounded = DecoderConfig { qk_norm: true, attention_softcap: 2.0, logit_softcap: 5.0, ..llama(true, 0.0) };
+fn models() -> [(&'static str, TransformerConfig); 5] {
+    let bounded = TransformerConfig { qk_norm: true, attention_softcap: 2.0, logit_softcap: 5.0, ..llama(true, 0.0) };
     [
         ("GPT-2, tied, dropout", gpt2(true, 0.2)),
         ("GPT-2, untied", gpt2(false, 0.0)),
@@ -82,7 +87,7 @@ fn engines(dir: &Path) -> Vec<Engine> {
     [Recompute::None, Recompute::Blocks, Recompute::Every(2), Recompute::Every(3)].into_iter().flat_map(with).collect()
 }
 
-fn batch(config: &DecoderConfig, k: usize) -> TokenBatch {
+fn batch(config: &TransformerConfig, k: usize) -> TokenBatch {
     let n = ROWS * config.context;
     let ids = |a: usize| (0..n).map(|i| ((i * a + i / 3 + 5 * k) % config.vocab_size) as i32).collect();
     TokenBatch { loss_scale: 0.5 / n as f64, ..TokenBatch::plain(ROWS, config.context, ids(7), ids(11)) }
@@ -98,16 +103,16 @@ fn gradient_bits(grads: &NamedGrads) -> Bits {
     grads.iter().map(|(name, grad)| (name.to_owned(), bits(grad))).collect()
 }
 
-fn parameter_bits(model: &Decoder) -> Bits {
+fn parameter_bits(model: &Transformer) -> Bits {
     parameters(model).into_iter().map(|(name, values)| (name, bits(&values))).collect()
 }
 
 /// Losses, gradients of the last step and parameters after ten AdamW steps of two micro-batches each.
 fn ten_steps(
-    config: &DecoderConfig,
-    mut gradients: impl FnMut(&Decoder, &TokenBatch, u64, &mut NamedGrads) -> f64,
+    config: &TransformerConfig,
+    mut gradients: impl FnMut(&Transformer, &TokenBatch, u64, &mut NamedGrads) -> f64,
 ) -> (Vec<u64>, Bits, Bits) {
-    let mut model = Decoder::new(config, 7, &device().autodiff()).unwrap();
+    let mut model = Transformer::new(config, 7, &device().autodiff()).unwrap();
     let mut optimizer = Optimizer::new(AdamWConfig::default(), DecayRule::Matrices).unwrap();
     let (mut losses, mut last) = (vec![], vec![]);
     for step in 0..10u64 {
@@ -124,7 +129,7 @@ fn ten_steps(
 }
 
 /// What one graph of the whole model gives.
-fn whole_graph(model: &Decoder, batch: &TokenBatch, step: u64, total: &mut NamedGrads) -> f64 {
+fn whole_graph(model: &Transformer, batch: &TokenBatch, step: u64, total: &mut NamedGrads) -> f64 {
     let loss = model.loss(batch, Some(step));
     total.add(NamedGrads::from_backward(model, &mut loss.backward()));
     f64::from(to_host(loss.inner())[0])
@@ -150,7 +155,7 @@ fn every_setting_gives_the_bits_of_one_graph() {
 #[test]
 fn each_gradient_comes_once_and_as_early_as_it_can() {
     for (name, config) in models() {
-        let model = Decoder::new(&config, 7, &device().autodiff()).unwrap();
+        let model = Transformer::new(&config, 7, &device().autodiff()).unwrap();
         let batch = batch(&config, 0);
         let mut pass = Engine::default().forward(&model, &batch, 0).unwrap();
         let mut seen = vec![];
@@ -191,7 +196,7 @@ fn frozen_parameters_get_no_gradients() {
     let dir = tempfile::tempdir().unwrap();
     for frozen in [&["embed", "positions"][..], &["embed", "positions", "blocks.0", "blocks.2"], &["blocks", "norm"]] {
         for config in [gpt2(false, 0.2), llama(true, 0.0)] {
-            let model = Decoder::new(&config, 7, &device().autodiff()).unwrap().map(&mut Freeze(frozen, vec![]));
+            let model = Transformer::new(&config, 7, &device().autodiff()).unwrap().map(&mut Freeze(frozen, vec![]));
             let batch = batch(&config, 1);
             let mut want = NamedGrads::new();
             let loss = whole_graph(&model, &batch, 3, &mut want);
@@ -203,7 +208,7 @@ fn frozen_parameters_get_no_gradients() {
             }
         }
     }
-    let all = Decoder::new(&gpt2(true, 0.0), 7, &device().autodiff()).unwrap().map(&mut Freeze(&[""], vec![]));
+    let all = Transformer::new(&gpt2(true, 0.0), 7, &device().autodiff()).unwrap().map(&mut Freeze(&[""], vec![]));
     let (batch, mut none) = (batch(all.config(), 0), NamedGrads::new());
     let loss = Engine::default().gradients(&all, &batch, 0, &mut none).unwrap();
     assert!(none.is_empty() && loss > 0.0);
@@ -217,7 +222,7 @@ fn dataset(dir: &Path) -> Dataset {
     prepare(&recipe.data, &[Source::new([text.display().to_string()])], &dir.join("cache"), &mut |_| {}).unwrap()
 }
 
-fn recipe(config: &DecoderConfig, set: &[&str]) -> Recipe {
+fn recipe(config: &TransformerConfig, set: &[&str]) -> Recipe {
     let base = [
         "data={ tokenizer = \"char\", val_split = \"tail\" }",
         "schedule={ kind = \"constant\" }",
@@ -254,7 +259,7 @@ impl Observer for Steps {
     }
 }
 
-fn train(recipe: Recipe, dataset: &Dataset, init: Option<Decoder>) -> (Result<Bits, TrainError>, Steps) {
+fn train(recipe: Recipe, dataset: &Dataset, init: Option<Transformer>) -> (Result<Bits, TrainError>, Steps) {
     let dir = tempfile::tempdir().unwrap();
     let mut trainer = Trainer::new(recipe, dir.path(), dataset, &device(), init).unwrap();
     let mut steps = Steps::default();
@@ -311,9 +316,9 @@ impl ModuleMapper for Scale {
 fn a_gradient_that_is_not_finite_ends_an_update_in_backward() {
     let dir = tempfile::tempdir().unwrap();
     let dataset = dataset(dir.path());
-    let config = DecoderConfig { vocab_size: dataset.tokenizer.vocab_size(), ..gpt2(false, 0.0) };
+    let config = TransformerConfig { vocab_size: dataset.tokenizer.vocab_size(), ..gpt2(false, 0.0) };
     let model = |scales: &[(&'static str, f64)]| {
-        let model = Decoder::new(&config, 7, &device().autodiff()).unwrap();
+        let model = Transformer::new(&config, 7, &device().autodiff()).unwrap();
         scales.iter().fold(model, |model, &(name, by)| model.map(&mut Scale(name, by, vec![])))
     };
     let set = ["memory.optimizer_in_backward=true", "train.max_bad_steps=2"];

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use firebox_data::Tokenizer;
-use firebox_models::decoder::hf::Family;
-use firebox_models::decoder::{DecoderConfig, presets};
+use firebox_models::transformer::hf::Family;
+use firebox_models::transformer::{TransformerConfig, presets};
 use firebox_train::checkpoint::TensorFile;
 use firebox_train::export::export;
 use safetensors::tensor::{Dtype, TensorView};
@@ -36,7 +36,7 @@ static MEMORY: Counting = Counting(AtomicUsize::new(0), AtomicUsize::new(0));
 
 #[test]
 fn memory_is_twice_the_largest_tensor() {
-    let config = DecoderConfig { n_layers: 24, d_model: 128, d_ff: 512, tied: true, ..presets::depth(2, 12_000) };
+    let config = TransformerConfig { n_layers: 24, d_model: 128, d_ff: 512, tied: true, ..presets::depth(2, 12_000) };
     let dir = tempfile::tempdir().unwrap();
     let from = dir.path().join("model");
     std::fs::create_dir(&from).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
-use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, Transformer, TransformerConfig};
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_parallel::pipeline::{Schedule, Timeline, Work};
@@ -28,12 +28,17 @@ fn device() -> Device {
 }
 
 /// Grouped-query attention, eight blocks (or more where a schedule has more stages).
-fn config(blocks: usize, tied: bool) -> DecoderConfig {
-    DecoderConfig {
+fn config(blocks: usize, tied: bool) -> TransformerConfig {
+    TransformerConfig {
         window: None,
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Default::default(),
         vocab_size: 37,
@@ -56,8 +61,8 @@ fn config(blocks: usize, tied: bool) -> DecoderConfig {
 }
 
 /// GPT-2's kind: biases, LayerNorm, GELU, learned positions.
-fn gpt2(tied: bool) -> DecoderConfig {
-    DecoderConfig {
+fn gpt2(tied: bool) -> TransformerConfig {
+    TransformerConfig {
         n_kv_heads: 4,
         norm: NormKind::LayerNorm,
         feed_forward: FeedForward::Gelu,
@@ -69,7 +74,7 @@ fn gpt2(tied: bool) -> DecoderConfig {
 }
 
 /// Rows of two documents each; the last micro-batch has a row less.
-fn batches(config: &DecoderConfig) -> Vec<TokenBatch> {
+fn batches(config: &TransformerConfig) -> Vec<TokenBatch> {
     (0..MICRO_BATCHES)
         .map(|k| {
             let (rows, t) = (ROWS - usize::from(k + 1 == MICRO_BATCHES), config.context);
@@ -111,7 +116,7 @@ struct Trained {
 /// What a model is trained with.
 #[derive(Clone)]
 struct Case {
-    config: DecoderConfig,
+    config: TransformerConfig,
     engine: Engine,
     /// Parameters whose name starts with one of these are frozen.
     frozen: &'static [&'static str],
@@ -119,7 +124,7 @@ struct Case {
 }
 
 impl Case {
-    fn new(config: DecoderConfig) -> Self {
+    fn new(config: TransformerConfig) -> Self {
         Self { config, engine: Engine::default(), frozen: &[], steps: 1 }
     }
 
@@ -127,7 +132,7 @@ impl Case {
         Self { engine: Engine { recompute, ..self.engine }, ..self }
     }
 
-    fn model(&self) -> Decoder {
+    fn model(&self) -> Transformer {
         struct Freeze(&'static [&'static str], Vec<String>);
         impl ModuleMapper for Freeze {
             fn enter_module(&mut self, name: &str, _: &str) {
@@ -142,14 +147,14 @@ impl Case {
                 if frozen { param.set_require_grad(false) } else { param }
             }
         }
-        let model = Decoder::new(&self.config, 7, &device()).unwrap();
+        let model = Transformer::new(&self.config, 7, &device()).unwrap();
         if self.frozen.is_empty() { model } else { model.map(&mut Freeze(self.frozen, vec![])) }
     }
 
     fn train(
         &self,
-        model: Decoder,
-        mut gradients: impl FnMut(&Decoder, &[u64], &mut NamedGrads) -> Result<f64, TrainError>,
+        model: Transformer,
+        mut gradients: impl FnMut(&Transformer, &[u64], &mut NamedGrads) -> Result<f64, TrainError>,
     ) -> Result<Trained, TrainError> {
         let mut optimizer = Optimizer::new(AdamWConfig::default(), DecayRule::Matrices)?;
         let (mut model, mut trained) = (model, Trained::default());
@@ -292,7 +297,7 @@ fn a_rank_has_its_part_of_the_parameters_alone() {
 #[test]
 fn a_large_vocabulary_is_a_stage_of_its_own() {
     let cut = |vocab_size: usize| {
-        let model = Decoder::new(&DecoderConfig { vocab_size, ..config(8, false) }, 7, &device()).unwrap();
+        let model = Transformer::new(&TransformerConfig { vocab_size, ..config(8, false) }, 7, &device()).unwrap();
         Pipeline::new(&model, Schedule::OneForwardOneBackward, 4, 8).unwrap().cut().to_vec()
     };
     // The embedding costs next to nothing, the head of 37 rows less than a block.
@@ -306,7 +311,7 @@ fn parts_evaluate_together_and_make_a_whole() {
         [Schedule::OneForwardOneBackward, Schedule::Interleaved { stages_per_rank: 2 }, Schedule::ZeroBubbleV]
     {
         for tied in [true, false] {
-            let new = move || Decoder::new(&config(8, tied), 7, &device()).unwrap();
+            let new = move || Transformer::new(&config(8, tied), 7, &device()).unwrap();
             let (model, batches) = (new().valid(), batches(&config(8, tied)));
             let want: Vec<f64> = batches.iter().map(|batch| f64::from(to_host(model.loss(batch, None))[0])).collect();
             let of_ranks = spawn(4, move |group| {
@@ -314,7 +319,7 @@ fn parts_evaluate_together_and_make_a_whole() {
                 let part = pipeline.part(new(), group.rank())?;
                 let losses = pipeline.losses(&part, &batches, &group)?;
                 // Of another seed: nothing of it stays.
-                let other = Decoder::new(&config(8, tied), 8, &device())?;
+                let other = Transformer::new(&config(8, tied), 8, &device())?;
                 let whole = pipeline.gather(&part, other, 1, &group)?;
                 Ok::<_, TrainError>((losses, whole.map(|whole| bits(parameters(&whole)))))
             });
@@ -387,7 +392,8 @@ fn what_was_done_has_its_times() {
 
 #[test]
 fn the_second_half_of_backward_computes_the_matrices_gradients() {
-    let large = DecoderConfig { d_model: 128, head_dim: 32, d_ff: 384, context: 64, dropout: 0.0, ..config(8, false) };
+    let large =
+        TransformerConfig { d_model: 128, head_dim: 32, d_ff: 384, context: 64, dropout: 0.0, ..config(8, false) };
     let ranks = Case::new(large).ranks(2, Schedule::ZeroBubbleH1);
     let seconds = |work: Work| -> f64 {
         let spans = ranks.iter().flat_map(|rank| rank.events.iter().filter_map(|event| event.span(Duration::ZERO)));
@@ -400,7 +406,7 @@ fn the_second_half_of_backward_computes_the_matrices_gradients() {
 
 #[test]
 fn what_cannot_be_is_refused_and_a_lost_rank_is_named() {
-    let model = Decoder::new(&config(8, true), 7, &device()).unwrap();
+    let model = Transformer::new(&config(8, true), 7, &device()).unwrap();
     let new = |schedule, ranks, micro_batches| Pipeline::new(&model, schedule, ranks, micro_batches);
     for (schedule, ranks, micro_batches, says) in [
         (Schedule::ZeroBubbleV, 8, 8, "10 layers into 16 stages"),
@@ -412,7 +418,7 @@ fn what_cannot_be_is_refused_and_a_lost_rank_is_named() {
     }
 
     let error = spawn(2, |group| {
-        let model = Decoder::new(&config(8, true), 7, &device())?;
+        let model = Transformer::new(&config(8, true), 7, &device())?;
         let pipeline = Pipeline::new(&model, Schedule::OneForwardOneBackward, 2, 4)?;
         let (batches, counters) = (batches(model.config()), counters(0));
         let total = &mut NamedGrads::new();
@@ -422,7 +428,7 @@ fn what_cannot_be_is_refused_and_a_lost_rank_is_named() {
     assert!(error.contains("micro-batches of a pipeline's step: expected 4, as in its plan, got 8"), "{error}");
 
     let error = spawn(3, |group| {
-        let model = Decoder::new(&config(8, true), 7, &device())?;
+        let model = Transformer::new(&config(8, true), 7, &device())?;
         let pipeline = Pipeline::new(&model, Schedule::OneForwardOneBackward, 3, MICRO_BATCHES)?;
         let (batches, counters) = (batches(model.config()), counters(0));
         let rank = group.rank();

@@ -8,8 +8,8 @@ use firebox_compress::quantize::{Ranges, nearest};
 use firebox_compress::{Matrix, Quantized, ScalarFormat};
 use firebox_data::Tokenizer;
 use firebox_models::TokenBatch;
-use firebox_models::decoder::packed::{from_matrix, matrix_shape, to_matrix};
-use firebox_models::decoder::{Decoder, DecoderConfig, ExpertsConfig, presets};
+use firebox_models::transformer::packed::{from_matrix, matrix_shape, to_matrix};
+use firebox_models::transformer::{ExpertsConfig, Transformer, TransformerConfig, presets};
 use firebox_tensor::device::Backend;
 use firebox_train::TrainError;
 use firebox_train::export::export;
@@ -20,10 +20,10 @@ use serde_json::{Value, json};
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog\n";
 
-fn config(name: &str) -> DecoderConfig {
+fn config(name: &str) -> TransformerConfig {
     let base = presets::named(name).unwrap();
-    let n_kv_heads = if base.positions == firebox_models::decoder::Positions::Learned { 4 } else { 2 };
-    DecoderConfig {
+    let n_kv_heads = if base.positions == firebox_models::transformer::Positions::Learned { 4 } else { 2 };
+    TransformerConfig {
         vocab_size: Tokenizer::from_chars_of(TEXT).unwrap().vocab_size(),
         d_model: 64,
         n_layers: 2,
@@ -40,14 +40,14 @@ fn config(name: &str) -> DecoderConfig {
 
 /// A model's parameters, and how some of them are quantized.
 struct Case {
-    config: DecoderConfig,
+    config: TransformerConfig,
     values: HashMap<String, Vec<f32>>,
     formats: BTreeMap<String, ScalarFormat>,
 }
 
 impl Case {
-    fn new(config: DecoderConfig, formats: &[(&str, &str)]) -> Self {
-        let model = Decoder::new(&config, 7, &Backend::NdArray.device().unwrap()).unwrap();
+    fn new(config: TransformerConfig, formats: &[(&str, &str)]) -> Self {
+        let model = Transformer::new(&config, 7, &Backend::NdArray.device().unwrap()).unwrap();
         let values: HashMap<_, _> =
             parameters(&model).into_iter().map(|(name, values)| (name, to_host(values))).collect();
         let format = |name: &String| {
@@ -59,7 +59,7 @@ impl Case {
     }
 
     fn shape(&self, name: &str) -> Vec<usize> {
-        let entries = firebox_models::decoder::hf::Family::of(&self.config).entries(&self.config);
+        let entries = firebox_models::transformer::hf::Family::of(&self.config).entries(&self.config);
         entries.into_iter().find(|entry| entry.param == name).unwrap().shape
     }
 
@@ -92,7 +92,7 @@ impl Case {
     }
 }
 
-fn logits(dir: &Path, backend: Backend) -> (Decoder, Vec<f32>) {
+fn logits(dir: &Path, backend: Backend) -> (Transformer, Vec<f32>) {
     let model = load(dir, &backend.device().unwrap()).unwrap().model;
     let ids: Vec<i32> = (0..16).map(|i| i * 5 % model.config().vocab_size as i32).collect();
     let logits = to_host(model.logits(&TokenBatch::plain(1, 16, ids, vec![-100; 16])));
@@ -186,7 +186,7 @@ fn experts_load_in_f32() {
     let dir = tempfile::tempdir().unwrap();
     let moe = presets::named("firebox-moe-3m").unwrap();
     let experts: Option<ExpertsConfig> = moe.experts;
-    let config = DecoderConfig { experts, d_model: 64, n_layers: 1, context: 16, vocab_size: 28, ..moe };
+    let config = TransformerConfig { experts, d_model: 64, n_layers: 1, context: 16, vocab_size: 28, ..moe };
     let case = Case::new(config, &[("experts.input", "int4-g32"), ("attn.qkv", "int4-g32")]);
     let [small, full] = ["small", "full"].map(|name| dir.path().join(name));
     case.save(&small);
@@ -201,7 +201,7 @@ fn experts_load_in_f32() {
 fn exports_have_the_values_of_the_codes() {
     let dir = tempfile::tempdir().unwrap();
     let moe = presets::named("firebox-moe-3m").unwrap();
-    let moe = DecoderConfig { d_model: 64, n_layers: 1, context: 16, vocab_size: 28, ..moe };
+    let moe = TransformerConfig { d_model: 64, n_layers: 1, context: 16, vocab_size: 28, ..moe };
     let formats = [("attn.qkv.weight", "int4-g32"), ("mlp.input.weight", "int8-channel"), ("embed", "nf4-g32")];
     let formats = [&formats[..], &[("experts.input", "int3-g32")]].concat();
     for (i, config) in [config("llama-30m"), config("gpt2"), moe].into_iter().enumerate() {

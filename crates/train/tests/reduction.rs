@@ -6,8 +6,10 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Tensor, TensorData};
-use firebox_models::decoder::hf::Family;
-use firebox_models::decoder::{Decoder, DecoderConfig, ExpertsConfig, KvCache, LowRank, NormKind, Reduction, presets};
+use firebox_models::transformer::hf::Family;
+use firebox_models::transformer::{
+    ExpertsConfig, KvCache, LowRank, NormKind, Reduction, Transformer, TransformerConfig, presets,
+};
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 use firebox_tensor::device::Backend;
@@ -18,8 +20,8 @@ use firebox_train::quantized::{self, Weights};
 use firebox_train::reshape::structured::{Importance, Kept, Removal, remove};
 use firebox_train::reshape::{expand, low_rank, share};
 
-fn llama() -> DecoderConfig {
-    DecoderConfig {
+fn llama() -> TransformerConfig {
+    TransformerConfig {
         d_model: 24,
         n_layers: 4,
         n_heads: 4,
@@ -31,22 +33,22 @@ fn llama() -> DecoderConfig {
     }
 }
 
-fn gpt2() -> DecoderConfig {
-    let DecoderConfig { norm, feed_forward, positions, bias, .. } = presets::named("gpt2").unwrap();
-    DecoderConfig { n_kv_heads: 4, norm, feed_forward, positions, bias, ..llama() }
+fn gpt2() -> TransformerConfig {
+    let TransformerConfig { norm, feed_forward, positions, bias, .. } = presets::named("gpt2").unwrap();
+    TransformerConfig { n_kv_heads: 4, norm, feed_forward, positions, bias, ..llama() }
 }
 
-fn reduced(reduction: Reduction, config: DecoderConfig) -> DecoderConfig {
-    DecoderConfig { reduction, ..config }
+fn reduced(reduction: Reduction, config: TransformerConfig) -> TransformerConfig {
+    TransformerConfig { reduction, ..config }
 }
 
-fn cases() -> Vec<DecoderConfig> {
+fn cases() -> Vec<TransformerConfig> {
     let per_block = |layers_per_block| Reduction { layers_per_block, ..Reduction::default() };
     let ranks = LowRank { qkv: 5, out: 0, input: 3, output: 7 };
-    let untied = || DecoderConfig { tied: false, ..llama() };
+    let untied = || TransformerConfig { tied: false, ..llama() };
     vec![
         reduced(per_block(4), llama()),
-        reduced(per_block(2), DecoderConfig { qk_norm: true, ..untied() }),
+        reduced(per_block(2), TransformerConfig { qk_norm: true, ..untied() }),
         reduced(per_block(2), gpt2()),
         reduced(Reduction { delta_rank: 3, ..per_block(2) }, llama()),
         reduced(Reduction { embed_dim: 7, ..Reduction::default() }, llama()),
@@ -62,7 +64,7 @@ fn batch() -> TokenBatch {
 }
 
 /// Every parameter through `change`.
-fn mapped(model: Decoder, change: impl Fn(&str, &[usize], Vec<f32>) -> Vec<f32>) -> Decoder {
+fn mapped(model: Transformer, change: impl Fn(&str, &[usize], Vec<f32>) -> Vec<f32>) -> Transformer {
     struct Mapper<F>(Vec<String>, F);
     impl<F: Fn(&str, &[usize], Vec<f32>) -> Vec<f32>> ModuleMapper for Mapper<F> {
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -84,27 +86,27 @@ fn mapped(model: Decoder, change: impl Fn(&str, &[usize], Vec<f32>) -> Vec<f32>)
 }
 
 /// A model all of whose parameters matter.
-fn model(config: &DecoderConfig) -> Decoder {
+fn model(config: &TransformerConfig) -> Transformer {
     let device = Backend::NdArray.device().unwrap();
-    mapped(Decoder::new(config, 3, &device).unwrap(), |name, _, mut values| {
+    mapped(Transformer::new(config, 3, &device).unwrap(), |name, _, mut values| {
         let counter = Counter::new(9, Purpose::Init, 0).fork(name);
         values.iter_mut().enumerate().for_each(|(i, v)| *v += 0.1 * normal(counter, i as u64));
         values
     })
 }
 
-fn save(model: &Decoder, dir: &Path) {
+fn save(model: &Transformer, dir: &Path) {
     let values: HashMap<String, Vec<f32>> =
         parameters(model).into_iter().map(|(name, value)| (name, to_host(value))).collect();
     let weights = |name: &str| Ok(Weights::Full(values[name].clone()));
     quantized::save(dir, model.config(), &BTreeMap::new(), None, weights).unwrap();
 }
 
-fn open(dir: &Path) -> Decoder {
+fn open(dir: &Path) -> Transformer {
     load(dir, &Backend::NdArray.device().unwrap()).unwrap().model
 }
 
-fn logits(model: &Decoder) -> Vec<f32> {
+fn logits(model: &Transformer) -> Vec<f32> {
     to_host(model.logits(&batch()))
 }
 
@@ -115,11 +117,11 @@ fn assert_close(a: &[f32], b: &[f32], bound: f32, what: &str) {
     assert!(worst < bound, "{what}: {worst}");
 }
 
-fn gradients(model: &Decoder, recompute: Recompute) -> (f64, BTreeMap<String, Vec<f32>>) {
+fn gradients(model: &Transformer, recompute: Recompute) -> (f64, BTreeMap<String, Vec<f32>>) {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let values: HashMap<String, Vec<f32>> =
         parameters(model).into_iter().map(|(name, value)| (name, to_host(value))).collect();
-    let model = mapped(Decoder::new(model.config(), 0, &device).unwrap(), |name, _, _| values[name].clone());
+    let model = mapped(Transformer::new(model.config(), 0, &device).unwrap(), |name, _, _| values[name].clone());
     let mut grads = NamedGrads::new();
     let engine = Engine { recompute, ..Engine::default() };
     let loss = engine.gradients(&model, &batch(), 1, &mut grads).unwrap();
@@ -189,7 +191,7 @@ fn stages_say_which_blocks_they_use() {
 #[test]
 fn impossible_reductions_are_refused() {
     let none = Reduction::default();
-    let experts = DecoderConfig { experts: Some(ExpertsConfig::default()), ..llama() };
+    let experts = TransformerConfig { experts: Some(ExpertsConfig::default()), ..llama() };
     for (reduction, config, says) in [
         (Reduction { layers_per_block: 3, ..none }, llama(), "divide n_layers = 4"),
         (Reduction { layers_per_block: 0, ..none }, llama(), "layers_per_block"),
@@ -278,7 +280,7 @@ fn matrices_of_low_rank_are_factored_without_loss() {
 }
 
 /// Without what a structure adds to the residual stream; the second of the heads' groups, units 3 and 7, channel 5, layer 2.
-fn idle(model: Decoder, channels: bool) -> Decoder {
+fn idle(model: Transformer, channels: bool) -> Transformer {
     let config = model.config().clone();
     let group = config.n_heads / config.n_kv_heads * config.head_dim;
     mapped(model, |name, shape, mut values| {
@@ -304,8 +306,8 @@ fn idle(model: Decoder, channels: bool) -> Decoder {
 
 #[test]
 fn what_adds_nothing_is_taken_out_without_a_change() {
-    let qk = DecoderConfig { qk_norm: true, tied: false, ..llama() };
-    let gpt2_grouped = DecoderConfig { n_kv_heads: 2, ..gpt2() };
+    let qk = TransformerConfig { qk_norm: true, tied: false, ..llama() };
+    let gpt2_grouped = TransformerConfig { n_kv_heads: 2, ..gpt2() };
     let shared = reduced(Reduction { layers_per_block: 2, delta_rank: 2, ..Reduction::default() }, llama());
     for config in [llama(), qk, gpt2(), gpt2_grouped, shared] {
         let dir = tempfile::tempdir().unwrap();
@@ -352,7 +354,7 @@ fn what_cannot_be_taken_out_is_said() {
     let importance = Importance { width: vec![1.0; 24], ..Importance::default() };
     let shared = reduced(Reduction { layers_per_block: 2, ..Reduction::default() }, llama());
     let narrow = reduced(Reduction { embed_dim: 20, ..Reduction::default() }, llama());
-    let experts = DecoderConfig { experts: Some(ExpertsConfig::default()), ..llama() };
+    let experts = TransformerConfig { experts: Some(ExpertsConfig::default()), ..llama() };
     let none = Removal::default();
     for (config, removal, says) in [
         (llama(), Removal { kv_heads: 2, ..none }, "fewer than the model's 2"),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use firebox_models::decoder::{Decoder, DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, Transformer, TransformerConfig};
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_parallel::pipeline::Schedule;
@@ -20,12 +20,17 @@ use firebox_train::model_io::{parameters, to_host};
 const STEPS: u64 = 3;
 
 /// RMSNorm, SwiGLU, rotary positions, grouped heads; a vocabulary and an inner width that no number of ranks divides.
-fn llama(n_kv_heads: usize, tied: bool) -> DecoderConfig {
-    DecoderConfig {
+fn llama(n_kv_heads: usize, tied: bool) -> TransformerConfig {
+    TransformerConfig {
         window: None,
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Default::default(),
         vocab_size: 61,
@@ -48,8 +53,8 @@ fn llama(n_kv_heads: usize, tied: bool) -> DecoderConfig {
 }
 
 /// LayerNorm, GELU, learned positions, biases.
-fn gpt2(n_kv_heads: usize, tied: bool) -> DecoderConfig {
-    DecoderConfig {
+fn gpt2(n_kv_heads: usize, tied: bool) -> TransformerConfig {
+    TransformerConfig {
         norm: NormKind::LayerNorm,
         feed_forward: FeedForward::Gelu,
         positions: Positions::Learned,
@@ -87,7 +92,7 @@ struct Run {
     shapes: BTreeMap<String, Vec<usize>>,
 }
 
-fn train(model: Decoder, rank: usize, size: usize, case: &Case) -> Run {
+fn train(model: Transformer, rank: usize, size: usize, case: &Case) -> Run {
     let mut model = model.with_loss(case.loss);
     let batch = batch(case.config.vocab_size, case.tokens);
     // The bias of keys has no influence: what rounding leaves of its gradient, a small epsilon would make a step as large as any other.
@@ -128,7 +133,7 @@ fn train(model: Decoder, rank: usize, size: usize, case: &Case) -> Run {
 /// What is trained, and how.
 #[derive(Clone)]
 struct Case {
-    config: DecoderConfig,
+    config: TransformerConfig,
     loss: LossConfig,
     /// B and T: 39 tokens, which no number of ranks divides.
     tokens: [usize; 2],
@@ -138,7 +143,7 @@ struct Case {
 }
 
 impl Case {
-    fn new(config: DecoderConfig) -> Self {
+    fn new(config: TransformerConfig) -> Self {
         let engine = Engine::default();
         Self { config, loss: LossConfig::default(), tokens: [3, 13], engine, tolerance: 1e-5 }
     }
@@ -154,13 +159,13 @@ fn same(what: &str, case: &Case, size: usize, sequence: bool) {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let what = format!("{what} on {size} ranks{}", if sequence { ", tokens divided" } else { "" });
     let alone = Case { engine: Engine { compute: case.engine.compute, ..Engine::default() }, ..case.clone() };
-    let whole = train(Decoder::new(&case.config, 5, &device).unwrap(), 0, 1, &alone);
+    let whole = train(Transformer::new(&case.config, 5, &device).unwrap(), 0, 1, &alone);
     let runs = {
         let case = case.clone();
         spawn(size, move |comm: Communicator| {
             let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
             let model =
-                Decoder::sharded(&case.config, 5, &device, &comm, sequence).map_err(|error| error.to_string())?;
+                Transformer::sharded(&case.config, 5, &device, &comm, sequence).map_err(|error| error.to_string())?;
             Ok::<Run, String>(train(model, comm.rank(), size, &case))
         })
         .unwrap_or_else(|error| panic!("{what}: {error}"))
@@ -212,7 +217,7 @@ fn close(
 
 #[test]
 fn llama_is_the_same_on_any_number_of_ranks() {
-    let bounded = DecoderConfig { qk_norm: true, attention_softcap: 5.0, logit_softcap: 4.0, ..llama(2, true) };
+    let bounded = TransformerConfig { qk_norm: true, attention_softcap: 5.0, logit_softcap: 4.0, ..llama(2, true) };
     for size in [2, 4, 8] {
         for sequence in [false, true] {
             same("two key-value heads", &Case::new(bounded.clone()).with_loss(), size, sequence);
@@ -226,14 +231,14 @@ fn gpt2_is_the_same_on_any_number_of_ranks() {
     for size in [2, 4, 8] {
         for sequence in [false, true] {
             same("one key-value head", &Case::new(gpt2(1, true)).with_loss(), size, sequence);
-            same("dropout", &Case::new(DecoderConfig { dropout: 0.2, ..gpt2(8, false) }), size, sequence);
+            same("dropout", &Case::new(TransformerConfig { dropout: 0.2, ..gpt2(8, false) }), size, sequence);
         }
     }
 }
 
 #[test]
 fn what_is_computed_again_talks_again() {
-    let config = DecoderConfig { qk_norm: true, dropout: 0.1, ..llama(2, true) };
+    let config = TransformerConfig { qk_norm: true, dropout: 0.1, ..llama(2, true) };
     let engine = Engine { recompute: Recompute::Blocks, ..Engine::default() };
     let case = Case { engine, ..Case::new(config) };
     for sequence in [false, true] {
@@ -254,7 +259,7 @@ fn products_in_bf16_stay_close() {
 
 #[test]
 fn heads_may_be_divided_unevenly() {
-    let config = DecoderConfig { n_heads: 9, n_kv_heads: 3, ..llama(3, true) };
+    let config = TransformerConfig { n_heads: 9, n_kv_heads: 3, ..llama(3, true) };
     same("nine heads", &Case::new(config), 2, true);
 }
 
@@ -266,13 +271,13 @@ fn there_may_be_fewer_tokens_than_ranks() {
 
 #[test]
 fn what_does_not_divide_is_refused() {
-    let refused = |config: DecoderConfig, size: usize| config.validate_parallel(size).unwrap_err().to_string();
+    let refused = |config: TransformerConfig, size: usize| config.validate_parallel(size).unwrap_err().to_string();
     assert_eq!(
         refused(llama(2, true), 3),
         "decoder config: n_kv_heads = 2: must be at least the 3 ranks of tensor parallelism, or divide them while they divide \
          n_heads = 8"
     );
-    let few = DecoderConfig { vocab_size: 3, ..llama(2, true) };
+    let few = TransformerConfig { vocab_size: 3, ..llama(2, true) };
     assert_eq!(refused(few, 4), "decoder config: vocab_size = 3: must be at least the 4 ranks of tensor parallelism");
     llama(2, true).validate_parallel(8).unwrap();
 }
@@ -283,7 +288,7 @@ fn a_rank_that_fails_is_named() {
     let failure = spawn(4, move |comm: Communicator| {
         let _pool = threads::for_rank(1).map_err(|error| error.to_string())?;
         let config = llama(2, true);
-        let model = Decoder::sharded(&config, 5, &device, &comm, false).map_err(|error| error.to_string())?;
+        let model = Transformer::sharded(&config, 5, &device, &comm, false).map_err(|error| error.to_string())?;
         let batch = batch(config.vocab_size, [3, 13]);
         let loss = model.loss(&batch, Some(0));
         if comm.rank() == 2 {
@@ -300,13 +305,13 @@ fn a_rank_that_fails_is_named() {
 fn matrices_and_stages_are_divided_together() {
     let device = Backend::NdArray.device().unwrap().autodiff();
     let (micro_batches, degrees) = (4, Degrees { pp: 2, tp: 4, ..Degrees::default() });
-    let batches = move |config: &DecoderConfig| -> Vec<TokenBatch> {
+    let batches = move |config: &TransformerConfig| -> Vec<TokenBatch> {
         (0..micro_batches).map(|i| batch(config.vocab_size, [3, 12 + i])).collect()
     };
     let counters: Vec<u64> = (0..micro_batches as u64).collect();
     for (config, sequence) in [(llama(2, true), false), (gpt2(2, true), true)] {
-        let config = DecoderConfig { dropout: 0.1, ..config };
-        let model = Decoder::new(&config, 5, &device).unwrap();
+        let config = TransformerConfig { dropout: 0.1, ..config };
+        let model = Transformer::new(&config, 5, &device).unwrap();
         let (mut want, mut loss) = (NamedGrads::new(), 0.0);
         for (batch, counter) in batches(&config).iter().zip(&counters) {
             loss += Engine::default().gradients(&model, batch, *counter, &mut want).unwrap();
@@ -320,7 +325,7 @@ fn matrices_and_stages_are_divided_together() {
                     let mesh = Mesh::new(degrees, world).map_err(|error| error.to_string())?;
                     let (tp, pp) = (mesh.group(Axis::Tp), mesh.group(Axis::Pp));
                     let model =
-                        Decoder::sharded(&config, 5, &device, tp, sequence).map_err(|error| error.to_string())?;
+                        Transformer::sharded(&config, 5, &device, tp, sequence).map_err(|error| error.to_string())?;
                     let run = || -> Result<(f64, NamedGrads), TrainError> {
                         let pipeline = Pipeline::new(&model, schedule, pp.size(), micro_batches)?;
                         let model = pipeline.part(model.clone(), pp.rank())?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use firebox::models::decoder::ContextKind;
+use firebox::models::transformer::ContextKind;
 #[cfg(feature = "mpi")]
 use firebox::parallel::Mpi;
 use firebox::parallel::pipeline::Schedule;

@@ -28,7 +28,7 @@ impl ModelArgs {
         Ok(load(&self.checkpoint, &self.device.backend.device()?)?)
     }
 
-    fn load_with_tokenizer(&self) -> Result<(firebox::models::decoder::Decoder, Tokenizer), CliError> {
+    fn load_with_tokenizer(&self) -> Result<(firebox::models::transformer::Transformer, Tokenizer), CliError> {
         let Loaded { model, tokenizer } = self.load()?;
         match tokenizer {
             Some(tokenizer) => Ok((model, tokenizer)),

@@ -180,14 +180,14 @@ fn mean_cosine(x: Tensor<3>, y: Tensor<3>) -> f64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use firebox_models::Staged;
-    use firebox_models::decoder::{Decoder, DecoderConfig, presets};
+    use firebox_models::transformer::{Transformer, TransformerConfig, presets};
     use firebox_tensor::device::Backend;
 
     use super::*;
 
-    fn model() -> Decoder {
-        let config = DecoderConfig { context: 8, d_ff: 40, ..presets::depth(2, 31) };
-        Decoder::new(&config, 3, &Backend::NdArray.device().unwrap()).unwrap()
+    fn model() -> Transformer {
+        let config = TransformerConfig { context: 8, d_ff: 40, ..presets::depth(2, 31) };
+        Transformer::new(&config, 3, &Backend::NdArray.device().unwrap()).unwrap()
     }
 
     fn batches() -> Vec<TokenBatch> {
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn a_stage_behind_a_changed_one_sees_what_that_makes() {
         let model = model();
-        let double = |_: &Decoder, stage: &mut Stage| {
+        let double = |_: &Transformer, stage: &mut Stage| {
             stage.parameters.values_mut().for_each(|p| p.values.iter_mut().for_each(|v| *v *= 2.0));
             Ok(())
         };

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use firebox_data::Dataset;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use serde::{Deserialize, Serialize};
 
 use super::recipe::EvalPart;
@@ -70,7 +70,7 @@ fn tensor_bytes(path: &Path) -> Result<u64, TrainError> {
     sizes.sum::<Result<u64, TrainError>>()
 }
 
-fn sparsity(model: &Decoder) -> f64 {
+fn sparsity(model: &Transformer) -> f64 {
     let matrices =
         later(model).into_iter().filter(|(info, _)| info.name.starts_with("blocks.") && info.shape.len() > 1);
     let (mut zeros, mut all) = (0, 0);
@@ -83,7 +83,7 @@ fn sparsity(model: &Decoder) -> f64 {
 }
 
 /// Tokens per second after a short prompt.
-fn speed(model: &Decoder, dataset: &Dataset, tokens: usize) -> Result<f64, TrainError> {
+fn speed(model: &Transformer, dataset: &Dataset, tokens: usize) -> Result<f64, TrainError> {
     let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
     let stream = &dataset.val;
     let prompt: Vec<i32> = stream.tokens(0..stream.len().min(8)).iter().map(|&t| t as i32).collect();

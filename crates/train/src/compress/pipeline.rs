@@ -17,7 +17,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use firebox_data::{Dataset, Tokenizer};
 use firebox_models::TokenBatch;
-use firebox_models::decoder::{Decoder, DecoderConfig};
+use firebox_models::transformer::{Transformer, TransformerConfig};
 use serde::{Deserialize, Serialize};
 
 use super::measure::{Measured, measure};
@@ -81,7 +81,7 @@ pub struct Pipeline<'a> {
 /// A model that a step changes.
 pub(super) struct Source {
     pub path: PathBuf,
-    pub config: DecoderConfig,
+    pub config: TransformerConfig,
     pub tokenizer: Option<Tokenizer>,
 }
 
@@ -92,7 +92,7 @@ impl Source {
     }
 
     /// Its model, none of whose parameters is in memory yet.
-    pub fn model(&self, device: &Device) -> Result<Decoder, TrainError> {
+    pub fn model(&self, device: &Device) -> Result<Transformer, TrainError> {
         Ok(load(&self.path, device)?.model)
     }
 }
@@ -218,12 +218,16 @@ impl<'a> Pipeline<'a> {
     ///
     /// # Errors
     /// [`TrainError::Input`] where the text is too short for it.
-    pub(super) fn calibration(&self, config: &DecoderConfig) -> Result<Vec<TokenBatch>, TrainError> {
+    pub(super) fn calibration(&self, config: &TransformerConfig) -> Result<Vec<TokenBatch>, TrainError> {
         calibration(&self.recipe.calibration, self.dataset, config)
     }
 }
 
-fn calibration(part: &Calibration, dataset: &Dataset, config: &DecoderConfig) -> Result<Vec<TokenBatch>, TrainError> {
+fn calibration(
+    part: &Calibration,
+    dataset: &Dataset,
+    config: &TransformerConfig,
+) -> Result<Vec<TokenBatch>, TrainError> {
     /// Rows that run through a stage at once.
     const AT_ONCE: usize = 8;
     let tokens = if part.tokens == 0 { config.context } else { part.tokens };

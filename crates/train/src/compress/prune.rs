@@ -5,7 +5,7 @@ use std::path::Path;
 
 use firebox_compress::Matrix;
 use firebox_compress::prune::{Mask, SparseGpt, Sparsity, magnitude, magnitude_global, sparsegpt, wanda};
-use firebox_models::decoder::packed::{from_matrix, to_matrix};
+use firebox_models::transformer::packed::{from_matrix, to_matrix};
 
 use super::layerwise::{Inputs, Stage, Values};
 use super::pipeline::{Pipeline, Progress, Source};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use firebox_compress::quantize::{self, Gptq, Ranges, awq, gptq, smooth_scales};
 use firebox_models::Layered;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 
 use super::layerwise::{Inputs, Stage};
 use super::pipeline::{Pipeline, Progress, Source};
@@ -34,7 +34,7 @@ impl Pipeline<'_> {
 }
 
 /// What becomes of which parameter: the blocks' matrices, embedding and head.
-fn formats(step: &Quantize, model: &Decoder) -> Result<Formats, TrainError> {
+fn formats(step: &Quantize, model: &Transformer) -> Result<Formats, TrainError> {
     let format = step.scalar()?;
     let of = |name: &str, dims: usize| match name {
         "embed.weight" | "head.weight" => step.tables.format(),
@@ -46,7 +46,7 @@ fn formats(step: &Quantize, model: &Decoder) -> Result<Formats, TrainError> {
 
 /// Quantizes what `formats` names of a stage, and leaves in the stage what that computes with.
 fn quantize_stage(
-    model: &Decoder,
+    model: &Transformer,
     stage: &mut Stage,
     step: &Quantize,
     formats: &Formats,
@@ -90,7 +90,7 @@ fn quantize_stage(
 }
 
 /// Divides what makes a matrix's inputs.
-fn divide_before(model: &Decoder, stage: &mut Stage, matrix: &str, scales: &[f32]) {
+fn divide_before(model: &Transformer, stage: &mut Stage, matrix: &str, scales: &[f32]) {
     for scaled in model.scaled_before(matrix) {
         let Some(parameter) = stage.parameters.get_mut(&scaled.param) else { continue };
         let width = parameter.shape.last().copied().unwrap_or(1).max(1);

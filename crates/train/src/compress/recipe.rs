@@ -6,7 +6,7 @@ use firebox_compress::format::{Element, Group};
 use firebox_compress::prune::{Sparsity, magnitude, magnitude_global};
 use firebox_compress::{CompressError, Format, Matrix, ScalarFormat};
 use firebox_data::DataConfig;
-use firebox_models::decoder::{Decoder, LowRank};
+use firebox_models::transformer::{LowRank, Transformer};
 use serde::{Deserialize, Serialize};
 
 use crate::export::Target;
@@ -432,7 +432,7 @@ impl CompressRecipe {
     }
 
     /// Checks the steps, those on matrices against the model at the start unless an earlier step changes its shape.
-    pub(super) fn check(&self, model: &Decoder) -> Result<(), TrainError> {
+    pub(super) fn check(&self, model: &Transformer) -> Result<(), TrainError> {
         let matrices: Vec<_> = later(model).into_iter().map(|(info, _)| (info.name, info.shape)).collect();
         let mut matrices: Vec<_> = matrices.into_iter().filter(|(name, shape)| is_matrix(name, shape.len())).collect();
         let mut quantized = false;

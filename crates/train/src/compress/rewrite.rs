@@ -5,7 +5,7 @@ use std::path::Path;
 
 use firebox_compress::ScalarFormat;
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 
 use super::layerwise::{Layerwise, Stage};
 use super::pipeline::{Pipeline, Progress, Source};
@@ -24,7 +24,7 @@ impl Pipeline<'_> {
         formats: &Formats,
         batches: Vec<TokenBatch>,
         on: &mut dyn FnMut(Progress<'_>),
-        mut edit: impl FnMut(&Decoder, &mut Stage) -> Result<BTreeMap<String, Weights>, TrainError>,
+        mut edit: impl FnMut(&Transformer, &mut Stage) -> Result<BTreeMap<String, Weights>, TrainError>,
     ) -> Result<(), TrainError> {
         let mut walk = Layerwise::new(|| source.model(&self.device), batches);
         let (mut ready, mut done) = (BTreeMap::new(), 0);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use burn::tensor::activation::softmax;
 use firebox_data::{Dataset, Loader};
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_tensor::ops::{Sequence, SoftTargets, zigzag_part};
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
@@ -121,7 +121,7 @@ impl Cache {
     pub fn open(
         dir: &Path,
         contents: Contents,
-        teacher: &Decoder,
+        teacher: &Transformer,
         loader: &Loader,
         ranks: Option<&Ranks>,
     ) -> Result<Self, TrainError> {
@@ -228,7 +228,7 @@ fn begin(path: &Path, contents: &Contents) -> Result<(), TrainError> {
 fn fill(
     path: &Path,
     contents: &Contents,
-    teacher: &Decoder,
+    teacher: &Transformer,
     loader: &Loader,
     (rank, ranks): (usize, usize),
 ) -> Result<(), TrainError> {
@@ -253,7 +253,7 @@ fn fill(
 }
 
 /// For each row of a batch, the most probable tokens of all its positions, in falling order; of equal ones, the first.
-fn top_k(teacher: &Decoder, batch: &TokenBatch, contents: &Contents) -> Vec<(Vec<u32>, Vec<f32>)> {
+fn top_k(teacher: &Transformer, batch: &TokenBatch, contents: &Contents) -> Vec<(Vec<u32>, Vec<f32>)> {
     let probabilities = to_host(softmax(teacher.logits(batch) / contents.temperature, 2));
     let (v, k) = (contents.vocab, contents.k);
     let of_row = |row: &[f32]| {

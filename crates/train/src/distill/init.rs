@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_models::decoder::{Decoder, DecoderConfig, Positions};
+use firebox_models::transformer::{Positions, Transformer, TransformerConfig};
 
 use crate::TrainError;
 use crate::model_io::{Later, later, load, set_later};
@@ -19,7 +19,7 @@ fn layer(i: usize, student: usize, teacher: usize) -> usize {
 ///
 /// # Errors
 /// [`TrainError::Input`] for a student of another shape than its teacher, or with more layers.
-pub(crate) fn from_teacher(student: Decoder, path: &Path, device: &Device) -> Result<Decoder, TrainError> {
+pub(crate) fn from_teacher(student: Transformer, path: &Path, device: &Device) -> Result<Transformer, TrainError> {
     let teacher = load(path, device)?.model;
     if teacher.is_packed() {
         let expected = "random with a quantized teacher, which has no parameters in floats".into();
@@ -45,7 +45,7 @@ pub(crate) fn from_teacher(student: Decoder, path: &Path, device: &Device) -> Re
     Ok(set_later(student, values))
 }
 
-fn check(student: &DecoderConfig, teacher: &DecoderConfig) -> Result<(), TrainError> {
+fn check(student: &TransformerConfig, teacher: &TransformerConfig) -> Result<(), TrainError> {
     let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
     let why = "with distill.init = \"teacher\"";
     if student.n_layers > teacher.n_layers {
@@ -71,7 +71,7 @@ fn check(student: &DecoderConfig, teacher: &DecoderConfig) -> Result<(), TrainEr
         }
     }
     // What changes no parameter's shape or meaning.
-    let mut same = DecoderConfig {
+    let mut same = TransformerConfig {
         n_layers: teacher.n_layers,
         dropout: teacher.dropout,
         init_std: teacher.init_std,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use firebox_data::{Dataset, Loader, Tokenizer};
-use firebox_models::decoder::{ContextParallel, Decoder, DecoderConfig};
+use firebox_models::transformer::{ContextParallel, Transformer, TransformerConfig};
 use firebox_models::{Hints, Lesson, Taught, TokenBatch};
 use firebox_parallel::Communicator;
 use firebox_tensor::device::is_fused;
@@ -20,7 +20,7 @@ use crate::ranks::{Layout, Ranks};
 /// A teacher of one run.
 #[derive(Debug)]
 pub(crate) struct Teacher {
-    model: Arc<Decoder>,
+    model: Arc<Transformer>,
     recipe: DistillRecipe,
     /// The block that each of the student's blocks learns from, where it does.
     blocks: Vec<usize>,
@@ -44,7 +44,7 @@ impl Teacher {
     /// [`TrainError::Input`] for one with other tokens or a shorter context than the student's, or with nothing to compare; as [`load`].
     pub fn new(
         recipe: &DistillRecipe,
-        student: &DecoderConfig,
+        student: &TransformerConfig,
         tokenizer: &Tokenizer,
         device: &Device,
     ) -> Result<Self, TrainError> {
@@ -130,7 +130,7 @@ impl Teacher {
         let contents = Contents::new(Path::new(teacher), dataset, (seed, context, vocab), (k, temperature, samples))?;
         // Ranks that divide rows make predictions of whole ones.
         let whole = match self.model.context_parallel() {
-            Some(_) => Arc::new(Decoder::clone(&self.model).with_context(None)),
+            Some(_) => Arc::new(Transformer::clone(&self.model).with_context(None)),
             None => self.model.clone(),
         };
         self.cache = Some(Cache::open(dir, contents, &whole, loader, ranks)?);
@@ -178,8 +178,8 @@ impl Teacher {
 /// The teacher's block of the relations, and the number of their parts.
 fn relations(
     recipe: &DistillRecipe,
-    student: &DecoderConfig,
-    teacher: &DecoderConfig,
+    student: &TransformerConfig,
+    teacher: &TransformerConfig,
 ) -> Result<Option<(usize, usize)>, TrainError> {
     if recipe.relations == 0.0 {
         return Ok(None);

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::{TensorInfo, Value, Writer};
-use firebox_models::decoder::hf::{Entry, Family, Piece};
-use firebox_models::decoder::{DecoderConfig, FeedForward, Positions};
+use firebox_models::transformer::hf::{Entry, Family, Piece};
+use firebox_models::transformer::{FeedForward, Positions, TransformerConfig};
 
 use super::ExportError;
 use super::source::Source;
@@ -117,7 +117,7 @@ fn fitting(block: BlockType, columns: usize) -> BlockType {
     [block, smaller].into_iter().find(|block| fits(*block)).unwrap_or(BlockType::F16)
 }
 
-fn parameters(config: &DecoderConfig, architecture: &str, block: BlockType) -> Vec<(String, Value)> {
+fn parameters(config: &TransformerConfig, architecture: &str, block: BlockType) -> Vec<(String, Value)> {
     let count = |n: usize| Value::U32(u32::try_from(n).unwrap_or(u32::MAX));
     let own = |key: &str| format!("{architecture}.{key}");
     let mut metadata = vec![

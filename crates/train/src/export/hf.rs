@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
-use firebox_models::decoder::hf::{Entry, Piece};
+use firebox_models::transformer::hf::{Entry, Piece};
 use serde_json::{Value, json};
 
 use super::source::{Source, Vocabulary};
@@ -145,8 +145,8 @@ impl AsRef<[u8]> for Bytes {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use firebox_models::decoder::hf::Family;
-    use firebox_models::decoder::presets;
+    use firebox_models::transformer::hf::Family;
+    use firebox_models::transformer::presets;
 
     use super::*;
     use crate::checkpoint::TensorFile;

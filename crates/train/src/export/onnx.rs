@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use firebox_compress::onnx::{Attribute, Dim, Element, Writer};
-use firebox_models::decoder::hf::Family;
-use firebox_models::decoder::{DecoderConfig, ExpertsConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::hf::Family;
+use firebox_models::transformer::{ExpertsConfig, FeedForward, NormKind, Positions, TransformerConfig};
 
 use super::source::Source;
 use super::{ExportError, OnnxType, hf};
@@ -38,7 +38,7 @@ pub fn write(source: &Source, kind: OnnxType, dir: &Path) -> Result<(), TrainErr
 /// A graph in the making: what a method computes is a node, whose name it returns.
 struct Net<'a> {
     source: &'a Source,
-    config: &'a DecoderConfig,
+    config: &'a TransformerConfig,
     kind: OnnxType,
     writer: Writer,
 }

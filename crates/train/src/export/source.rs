@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 use std::path::Path;
 
-use firebox_models::decoder::hf::{Entry, Family, Piece, parse_config};
-use firebox_models::decoder::{DecoderConfig, FeedForward, NormKind, Positions};
+use firebox_models::transformer::hf::{Entry, Family, Piece, parse_config};
+use firebox_models::transformer::{FeedForward, NormKind, Positions, TransformerConfig};
 use serde_json::Value;
 
 use super::ExportError;
@@ -16,7 +16,7 @@ use crate::quantized::{Numbers, Quantization};
 /// A checkpoint whose tensors are read when they are asked for, quantized ones as the numbers that they stand for.
 pub struct Source {
     pub family: Family,
-    pub config: DecoderConfig,
+    pub config: TransformerConfig,
     pub tokenizer: Option<Vocabulary>,
     entries: Vec<Entry>,
     file: TensorFile,
@@ -133,7 +133,7 @@ impl Source {
 }
 
 /// What a decoder has that its closest class of Hugging Face has not.
-fn oddities(config: &DecoderConfig) -> String {
+fn oddities(config: &TransformerConfig) -> String {
     let learned = config.positions == Positions::Learned;
     let (class, norm, mlp) = match learned {
         true => ("GPT-2", NormKind::LayerNorm, config.feed_forward != FeedForward::SwiGlu),

@@ -3,7 +3,7 @@
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, Communicator, Degrees, Mesh};
 
-use firebox_models::decoder::ContextKind;
+use firebox_models::transformer::ContextKind;
 
 use crate::TrainError;
 

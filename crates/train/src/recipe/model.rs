@@ -1,7 +1,8 @@
 //! The recipe's part on the model.
 
-use firebox_models::decoder::{
-    DecoderConfig, ExpertsConfig, FeedForward, LowRank, NormKind, Positions, Reduction, presets,
+use firebox_models::transformer::{
+    EncoderConfig, ExpertsConfig, FeedForward, Head, ImageConfig, LowRank, NormKind, Positions, Reduction, RopeScaling,
+    TransformerConfig, presets,
 };
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +96,21 @@ pub struct ModelRecipe {
     /// Biases in linear layers and LayerNorm.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias: Option<bool>,
+    /// Biases of q, k and v alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qkv_bias: Option<bool>,
+    /// `{ linear = { factor = 2.0 } }`: how rotary angles are stretched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// `{ norm_after = true, embed_norm = true, token_types = 2 }`: an encoder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<EncoderConfig>,
+    /// `{ size = 32, patch = 4, channels = 3 }`: images in place of tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageConfig>,
+    /// What follows the last block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<Head>,
     /// Head tied to the embedding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tied: Option<bool>,
@@ -114,7 +130,7 @@ impl ModelRecipe {
     ///
     /// # Errors
     /// For an unknown preset.
-    pub fn resolve(&self, tokens: usize) -> Result<DecoderConfig, RecipeError> {
+    pub fn resolve(&self, tokens: usize) -> Result<TransformerConfig, RecipeError> {
         let base = match &self.preset {
             Some(name) => presets::named(name).ok_or_else(|| {
                 let known: Vec<&str> = presets::all().into_iter().map(|(n, _)| n).collect();
@@ -128,7 +144,7 @@ impl ModelRecipe {
         // What is not given follows from what is: heads split the width, every query head has its keys, the inner width keeps its ratio.
         let reshaped = self.d_model.is_some() || self.n_heads.is_some();
         let same_groups = base.n_kv_heads == base.n_heads;
-        Ok(DecoderConfig {
+        Ok(TransformerConfig {
             vocab_size: self.vocab_size.unwrap_or(tokens),
             d_model,
             n_layers: self.n_layers.unwrap_or(base.n_layers),
@@ -165,6 +181,11 @@ impl ModelRecipe {
             feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
             positions: self.positions.unwrap_or(base.positions),
             bias: self.bias.unwrap_or(base.bias),
+            qkv_bias: self.qkv_bias.unwrap_or(base.qkv_bias),
+            rope_scaling: self.rope_scaling.or(base.rope_scaling),
+            encoder: self.encoder.or(base.encoder),
+            image: self.image.or(base.image),
+            head: self.head.unwrap_or(base.head),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
             init_std: match (&self.preset, self.mup_base_width) {
@@ -209,8 +230,9 @@ impl ModelRecipe {
     }
 
     /// The recipe that gives exactly `config`.
-    pub fn exactly(config: &DecoderConfig) -> Self {
-        let DecoderConfig { vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, context, .. } = *config;
+    pub fn exactly(config: &TransformerConfig) -> Self {
+        let TransformerConfig { vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, context, .. } =
+            *config;
         Self {
             preset: None,
             depth: None,
@@ -240,6 +262,11 @@ impl ModelRecipe {
             feed_forward: Some(config.feed_forward),
             positions: Some(config.positions),
             bias: Some(config.bias),
+            qkv_bias: config.qkv_bias.then_some(true),
+            rope_scaling: config.rope_scaling,
+            encoder: config.encoder,
+            image: config.image,
+            head: (config.head != Head::Language).then_some(config.head),
             tied: Some(config.tied),
             dropout: Some(config.dropout),
             init_std: Some(config.init_std),

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use firebox_data::Tokenizer;
-use firebox_models::decoder::DecoderConfig;
-use firebox_models::decoder::hf::{Entry, parse_config};
+use firebox_models::transformer::TransformerConfig;
+use firebox_models::transformer::hf::{Entry, parse_config};
 
 use crate::TrainError;
 use crate::checkpoint::TensorFile;
@@ -15,7 +15,7 @@ use crate::quantized::{self, Quantization, Weights};
 /// A model on the disk.
 #[derive(Debug)]
 pub struct ModelFolder {
-    config: DecoderConfig,
+    config: TransformerConfig,
     entries: HashMap<String, Entry>,
     file: TensorFile,
     tokenizer: Option<Tokenizer>,
@@ -40,7 +40,7 @@ impl ModelFolder {
     }
 
     /// The shape of the model.
-    pub fn config(&self) -> &DecoderConfig {
+    pub fn config(&self) -> &TransformerConfig {
         &self.config
     }
 
@@ -82,7 +82,7 @@ impl ModelFolder {
     pub fn write(
         &self,
         output: &Path,
-        config: &DecoderConfig,
+        config: &TransformerConfig,
         mut value: impl FnMut(&str) -> Result<Vec<f32>, TrainError>,
     ) -> Result<(), TrainError> {
         config.validate()?;

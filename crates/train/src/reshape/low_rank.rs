@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use firebox_models::TokenBatch;
-use firebox_models::decoder::{DecoderConfig, LowRank, Reduction};
+use firebox_models::transformer::{LowRank, Reduction, TransformerConfig};
 
 use super::{ModelFolder, factor};
 use crate::TrainError;
@@ -23,7 +23,7 @@ pub fn low_rank(
     output: &Path,
     ranks: LowRank,
     batches: Vec<TokenBatch>,
-) -> Result<DecoderConfig, TrainError> {
+) -> Result<TransformerConfig, TrainError> {
     let model = ModelFolder::open(input)?;
     let of = model.config();
     let fail = |what, expected: &str, got: String| Err(TrainError::Input { what, expected: expected.into(), got });
@@ -34,7 +34,7 @@ pub fn low_rank(
         let got = format!("{:?}", of.reduction);
         return fail("the model to factor", "one whose layers have whole matrices of their own", got);
     }
-    let config = DecoderConfig { reduction: Reduction { low_rank: ranks, ..of.reduction }, ..of.clone() };
+    let config = TransformerConfig { reduction: Reduction { low_rank: ranks, ..of.reduction }, ..of.clone() };
     config.validate()?;
     let device = Device::default();
     let mut walk = Layerwise::new(|| Ok(model_io::load(input, &device)?.model), batches);

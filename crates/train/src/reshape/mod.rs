@@ -11,7 +11,7 @@ pub mod structured;
 
 use std::path::Path;
 
-use firebox_models::decoder::{DecoderConfig, Source};
+use firebox_models::transformer::{Source, TransformerConfig};
 
 use crate::TrainError;
 
@@ -24,14 +24,14 @@ pub use share::share;
 ///
 /// # Errors
 /// A model that cannot be read, an `output` that is there, or a full disk.
-pub fn expand(input: &Path, output: &Path) -> Result<DecoderConfig, TrainError> {
+pub fn expand(input: &Path, output: &Path) -> Result<TransformerConfig, TrainError> {
     let model = ModelFolder::open(input)?;
     let config = model.config().expanded();
     model.write(output, &config, |param| expanded(&model, param))?;
     Ok(config)
 }
 
-/// The values of a parameter of the [expanded](DecoderConfig::expanded) model.
+/// The values of a parameter of the [expanded](TransformerConfig::expanded) model.
 ///
 /// # Errors
 /// A parameter that cannot be read.

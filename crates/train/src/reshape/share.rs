@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use firebox_models::decoder::{DecoderConfig, Reduction};
+use firebox_models::transformer::{Reduction, TransformerConfig};
 
 use super::{ModelFolder, factor};
 use crate::TrainError;
@@ -19,7 +19,7 @@ pub fn share(
     output: &Path,
     layers_per_block: usize,
     delta_rank: usize,
-) -> Result<DecoderConfig, TrainError> {
+) -> Result<TransformerConfig, TrainError> {
     let model = ModelFolder::open(input)?;
     let of = model.config();
     let reduction = of.reduction;
@@ -27,7 +27,7 @@ pub fn share(
         let expected = "a model whose layers have whole matrices of their own".into();
         return Err(TrainError::Input { what: "the model to share", expected, got: format!("{reduction:?}") });
     }
-    let config = DecoderConfig { reduction: Reduction { layers_per_block, delta_rank, ..reduction }, ..of.clone() };
+    let config = TransformerConfig { reduction: Reduction { layers_per_block, delta_rank, ..reduction }, ..of.clone() };
     config.validate()?;
     // Of two factors the first is asked for first, and the second is kept until it is.
     let mut second = vec![];

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use firebox_models::TokenBatch;
-use firebox_models::decoder::{DecoderConfig, FeedForward};
+use firebox_models::transformer::{FeedForward, TransformerConfig};
 
 use super::{ModelFolder, sides};
 use crate::TrainError;
@@ -126,7 +126,7 @@ impl Kept {
     /// # Errors
     /// [`TrainError::Input`]: more to be taken out than there is (at least one of each remains), layers without their influence or of blocks that are shared, units of experts, importances of another model, or of them one
     /// that is no number.
-    pub fn of(config: &DecoderConfig, removal: Removal, importance: &Importance) -> Result<Self, TrainError> {
+    pub fn of(config: &TransformerConfig, removal: Removal, importance: &Importance) -> Result<Self, TrainError> {
         let fail = |what, expected: String, got: String| Err(TrainError::Input { what, expected, got });
         let Removal { kv_heads, units, layers, width } = removal;
         for (what, remove, there) in [
@@ -209,7 +209,7 @@ fn axes(matrix: &str) -> [Axis; 2] {
 }
 
 /// The axes of a parameter.
-fn axes_of(param: &str, config: &DecoderConfig) -> Vec<Axis> {
+fn axes_of(param: &str, config: &TransformerConfig) -> Vec<Axis> {
     use Axis::{Channels, Inner, Other, Units};
     let narrow = config.reduction.embed_dim > 0;
     let low = config.reduction.low_rank;
@@ -249,12 +249,12 @@ fn axes_of(param: &str, config: &DecoderConfig) -> Vec<Axis> {
 ///
 /// # Errors
 /// A model that cannot be read, ranks that are too large for what remains, an `output` that is there, or a full disk.
-pub fn remove(input: &Path, output: &Path, kept: &Kept) -> Result<DecoderConfig, TrainError> {
+pub fn remove(input: &Path, output: &Path, kept: &Kept) -> Result<TransformerConfig, TrainError> {
     let model = ModelFolder::open(input)?;
     let old = model.config();
     let heads = old.n_heads / old.n_kv_heads;
     let n_kv_heads = kept.kv_heads.first().map_or(old.n_kv_heads, Vec::len);
-    let config = DecoderConfig {
+    let config = TransformerConfig {
         d_model: kept.width.len(),
         n_layers: kept.layers.len(),
         n_heads: n_kv_heads * heads,

@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use firebox_models::TokenBatch;
-use firebox_models::decoder::Decoder;
-use firebox_models::decoder::hf::Entry;
+use firebox_models::transformer::Transformer;
+use firebox_models::transformer::hf::Entry;
 use firebox_tensor::ops::LossParts;
 
 use super::Trainer;
@@ -46,7 +46,11 @@ impl Trainer<'_> {
     }
 
     /// The same model with the projections of a checkpoint, where it has some.
-    pub(super) fn with_projections_of(&self, model: Decoder, checkpoint: &Checkpoint) -> Result<Decoder, TrainError> {
+    pub(super) fn with_projections_of(
+        &self,
+        model: Transformer,
+        checkpoint: &Checkpoint,
+    ) -> Result<Transformer, TrainError> {
         let projected = self.teacher.as_ref().and_then(Teacher::projected);
         let Some(projected) = projected.filter(|_| checkpoint.contains(PROJECTIONS)) else { return Ok(model) };
         let device = model.embed.weight.lazy_device();
@@ -80,7 +84,7 @@ impl Trainer<'_> {
 }
 
 /// The model with projections of its blocks to this width, unless it has them already.
-pub(super) fn project(model: Decoder, width: Option<usize>, seed: u64, device: &Device) -> Decoder {
+pub(super) fn project(model: Transformer, width: Option<usize>, seed: u64, device: &Device) -> Transformer {
     match width.filter(|_| model.projections.is_empty()) {
         Some(width) => model.with_projections(width, seed, device),
         None => model,

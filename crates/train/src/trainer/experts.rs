@@ -1,7 +1,7 @@
 //! How the experts of a mixture are kept busy.
 
 use burn::tensor::Device;
-use firebox_models::decoder::DecoderConfig;
+use firebox_models::transformer::TransformerConfig;
 use firebox_tensor::device::is_fused;
 
 use super::Trainer;
@@ -9,7 +9,7 @@ use crate::TrainError;
 use crate::ranks::{Layout, Zero};
 
 /// The balancing loss is an operation of the CPU backends.
-pub(super) fn check_device(config: &DecoderConfig, device: &Device) -> Result<(), TrainError> {
+pub(super) fn check_device(config: &TransformerConfig, device: &Device) -> Result<(), TrainError> {
     let aux = config.experts.map_or(0.0, |experts| experts.router_aux_loss);
     if aux > 0.0 && !is_fused(device) {
         let expected = "0 on this backend: model.router_bias_rate balances without a loss".into();
@@ -19,7 +19,7 @@ pub(super) fn check_device(config: &DecoderConfig, device: &Device) -> Result<()
 }
 
 /// What ranks cannot do with experts.
-pub(super) fn check_layout(config: &DecoderConfig, layout: &Layout, batch_grows: bool) -> Result<(), TrainError> {
+pub(super) fn check_layout(config: &TransformerConfig, layout: &Layout, batch_grows: bool) -> Result<(), TrainError> {
     let fail = |what, expected: &str, got: String| Err(TrainError::Input { what, expected: expected.into(), got });
     if layout.ep > 1 && batch_grows {
         let expected = "none with ep: the ranks that divide the experts need as many micro-batches each in every step";

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use burn::module::Module;
 use firebox_data::Batch;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::values;
 use firebox_parallel::Communicator;
@@ -64,8 +64,8 @@ impl Trainer<'_> {
     /// Ranks evaluate batches in turns.
     fn evaluated(
         &self,
-        model: &Decoder,
-        shards: Option<&Shards<Decoder>>,
+        model: &Transformer,
+        shards: Option<&Shards<Transformer>>,
         limit: Option<u64>,
     ) -> Result<Evaluation, TrainError> {
         let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
@@ -100,7 +100,7 @@ impl Trainer<'_> {
         &self,
         ranks: &Ranks,
         pipe: &Pipe,
-        model: &Decoder,
+        model: &Transformer,
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
         let pipeline = pipe.usual();
@@ -128,7 +128,7 @@ impl Trainer<'_> {
     fn evaluated_by_stage(
         &self,
         ranks: &Ranks,
-        shards: &Shards<Decoder>,
+        shards: &Shards<Transformer>,
         batches: impl Iterator<Item = Batch>,
     ) -> Result<Evaluation, TrainError> {
         let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
@@ -149,7 +149,7 @@ impl Trainer<'_> {
     }
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
-    pub(super) fn whole(&self, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+    pub(super) fn whole(&self, model: Transformer) -> Result<Option<Transformer>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
         let copies = model.expert_group().map_or(1, Communicator::size);
@@ -164,12 +164,12 @@ impl Trainer<'_> {
         let Some(model) = self.whole_experts(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();
-        let empty = Decoder::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
+        let empty = Transformer::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
         pipeline.gather(&model, empty, 0, &pipe.group)
     }
 
     /// The parts of the matrices put together, on the first of the ranks that have divided them.
-    fn whole_matrices(&self, ranks: &Ranks, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+    fn whole_matrices(&self, ranks: &Ranks, model: Transformer) -> Result<Option<Transformer>, TrainError> {
         let Some(parallel) = model.parallel() else { return Ok(Some(model)) };
         let (config, size) = (model.config(), parallel.group().size());
         let mut whole = HashMap::new();
@@ -183,7 +183,7 @@ impl Trainer<'_> {
         if parallel.group().rank() > 0 {
             return Ok(None);
         }
-        let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        let mut made = Transformer::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
         if let Some(pipe) = ranks.pipe() {
             made = pipe.usual().part(made, pipe.group.rank())?;
         }
@@ -191,7 +191,7 @@ impl Trainer<'_> {
     }
 
     /// The experts put together, on the first of the ranks that have divided them.
-    fn whole_experts(&self, ranks: &Ranks, model: Decoder) -> Result<Option<Decoder>, TrainError> {
+    fn whole_experts(&self, ranks: &Ranks, model: Transformer) -> Result<Option<Transformer>, TrainError> {
         let Some(group) = model.expert_group() else { return Ok(Some(model)) };
         let (config, mut whole) = (model.config(), HashMap::new());
         for (info, part) in values(&model) {
@@ -210,14 +210,14 @@ impl Trainer<'_> {
         if group.rank() > 0 {
             return Ok(None);
         }
-        let mut made = Decoder::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        let mut made = Transformer::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
         if let Some(pipe) = ranks.pipe() {
             made = pipe.usual().part(made, pipe.group.rank())?;
         }
         Ok(Some(set_parameters(made, whole)))
     }
 
-    fn sample(&self, model: &Decoder) -> Result<String, TrainError> {
+    fn sample(&self, model: &Transformer) -> Result<String, TrainError> {
         let tokenizer = &self.dataset.tokenizer;
         let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
         let sampling = Sampling { seed: self.recipe.seed, ..Sampling::default() };

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use firebox_models::Placement;
-use firebox_models::decoder::{ContextParallel, Decoder, DecoderConfig, TensorParallelError};
+use firebox_models::transformer::{ContextParallel, TensorParallelError, Transformer, TransformerConfig};
 use firebox_optim::{ParamInfo, StateTensor, parameters};
 use firebox_parallel::Communicator;
 use firebox_tensor::device::is_fused;
@@ -134,7 +134,7 @@ impl Trainer<'_> {
     }
 
     /// The same model on this rank's tokens of each row.
-    fn divide_rows(model: Decoder, group: &Communicator, layout: &Layout) -> Result<Decoder, TrainError> {
+    fn divide_rows(model: Transformer, group: &Communicator, layout: &Layout) -> Result<Transformer, TrainError> {
         let device = model.embed.weight.lazy_device();
         if !is_fused(&device) {
             let expected = "1, or a CPU backend (ndarray, flex): ranks talk through its memory".into();
@@ -147,23 +147,23 @@ impl Trainer<'_> {
     /// This rank's part of the model's matrices, and of the optimizer's state.
     fn divide_matrices(
         &mut self,
-        model: Decoder,
+        model: Transformer,
         group: &Communicator,
         sequence_parallel: bool,
-    ) -> Result<Decoder, TrainError> {
+    ) -> Result<Transformer, TrainError> {
         self.check_works_by_elements("tp", &model, group)?;
         let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
-        let part = Decoder::sharded(&config, self.recipe.seed, &device, group, sequence_parallel);
+        let part = Transformer::sharded(&config, self.recipe.seed, &device, group, sequence_parallel);
         let part = part.map_err(|error| cannot_divide("tp", error))?;
         let grid = Grid::new(&model, group, false);
         self.divide(model, part, &grid)
     }
 
     /// This rank's experts, and what the optimizer remembers of them.
-    fn divide_experts(&mut self, model: Decoder, group: &Communicator) -> Result<Decoder, TrainError> {
+    fn divide_experts(&mut self, model: Transformer, group: &Communicator) -> Result<Transformer, TrainError> {
         self.check_works_by_elements("ep", &model, group)?;
         let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
-        let part = Decoder::with_divided_experts(&config, self.recipe.seed, &device, group);
+        let part = Transformer::with_divided_experts(&config, self.recipe.seed, &device, group);
         let part = part.map_err(|error| cannot_divide("ep", error))?;
         let grid = Grid::new(&model, group, true);
         self.divide(model, part, &grid)
@@ -172,7 +172,7 @@ impl Trainer<'_> {
     fn check_works_by_elements(
         &self,
         what: &'static str,
-        model: &Decoder,
+        model: &Transformer,
         group: &Communicator,
     ) -> Result<(), TrainError> {
         if self.optimizer.works_by_elements(model)? {
@@ -188,7 +188,7 @@ impl Trainer<'_> {
     }
 
     /// Gives `part`, made for it, this rank's part of the values of `model`, and the optimizer that of its state.
-    fn divide(&mut self, model: Decoder, part: Decoder, grid: &Grid) -> Result<Decoder, TrainError> {
+    fn divide(&mut self, model: Transformer, part: Transformer, grid: &Grid) -> Result<Transformer, TrainError> {
         let projected = self.teacher.as_ref().and_then(Teacher::projected);
         let part = project(part, projected, self.recipe.seed, &model.embed.weight.lazy_device());
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
@@ -219,19 +219,19 @@ fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
 
 /// How ranks divide the parameters of a model: by matrices, or by experts.
 struct Grid {
-    config: DecoderConfig,
+    config: TransformerConfig,
     rank: usize,
     size: usize,
     experts: bool,
 }
 
 impl Grid {
-    fn new(model: &Decoder, group: &Communicator, experts: bool) -> Self {
+    fn new(model: &Transformer, group: &Communicator, experts: bool) -> Self {
         Self { config: model.config().clone(), rank: group.rank(), size: group.size(), experts }
     }
 
     /// As the parameters of `model` are divided, if they are.
-    fn of(model: &Decoder) -> Option<Self> {
+    fn of(model: &Transformer) -> Option<Self> {
         match (model.parallel(), model.expert_group()) {
             (Some(parallel), _) => Some(Self::new(model, parallel.group(), false)),
             (None, Some(group)) => Some(Self::new(model, group, true)),

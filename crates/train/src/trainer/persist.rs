@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use firebox_data::Dataset;
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_optim::StateTensor;
 
 use super::save::{AVERAGE_STATE, TRAINED};
@@ -88,7 +88,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The model to evaluate and to keep: mostly the one that is trained.
-    pub(super) fn averaged(&self) -> Result<Decoder, TrainError> {
+    pub(super) fn averaged(&self) -> Result<Transformer, TrainError> {
         let model = self.optimizer.averaged(self.model().clone())?;
         Ok(if self.recipe.qat.is_some() { model.quantized() } else { model })
     }

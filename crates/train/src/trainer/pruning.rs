@@ -1,6 +1,6 @@
 //! Pruning between the steps of a run.
 
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 
 use super::Trainer;
 use crate::TrainError;
@@ -9,7 +9,7 @@ use crate::ranks::{Layout, Zero};
 use crate::recipe::Recipe;
 
 /// Zeros that stay, of a model without any, are a mistake.
-pub(super) fn check_zeros(recipe: &Recipe, model: &Decoder) -> Result<(), TrainError> {
+pub(super) fn check_zeros(recipe: &Recipe, model: &Transformer) -> Result<(), TrainError> {
     let kept_alone = recipe.prune.as_ref().is_some_and(|prune| prune.target().is_none());
     if kept_alone && !has_zeros(model) {
         let expected = "a pruned model to start from (--init), or a prune.sparsity to prune to".into();

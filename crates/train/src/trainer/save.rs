@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use firebox_models::decoder::Decoder;
-use firebox_models::decoder::hf::{Entry, Family};
+use firebox_models::transformer::Transformer;
+use firebox_models::transformer::hf::{Entry, Family};
 use firebox_models::{Placement, Staged};
 use firebox_optim::{Average, Optimizer, StateTensor};
 use firebox_parallel::ReduceOp;
@@ -134,10 +134,10 @@ struct Snapshot {
     dir: PathBuf,
     keep: CheckpointRecipe,
     /// Of this and the other modules and states, this rank's part.
-    model: Decoder,
+    model: Transformer,
     /// This rank's parts of the parameters, where the model has none of their values.
     shards: Option<BTreeMap<String, Tensor<1>>>,
-    trained: Option<Decoder>,
+    trained: Option<Transformer>,
     qat: Option<QatRecipe>,
     average: Option<Averaged>,
     optimizer: Optimizer,
@@ -156,7 +156,7 @@ struct Snapshot {
 /// An average, and the parameters that it gives.
 struct Averaged {
     average: Average,
-    model: Decoder,
+    model: Transformer,
     shards: Option<BTreeMap<String, Tensor<1>>>,
 }
 
@@ -243,7 +243,7 @@ impl Snapshot {
         to: &mut To<'_>,
         name: &str,
         entries: &[Entry],
-        model: &Decoder,
+        model: &Transformer,
         shards: Option<&BTreeMap<String, Tensor<1>>>,
     ) -> Result<(), TrainError> {
         let params: HashMap<String, Tensor<1>> = match shards {

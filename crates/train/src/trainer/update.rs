@@ -1,6 +1,6 @@
 //! One update of the parameters from the micro-batches of a step.
 
-use firebox_models::decoder::Decoder;
+use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 
@@ -175,7 +175,7 @@ impl Trainer<'_> {
     }
 
     /// The whole model, where each rank has updated a part of it.
-    fn gather(&self, model: Decoder) -> Result<Decoder, TrainError> {
+    fn gather(&self, model: Transformer) -> Result<Transformer, TrainError> {
         match &self.ranks {
             Some(ranks) => Ok(self.recipe.precision.hold(ranks.gather_parameters(model)?)),
             None => Ok(model),

@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use firebox_models::decoder::ContextKind;
+use firebox_models::transformer::ContextKind;
 use firebox_train::observe::{Event, ObserveError, Observer};
 
 use super::*;

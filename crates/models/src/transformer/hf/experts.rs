@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use super::pieces::{Entry, Piece};
 use super::{Family, HfError, Keys};
-use crate::decoder::config::DecoderConfig;
-use crate::decoder::experts::ExpertsConfig;
+use crate::transformer::config::TransformerConfig;
+use crate::transformer::experts::ExpertsConfig;
 
 /// Whether a class of Hugging Face has the experts that `config` has, if it has any: without biases and capacities; a single expert per token keeps its probability in
 /// Qwen 3 alone.
-pub(super) fn have_a_class(config: &DecoderConfig) -> bool {
+pub(super) fn have_a_class(config: &TransformerConfig) -> bool {
     config.experts.is_none_or(|experts| {
         experts.router_bias_rate == 0.0
             && experts.capacity_factor == 0.0
@@ -18,7 +18,7 @@ pub(super) fn have_a_class(config: &DecoderConfig) -> bool {
 }
 
 /// The experts of block `i`.
-pub(super) fn entries(family: Family, config: &DecoderConfig, experts: &ExpertsConfig, i: usize) -> Vec<Entry> {
+pub(super) fn entries(family: Family, config: &TransformerConfig, experts: &ExpertsConfig, i: usize) -> Vec<Entry> {
     let (n, d, f) = (experts.n_experts, config.d_model, config.d_ff);
     let ours = |part: &str| format!("blocks.{i}.experts.{part}");
     if family != Family::Llama {
@@ -52,7 +52,7 @@ pub(super) fn entries(family: Family, config: &DecoderConfig, experts: &ExpertsC
 }
 
 /// The experts in a `config.json` of the dense model.
-pub(super) fn write(config: &DecoderConfig, experts: &ExpertsConfig, json: &mut Value) {
+pub(super) fn write(config: &TransformerConfig, experts: &ExpertsConfig, json: &mut Value) {
     json["num_experts_per_tok"] = experts.experts_per_token.into();
     json["router_aux_loss_coef"] = experts.router_aux_loss.into();
     json["output_router_logits"] = (experts.router_aux_loss > 0.0).into();
@@ -73,17 +73,17 @@ pub(super) fn write(config: &DecoderConfig, experts: &ExpertsConfig, json: &mut 
 }
 
 impl Keys<'_> {
-    pub(super) fn mixtral(&self) -> Result<DecoderConfig, HfError> {
-        let config = DecoderConfig { window: self.count_or("sliding_window")?, ..self.llama()? };
+    pub(super) fn mixtral(&self) -> Result<TransformerConfig, HfError> {
+        let config = TransformerConfig { window: self.count_or("sliding_window")?, ..self.llama()? };
         let experts = self.experts("num_local_experts")?;
         if experts.experts_per_token == 1 {
             // Its weight would always be 1.
             return Err(HfError::Unsupported { key: "num_experts_per_tok", got: "1".into() });
         }
-        Ok(DecoderConfig { experts: Some(experts), ..config })
+        Ok(TransformerConfig { experts: Some(experts), ..config })
     }
 
-    pub(super) fn qwen3_moe(&self) -> Result<DecoderConfig, HfError> {
+    pub(super) fn qwen3_moe(&self) -> Result<TransformerConfig, HfError> {
         let unsupported = |key, got: String| Err(HfError::Unsupported { key, got });
         // Every block has experts, and their weights are those of `ExpertsConfig`.
         let step = self.count_or("decoder_sparse_step")?.unwrap_or(1);
@@ -100,7 +100,7 @@ impl Keys<'_> {
         if normalized != (experts.experts_per_token > 1) {
             return unsupported("norm_topk_prob", normalized.to_string());
         }
-        Ok(DecoderConfig { experts: Some(experts), d_ff: self.count("moe_intermediate_size")?, ..self.qwen3()? })
+        Ok(TransformerConfig { experts: Some(experts), d_ff: self.count("moe_intermediate_size")?, ..self.qwen3()? })
     }
 
     fn experts(&self, count: &str) -> Result<ExpertsConfig, HfError> {
@@ -119,12 +119,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::parse_config;
     use super::*;
-    use crate::decoder::presets;
+    use crate::transformer::presets;
 
     #[test]
     fn experts_make_mixtral_and_qwen3_moe_or_ours() {
         let qwen = presets::named("firebox-moe-3m").unwrap();
-        let mixtral = DecoderConfig { qk_norm: false, window: Some(64), ..qwen.clone() };
+        let mixtral = TransformerConfig { qk_norm: false, window: Some(64), ..qwen.clone() };
         for (config, model_type) in [(&qwen, "qwen3_moe"), (&mixtral, "mixtral")] {
             let json = Family::of(config).config_json(config);
             assert_eq!(json["model_type"], model_type);
@@ -134,7 +134,7 @@ mod tests {
         let down = entries.iter().find(|e| e.param == "blocks.2.experts.output.weight").unwrap();
         assert_eq!(down.pieces[7].name, "model.layers.2.block_sparse_moe.experts.7.w2.weight");
         let experts = qwen.experts.unwrap();
-        let with = |experts, config: &DecoderConfig| DecoderConfig { experts: Some(experts), ..config.clone() };
+        let with = |experts, config: &TransformerConfig| TransformerConfig { experts: Some(experts), ..config.clone() };
         let single = ExpertsConfig { experts_per_token: 1, ..experts };
         assert_eq!(Family::of(&with(single, &qwen)), Family::Llama);
         for config in [

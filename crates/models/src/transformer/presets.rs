@@ -1,17 +1,17 @@
 //! Shapes from 1M to 70B parameters. Each derives from another where it can.
 
-use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+use super::config::{FeedForward, Head, NormKind, Positions, TransformerConfig};
 use super::experts::ExpertsConfig;
 use super::reduction::Reduction;
 
 /// The single dial: everything follows from the number of blocks. A Llama-style decoder with width 64 per block (nanochat's aspect ratio),
 /// heads of width 64 (32 in models of less than four blocks' width), SwiGLU of 8/3 the width rounded up to a multiple of 32, tied embeddings up to 12 blocks.
 /// Initial weights are those of [`depth_init_std`].
-pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
+pub fn depth(n_layers: usize, vocab_size: usize) -> TransformerConfig {
     let d_model = 64 * n_layers.max(1);
     let head_dim = if d_model < 256 { 32 } else { 64 };
     let n_heads = d_model / head_dim;
-    DecoderConfig {
+    TransformerConfig {
         vocab_size,
         d_model,
         n_layers,
@@ -24,6 +24,11 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Reduction::default(),
         norm: NormKind::RmsNorm,
@@ -44,8 +49,8 @@ pub fn depth_init_std(d_model: usize) -> f64 {
 }
 
 /// GPT-2 of a given size (Radford et al., 2019, table 2).
-fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
-    DecoderConfig {
+fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> TransformerConfig {
+    TransformerConfig {
         vocab_size: 50_257,
         d_model,
         n_layers,
@@ -58,6 +63,11 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
         qk_norm: false,
         attention_softcap: 0.0,
         logit_softcap: 0.0,
+        qkv_bias: false,
+        rope_scaling: None,
+        encoder: None,
+        image: None,
+        head: Head::default(),
         experts: None,
         reduction: Reduction::default(),
         norm: NormKind::LayerNorm,
@@ -72,8 +82,8 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> DecoderConfig {
 }
 
 /// Llama 2 of a given size (Touvron et al., arXiv:2307.09288).
-fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_ff: usize) -> DecoderConfig {
-    DecoderConfig {
+fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_ff: usize) -> TransformerConfig {
+    TransformerConfig {
         vocab_size: 32_000,
         d_ff,
         d_model,
@@ -90,44 +100,48 @@ fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_
 }
 
 /// nanoGPT's CPU model: GPT-2 without biases and dropout, 4 layers of width 128, context 64.
-pub fn nanogpt_cpu(vocab_size: usize) -> DecoderConfig {
-    DecoderConfig { vocab_size, context: 64, bias: false, dropout: 0.0, ..gpt2(4, 128, 4) }
+pub fn nanogpt_cpu(vocab_size: usize) -> TransformerConfig {
+    TransformerConfig { vocab_size, context: 64, bias: false, dropout: 0.0, ..gpt2(4, 128, 4) }
 }
 
 /// Every preset: name and shape.
-pub fn all() -> Vec<(&'static str, DecoderConfig)> {
-    let llama3 = |base: DecoderConfig| DecoderConfig {
+pub fn all() -> Vec<(&'static str, TransformerConfig)> {
+    let llama3 = |base: TransformerConfig| TransformerConfig {
         vocab_size: 128_256,
         context: 8192,
         positions: Positions::Rotary { theta: 500_000.0 },
         ..base
     };
-    let small = || DecoderConfig { d_model: 128, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 352, ..depth(2, 2048) };
+    let small =
+        || TransformerConfig { d_model: 128, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 352, ..depth(2, 2048) };
     vec![
         ("firebox-1m", small()),
         ("nanogpt-cpu", nanogpt_cpu(65)),
         (
             "firebox-4m",
-            DecoderConfig { d_model: 256, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 704, ..depth(4, 4096) },
+            TransformerConfig { d_model: 256, n_layers: 4, n_heads: 4, n_kv_heads: 4, d_ff: 704, ..depth(4, 4096) },
         ),
-        ("firebox-14m", DecoderConfig { context: 256, vocab_size: 4096, tied: false, dropout: 0.0, ..gpt2(6, 384, 6) }),
+        (
+            "firebox-14m",
+            TransformerConfig { context: 256, vocab_size: 4096, tied: false, dropout: 0.0, ..gpt2(6, 384, 6) },
+        ),
         (
             "firebox-moe-3m",
-            DecoderConfig {
+            TransformerConfig {
                 d_ff: 192,
                 qk_norm: true,
                 experts: Some(ExpertsConfig { n_experts: 8, experts_per_token: 2, ..ExpertsConfig::default() }),
                 ..small()
             },
         ),
-        ("llama-30m", DecoderConfig { n_kv_heads: 4, context: 1024, ..depth(8, 8192) }),
+        ("llama-30m", TransformerConfig { n_kv_heads: 4, context: 1024, ..depth(8, 8192) }),
         ("gpt2", gpt2(12, 768, 12)),
         ("gpt2-medium", gpt2(24, 1024, 16)),
         ("gpt2-large", gpt2(36, 1280, 20)),
         ("gpt2-xl", gpt2(48, 1600, 25)),
         (
             "smollm2-135m",
-            DecoderConfig {
+            TransformerConfig {
                 vocab_size: 49_152,
                 context: 8192,
                 tied: true,
@@ -135,8 +149,8 @@ pub fn all() -> Vec<(&'static str, DecoderConfig)> {
                 ..llama2(30, 576, 9, 3, 1536)
             },
         ),
-        ("tinyllama-1.1b", DecoderConfig { context: 2048, ..llama2(22, 2048, 32, 4, 5632) }),
-        ("llama-3.2-1b", DecoderConfig { tied: true, context: 131_072, ..llama3(llama2(16, 2048, 32, 8, 8192)) }),
+        ("tinyllama-1.1b", TransformerConfig { context: 2048, ..llama2(22, 2048, 32, 4, 5632) }),
+        ("llama-3.2-1b", TransformerConfig { tied: true, context: 131_072, ..llama3(llama2(16, 2048, 32, 8, 8192)) }),
         ("llama-2-7b", llama2(32, 4096, 32, 32, 11_008)),
         ("llama-3-8b", llama3(llama2(32, 4096, 32, 8, 14_336))),
         ("llama-2-13b", llama2(40, 5120, 40, 40, 13_824)),
@@ -146,7 +160,7 @@ pub fn all() -> Vec<(&'static str, DecoderConfig)> {
 }
 
 /// The preset of that name.
-pub fn named(name: &str) -> Option<DecoderConfig> {
+pub fn named(name: &str) -> Option<TransformerConfig> {
     all().into_iter().find(|(n, _)| *n == name).map(|(_, config)| config)
 }
 

@@ -11,8 +11,8 @@ use firebox_tensor::ops::experts::{Exchange, Group, Routing, combine, dispatch, 
 use firebox_tensor::ops::{Compute, Pre, with_compute};
 use serde::{Deserialize, Serialize};
 
-use super::config::{ConfigError, DecoderConfig, FeedForward};
-use super::model::{Decoder, Init, Linear};
+use super::config::{ConfigError, FeedForward, TransformerConfig};
+use super::model::{Init, Linear, Transformer};
 use super::parallel::TensorParallelError;
 use crate::placement::{Placement, Segment};
 
@@ -51,7 +51,7 @@ impl Default for ExpertsConfig {
 
 impl ExpertsConfig {
     /// Checks that a decoder can have such experts.
-    pub(super) fn validate(&self, decoder: &DecoderConfig) -> Result<(), ConfigError> {
+    pub(super) fn validate(&self, decoder: &TransformerConfig) -> Result<(), ConfigError> {
         let fail = |field, got: String, expected: String| Err(ConfigError { field, got, expected });
         if !(2..=65_536).contains(&self.n_experts) {
             return fail("n_experts", self.n_experts.to_string(), "must be 2 to 65536".into());
@@ -98,7 +98,7 @@ pub struct Experts {
     /// `D -> n_experts`
     pub router: Linear,
     /// What is added to the experts' probabilities when they are chosen, `[n_experts]`, where they are balanced so. It has no gradient; see
-    /// [`Decoder::balance_experts`].
+    /// [`Transformer::balance_experts`].
     pub bias: Option<Param<Tensor<1>>>,
     /// `D -> 2 F` with columns `[gate | up]` of each expert.
     pub input: ExpertWeights,
@@ -126,7 +126,7 @@ impl Experts {
         config: ExpertsConfig,
         init: &Init<'_>,
         name: &str,
-        decoder: &DecoderConfig,
+        decoder: &TransformerConfig,
         residual_std: f64,
     ) -> Self {
         let (n, d, f, std) = (config.n_experts, decoder.d_model, decoder.d_ff, decoder.init_std);
@@ -205,7 +205,7 @@ fn placement(n: usize) -> Placement {
     Placement::split(0, [Segment { units: n, width: 1 }])
 }
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// How ranks that divide the experts divide the parameter of this name (its path in the module).
     pub fn expert_placement(&self, param: &str) -> Placement {
         let is_matrix = param.contains(".experts.input.") || param.contains(".experts.output.");
@@ -213,14 +213,14 @@ impl DecoderConfig {
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// This rank's part of the decoder that [`new`](Self::new) makes of the same seed, whose experts are divided among the ranks of `group`. Each rank has a batch
     /// of its own; all must run the same stages at the same time, with as many tokens or none as they like.
     ///
     /// # Errors
     /// An impossible shape, fewer experts than ranks, or a device that is no CPU backend.
     pub fn with_divided_experts(
-        config: &DecoderConfig,
+        config: &TransformerConfig,
         seed: u64,
         device: &Device,
         group: &Communicator,

@@ -4,7 +4,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_tensor::ops::{FakeQuant, fake_quantize, fake_quantized};
 
-use super::model::{Decoder, Linear};
+use super::model::{Linear, Transformer};
 
 /// How a linear layer sees its weight in training for few bits.
 #[derive(Module, Debug)]
@@ -47,7 +47,7 @@ fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-impl Decoder {
+impl Transformer {
     /// The same decoder, whose dense layers compute with weights that are rounded to a grid (see [`fake_quantize`]) and are trained so; with `learned`, by steps that are
     /// parameters, `blocks.N.LAYER.quantizer.steps`. Embedding, head and experts stay as they are.
     ///
@@ -106,13 +106,13 @@ mod tests {
     use firebox_tensor::device::Backend;
 
     use super::*;
-    use crate::decoder::{DecoderConfig, presets};
+    use crate::transformer::{TransformerConfig, presets};
     use crate::{Staged, TokenBatch};
 
     #[test]
     fn the_plain_decoder_computes_the_same() {
         let device = Backend::NdArray.device().unwrap().autodiff();
-        let config = DecoderConfig {
+        let config = TransformerConfig {
             context: 8,
             d_model: 64,
             d_ff: 96,
@@ -124,7 +124,7 @@ mod tests {
         let batch = TokenBatch::plain(1, 5, vec![1, 2, 3, 4, 5], vec![2, 3, 4, 5, 6]);
         for learned in [false, true] {
             let format = FakeQuant { bits: 3, group: 32 };
-            let model = Decoder::new(&config, 3, &device).unwrap();
+            let model = Transformer::new(&config, 3, &device).unwrap();
             let full: f32 = model.loss(&batch, None).into_scalar();
             let model = model.with_fake_quant(format, learned);
             assert!(model.has_fake_quant());

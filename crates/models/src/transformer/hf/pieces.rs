@@ -76,8 +76,8 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use crate::decoder::hf::Family;
-    use crate::decoder::presets;
+    use crate::transformer::hf::Family;
+    use crate::transformer::presets;
 
     #[test]
     fn split_and_join_are_inverse() {

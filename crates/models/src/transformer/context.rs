@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, Sequence};
 
-use super::config::{ConfigError, DecoderConfig};
+use super::config::{ConfigError, TransformerConfig};
 
 /// How attention comes to the keys and values of other ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl ContextParallel {
     }
 }
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// Checks that rows of tokens can be divided among `size` ranks, where each matrix is divided among `matrices`.
     ///
     /// # Errors

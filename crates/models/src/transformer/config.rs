@@ -8,7 +8,7 @@ use super::reduction::Reduction;
 /// A decoder's shape; every value is resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DecoderConfig {
+pub struct TransformerConfig {
     /// V: number of tokens.
     pub vocab_size: usize,
     /// D: width of the residual stream.
@@ -53,6 +53,21 @@ pub struct DecoderConfig {
     pub positions: Positions,
     /// Whether linear layers and LayerNorm have biases.
     pub bias: bool,
+    /// Whether q, k and v have biases where other linear layers have none (Qwen 2).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub qkv_bias: bool,
+    /// How rotary angles are stretched to longer contexts than a model was first trained for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// What makes it an encoder; none of a causal decoder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<EncoderConfig>,
+    /// Patches of images in place of tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageConfig>,
+    /// What follows the last block.
+    #[serde(default, skip_serializing_if = "Head::is_language")]
+    pub head: Head,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
     /// Probability of dropping an element after the embedding and before each residual addition.
@@ -67,6 +82,56 @@ fn is_false(flag: &bool) -> bool {
 }
 fn is_zero(value: &f64) -> bool {
     *value == 0.0
+}
+
+/// How rotary angles are stretched.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// Positions are divided by a factor (Chen et al., arXiv:2306.15595).
+    Linear {
+        /// At least 1.
+        factor: f64,
+    },
+}
+
+/// What an encoder has that a decoder has not: its tokens see each other in both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EncoderConfig {
+    /// Norms follow each residual addition (Vaswani et al., arXiv:1706.03762), as in BERT, and none follows the last block; otherwise they stand before each part, as in GPT-2 and ViT.
+    pub norm_after: bool,
+    /// A norm after the embedding (BERT, CLIP's image tower).
+    pub embed_norm: bool,
+    /// Number of token types, each with a learned vector that is added to the embedding (BERT's two sentences); 0: none.
+    pub token_types: usize,
+}
+
+/// Images as rows of patches (Dosovitskiy et al., arXiv:2010.11929), before which a class token stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageConfig {
+    /// Pixels on a side.
+    pub size: usize,
+    /// Pixels on a side of a patch; divides `size`.
+    pub patch: usize,
+    /// Values of a pixel: 3, or 1 for grey.
+    pub channels: usize,
+}
+
+/// What follows the last block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// The next token, by a product with the (tied) table of tokens.
+    #[default]
+    Language,
+}
+
+impl Head {
+    fn is_language(&self) -> bool {
+        *self == Head::Language
+    }
 }
 
 /// A normalization.
@@ -116,7 +181,7 @@ pub struct ConfigError {
     pub expected: String,
 }
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// Checks that the shape is possible.
     ///
     /// # Errors

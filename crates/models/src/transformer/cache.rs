@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, activation};
 use firebox_tensor::ops;
 
-use super::model::Decoder;
+use super::model::Transformer;
 
 /// Keys (rotated) and values of the tokens so far that the next one may see, `[1, K, T, E]` per layer: of those that share a block, each has its own.
 #[derive(Clone, Debug)]
@@ -14,7 +14,7 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty cache for `model`.
-    pub fn new(model: &Decoder) -> Self {
+    pub fn new(model: &Transformer) -> Self {
         Self { layers: vec![None; model.config().n_layers], tokens: 0 }
     }
 
@@ -29,11 +29,11 @@ impl KvCache {
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// Appends `ids` to the cached sequence and returns the logits `[V]` of what follows the last of them.
     ///
     /// # Panics
-    /// If the sequence outgrows the context, `ids` is empty, an id is not in the vocabulary, or the model is [divided](Decoder::sharded) among ranks.
+    /// If the sequence outgrows the context, `ids` is empty, an id is not in the vocabulary, or the model is [divided](Transformer::sharded) among ranks.
     pub fn forward_cached(&self, ids: &[i32], cache: &mut KvCache) -> Tensor<1> {
         let config = self.config();
         let (n, past) = (ids.len(), cache.tokens);
@@ -98,16 +98,16 @@ mod tests {
     use firebox_tensor::device::Backend;
 
     use super::*;
-    use crate::decoder::{DecoderConfig, presets};
     use crate::stage::TokenBatch;
+    use crate::transformer::{TransformerConfig, presets};
 
     #[test]
     fn a_window_is_the_same_with_and_without_the_cache() {
         let device = Backend::NdArray.device().unwrap();
         let ids: Vec<i32> = (0..12).map(|i| i * 7 % 31).collect();
         for window in [None, Some(1), Some(3), Some(50)] {
-            let config = DecoderConfig { n_kv_heads: 1, context: 16, window, ..presets::depth(2, 31) };
-            let model = Decoder::new(&config, 3, &device).unwrap();
+            let config = TransformerConfig { n_kv_heads: 1, context: 16, window, ..presets::depth(2, 31) };
+            let model = Transformer::new(&config, 3, &device).unwrap();
             let mut cache = KvCache::new(&model);
             let mut done = 0;
             for n in [1, 5, 1, 1, 4] {

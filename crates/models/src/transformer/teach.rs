@@ -5,8 +5,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use firebox_tensor::ops::{self, HintLoss};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
-use super::config::DecoderConfig;
-use super::model::{Decoder, Linear};
+use super::config::TransformerConfig;
+use super::model::{Linear, Transformer};
 use crate::lesson::Taught;
 use crate::stage::{Flow, Staged, TokenBatch};
 
@@ -23,14 +23,14 @@ pub struct Observed {
     pub head: Tensor<2>,
 }
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// The widths of all queries and of all keys of a block.
     pub fn qk_widths(&self) -> [usize; 2] {
         [self.n_heads, self.n_kv_heads].map(|heads| heads * self.head_dim)
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// The same decoder with a projection of each block's output to `width`, for a teacher of that width: parameters that are trained with the others and belong to
     /// no Hugging Face file. Their initial values are normal, with a deviation of one over the root of the decoder's width.
     pub fn with_projections(mut self, width: usize, seed: u64, device: &Device) -> Self {

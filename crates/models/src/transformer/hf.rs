@@ -10,7 +10,7 @@ mod pieces;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::config::{DecoderConfig, FeedForward, NormKind, Positions};
+use super::config::{FeedForward, Head, NormKind, Positions, TransformerConfig};
 use super::reduction::Reduction;
 pub use pieces::{Entry, Piece};
 
@@ -63,7 +63,7 @@ pub enum HfError {
 
 impl Family {
     /// The family that describes `config` exactly.
-    pub fn of(config: &DecoderConfig) -> Self {
+    pub fn of(config: &TransformerConfig) -> Self {
         let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
         let gpt2 = config.norm == NormKind::LayerNorm
             && config.feed_forward != FeedForward::SwiGlu
@@ -89,7 +89,7 @@ impl Family {
     }
 
     /// Every parameter of the decoder in order, with the tensors that it is stored as.
-    pub fn entries(self, config: &DecoderConfig) -> Vec<Entry> {
+    pub fn entries(self, config: &TransformerConfig) -> Vec<Entry> {
         let mut table = Table { family: self, entries: vec![] };
         let (d, v) = (config.d_model, config.vocab_size);
         let norm_bias = config.bias && config.norm == NormKind::LayerNorm;
@@ -162,7 +162,7 @@ impl Family {
     }
 
     /// The `config.json` of `config`.
-    pub fn config_json(self, config: &DecoderConfig) -> Value {
+    pub fn config_json(self, config: &TransformerConfig) -> Value {
         match self {
             Family::Gpt2 => json!({
                 "architectures": ["GPT2LMHeadModel"],
@@ -230,7 +230,7 @@ impl Family {
 ///
 /// # Errors
 /// [`HfError`] names the key at fault.
-pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
+pub fn parse_config(json: &Value) -> Result<(Family, TransformerConfig), HfError> {
     let keys = Keys(json.as_object().ok_or_else(|| HfError::Key {
         key: "(file)".into(),
         expected: "an object",
@@ -244,7 +244,7 @@ pub fn parse_config(json: &Value) -> Result<(Family, DecoderConfig), HfError> {
         "mistral" => {
             let said = keys.0.contains_key("sliding_window");
             let window = if said { keys.count_or("sliding_window")? } else { Some(4096) };
-            (Family::Llama, DecoderConfig { window, ..keys.llama()? })
+            (Family::Llama, TransformerConfig { window, ..keys.llama()? })
         }
         "qwen3" => (Family::Llama, keys.qwen3()?),
         "mixtral" => (Family::Llama, keys.mixtral()?),
@@ -307,7 +307,7 @@ impl Keys<'_> {
         }
     }
 
-    fn gpt2(&self) -> Result<DecoderConfig, HfError> {
+    fn gpt2(&self) -> Result<TransformerConfig, HfError> {
         self.only("activation_function", &["gelu_new", "gelu_pytorch_tanh", "gelu"])?;
         let (d_model, n_heads) = (self.count("n_embd")?, self.count("n_head")?);
         if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
@@ -317,7 +317,7 @@ impl Keys<'_> {
                 got: n_heads.to_string(),
             });
         }
-        Ok(DecoderConfig {
+        Ok(TransformerConfig {
             vocab_size: self.count("vocab_size")?,
             d_model,
             n_layers: self.count("n_layer")?,
@@ -330,6 +330,11 @@ impl Keys<'_> {
             qk_norm: false,
             attention_softcap: 0.0,
             logit_softcap: 0.0,
+            qkv_bias: false,
+            rope_scaling: None,
+            encoder: None,
+            image: None,
+            head: Head::default(),
             experts: None,
             reduction: Reduction::default(),
             norm: NormKind::LayerNorm,
@@ -346,16 +351,16 @@ impl Keys<'_> {
         })
     }
 
-    fn qwen3(&self) -> Result<DecoderConfig, HfError> {
+    fn qwen3(&self) -> Result<TransformerConfig, HfError> {
         if self.flag_or("use_sliding_window", false)? {
             return Err(HfError::Unsupported { key: "use_sliding_window", got: "true".into() });
         }
         // Where the file says nothing, transformers takes heads of 128.
         let head_dim = self.count_or("head_dim")?.unwrap_or(128);
-        Ok(DecoderConfig { qk_norm: true, head_dim, ..self.llama()? })
+        Ok(TransformerConfig { qk_norm: true, head_dim, ..self.llama()? })
     }
 
-    fn llama(&self) -> Result<DecoderConfig, HfError> {
+    fn llama(&self) -> Result<TransformerConfig, HfError> {
         self.only("hidden_act", &["silu", "swish"])?;
         for key in ["attention_bias", "mlp_bias"] {
             if self.flag_or(key, false)? {
@@ -375,7 +380,7 @@ impl Keys<'_> {
             None => self.number_or("rope_theta", 10_000.0)?,
         };
         let (d_model, n_heads) = (self.count("hidden_size")?, self.count("num_attention_heads")?);
-        Ok(DecoderConfig {
+        Ok(TransformerConfig {
             vocab_size: self.count("vocab_size")?,
             d_model,
             n_layers: self.count("num_hidden_layers")?,
@@ -388,6 +393,11 @@ impl Keys<'_> {
             qk_norm: false,
             attention_softcap: 0.0,
             logit_softcap: 0.0,
+            qkv_bias: false,
+            rope_scaling: None,
+            encoder: None,
+            image: None,
+            head: Head::default(),
             experts: None,
             reduction: Reduction::default(),
             norm: NormKind::RmsNorm,
@@ -485,7 +495,7 @@ impl Table {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::decoder::presets;
+    use crate::transformer::presets;
 
     #[test]
     fn configs_round_trip() {
@@ -501,7 +511,7 @@ mod tests {
     #[test]
     fn a_window_makes_llama_a_mistral() {
         let llama = presets::named("llama-30m").unwrap();
-        let config = DecoderConfig { window: Some(100), dropout: 0.0, ..llama.clone() };
+        let config = TransformerConfig { window: Some(100), dropout: 0.0, ..llama.clone() };
         let mut json = Family::of(&config).config_json(&config);
         assert_eq!(json["model_type"], "mistral");
         assert_eq!(parse_config(&json).unwrap(), (Family::Llama, config));
@@ -509,14 +519,14 @@ mod tests {
         assert_eq!(parse_config(&json).unwrap().1.window, None);
         json.as_object_mut().unwrap().remove("sliding_window");
         assert_eq!(parse_config(&json).unwrap().1.window, Some(4096));
-        let gpt2 = DecoderConfig { window: Some(100), ..presets::named("gpt2").unwrap() };
+        let gpt2 = TransformerConfig { window: Some(100), ..presets::named("gpt2").unwrap() };
         assert_eq!(Family::of(&gpt2), Family::Firebox);
     }
 
     #[test]
     fn qk_norm_makes_llama_a_qwen3() {
         let llama = presets::named("llama-30m").unwrap();
-        let config = DecoderConfig { qk_norm: true, dropout: 0.0, ..llama.clone() };
+        let config = TransformerConfig { qk_norm: true, dropout: 0.0, ..llama.clone() };
         let mut json = Family::of(&config).config_json(&config);
         assert_eq!(json["model_type"], "qwen3");
         assert_eq!(parse_config(&json).unwrap(), (Family::Llama, config.clone()));
@@ -530,10 +540,10 @@ mod tests {
         assert!(parse_config(&json).unwrap_err().to_string().contains("use_sliding_window"));
         // What no class of Hugging Face has.
         for config in [
-            DecoderConfig { window: Some(100), ..config },
-            DecoderConfig { attention_softcap: 50.0, ..llama.clone() },
-            DecoderConfig { logit_softcap: 30.0, ..presets::named("gpt2").unwrap() },
-            DecoderConfig { qk_norm: true, ..presets::named("gpt2").unwrap() },
+            TransformerConfig { window: Some(100), ..config },
+            TransformerConfig { attention_softcap: 50.0, ..llama.clone() },
+            TransformerConfig { logit_softcap: 30.0, ..presets::named("gpt2").unwrap() },
+            TransformerConfig { qk_norm: true, ..presets::named("gpt2").unwrap() },
         ] {
             let family = Family::of(&config);
             assert_eq!(family, Family::Firebox);
@@ -543,7 +553,7 @@ mod tests {
 
     #[test]
     fn entries_cover_every_parameter_once() {
-        let normed = DecoderConfig { qk_norm: true, ..presets::depth(2, 31) };
+        let normed = TransformerConfig { qk_norm: true, ..presets::depth(2, 31) };
         for (name, config) in presets::all().into_iter().chain([("QK-norm", normed)]) {
             for family in [Family::of(&config), Family::Firebox] {
                 let entries = family.entries(&config);

@@ -13,7 +13,7 @@ use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, PackedMatrix, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
-use super::config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+use super::config::{ConfigError, FeedForward, NormKind, Positions, TransformerConfig};
 use super::context::ContextParallel;
 use super::experts::Experts;
 use super::fake_quant::Quantizer;
@@ -25,7 +25,7 @@ use crate::stage::{Flow, Staged, TokenBatch};
 
 /// The decoder: embedding, blocks, final norm, head.
 #[derive(Module, Debug)]
-pub struct Decoder {
+pub struct Transformer {
     /// Token embedding, `[V, D]`; also the head where it is tied. Where it is factorized, its rows are narrower.
     pub embed: Embedding,
     /// From the embedding's rows to width D, where they are narrower.
@@ -51,7 +51,7 @@ pub struct Decoder {
 /// What every stage needs besides parameters.
 #[derive(Clone, Debug)]
 struct Context {
-    config: DecoderConfig,
+    config: TransformerConfig,
     attention: AttentionConfig,
     seed: u64,
     loss: LossConfig,
@@ -70,7 +70,7 @@ pub struct Linear {
     pub factor: Option<Param<Tensor<2>>>,
     /// `[out]`
     pub bias: Option<Param<Tensor<1>>>,
-    /// What is used in place of the weight, see [`Decoder::with_packed`]; `[out, in]`.
+    /// What is used in place of the weight, see [`Transformer::with_packed`]; `[out, in]`.
     #[module(skip)]
     pub(super) packed: Option<Arc<PackedMatrix>>,
     /// How the weight is rounded, where it is trained for few bits.
@@ -134,7 +134,7 @@ pub struct Mlp {
 pub(super) struct Init<'a> {
     counter: Counter,
     pub(super) device: &'a Device,
-    pub(super) config: &'a DecoderConfig,
+    pub(super) config: &'a TransformerConfig,
     rank: usize,
     size: usize,
     /// The ranks that divide the experts.
@@ -190,7 +190,7 @@ impl Init<'_> {
         Linear::new(self.matrix(name, shape, std), bias.then(|| self.constant(width, 0.0)))
     }
 
-    fn norm(&self, config: &DecoderConfig) -> Norm {
+    fn norm(&self, config: &TransformerConfig) -> Norm {
         let bias = config.bias && config.norm == NormKind::LayerNorm;
         Norm {
             weight: self.constant(config.d_model, 1.0),
@@ -201,12 +201,12 @@ impl Init<'_> {
     }
 
     /// Of one head's queries or keys.
-    fn head_norm(&self, config: &DecoderConfig) -> Norm {
+    fn head_norm(&self, config: &TransformerConfig) -> Norm {
         Norm { weight: self.constant(config.head_dim, 1.0), bias: None, kind: NormKind::RmsNorm, eps: config.norm_eps }
     }
 
-    fn block(&self, i: usize, config: &DecoderConfig) -> Block {
-        let DecoderConfig { init_std: std, bias, .. } = *config;
+    fn block(&self, i: usize, config: &TransformerConfig) -> Block {
+        let TransformerConfig { init_std: std, bias, .. } = *config;
         let residual_std = std / (2.0 * config.n_layers as f64).sqrt();
         let name = |part: &str| format!("blocks.{i}.{part}");
         let [qkv, out, input, output] = config.matrices();
@@ -229,18 +229,18 @@ impl Init<'_> {
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// A model with initial parameters that are a pure function of (seed, name, index), the same on every backend.
     ///
     /// # Errors
     /// [`ConfigError`] for an impossible shape.
-    pub fn new(config: &DecoderConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
+    pub fn new(config: &TransformerConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
         Self::make(config, seed, device, None, None)
     }
 
     /// The part of one rank where there are several.
     pub(super) fn make(
-        config: &DecoderConfig,
+        config: &TransformerConfig,
         seed: u64,
         device: &Device,
         parallel: Option<TensorParallel>,
@@ -310,7 +310,7 @@ impl Decoder {
     }
 
     /// Its shape.
-    pub fn config(&self) -> &DecoderConfig {
+    pub fn config(&self) -> &TransformerConfig {
         &self.context.config
     }
 
@@ -359,7 +359,7 @@ impl Decoder {
     }
 }
 
-impl Staged for Decoder {
+impl Staged for Transformer {
     /// Embedding, one per layer, head.
     fn n_stages(&self) -> usize {
         self.config().n_layers + 2
@@ -465,7 +465,7 @@ impl Staged for Decoder {
         let y = self.attend(qkv, sequence);
         let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
         let x = join(x, y, "attn");
-        // PANIC: no model with experts has divided matrices (`DecoderConfig::validate_parallel`).
+        // PANIC: no model with experts has divided matrices (`TransformerConfig::validate_parallel`).
         let mlp = mlp.as_ref().expect("a dense layer");
         let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
         let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
@@ -560,15 +560,15 @@ mod tests {
     use firebox_tensor::device::Backend;
 
     use super::*;
-    use crate::decoder::presets;
+    use crate::transformer::presets;
 
     #[test]
     fn another_loss_is_for_training_alone() {
         let device = Backend::NdArray.device().unwrap();
-        let config = DecoderConfig { context: 8, ..presets::depth(1, 31) };
+        let config = TransformerConfig { context: 8, ..presets::depth(1, 31) };
         let batch = TokenBatch::plain(1, 4, vec![1, 2, 3, 4], vec![2, 3, 4, 5]);
         let loss = |step: Option<u64>, loss: LossConfig| -> f32 {
-            Decoder::new(&config, 3, &device).unwrap().with_loss(loss).loss(&batch, step).into_scalar()
+            Transformer::new(&config, 3, &device).unwrap().with_loss(loss).loss(&batch, step).into_scalar()
         };
         let smoothed = LossConfig { label_smoothing: 0.5, z_loss: 0.1 };
         let plain = loss(None, LossConfig::default());

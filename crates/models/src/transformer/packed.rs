@@ -9,7 +9,7 @@ use burn::tensor::{Tensor, TensorData};
 use firebox_tensor::device::is_fused;
 use firebox_tensor::ops::PackedMatrix;
 
-use super::model::{Decoder, Linear};
+use super::model::{Linear, Transformer};
 use super::tables::Embedding;
 
 /// A packed matrix that has no place.
@@ -83,7 +83,7 @@ pub fn to_matrix(param: &str, shape: &[usize], values: Vec<f32>) -> Vec<f32> {
     }
 }
 
-/// Whether [`Decoder::with_packed`] has a place for a parameter of this name in some decoder: for the weights of attention and of dense feed-forward layers, the
+/// Whether [`Transformer::with_packed`] has a place for a parameter of this name in some decoder: for the weights of attention and of dense feed-forward layers, the
 /// embedding and the head.
 pub fn can_be_packed(param: &str) -> bool {
     const LINEAR: [&str; 4] = ["attn.qkv.weight", "attn.out.weight", "mlp.input.weight", "mlp.output.weight"];
@@ -100,7 +100,7 @@ fn turned(rows: &[f32], width: usize) -> Vec<f32> {
     (0..width).flat_map(|column| rows.iter().skip(column).step_by(width).copied()).collect()
 }
 
-impl Decoder {
+impl Transformer {
     /// The same decoder with these matrices, by the names of the parameters that they stand for (`blocks.0.attn.qkv.weight`, `embed.weight`): `[out, in]`, and
     /// `[V, D]` for embedding and head. A tied head uses the embedding's.
     ///
@@ -177,8 +177,8 @@ mod tests {
     use firebox_tensor::ops::Scales;
 
     use super::*;
-    use crate::decoder::{DecoderConfig, KvCache, presets};
     use crate::stage::TokenBatch;
+    use crate::transformer::{KvCache, TransformerConfig, presets};
 
     fn matrix([outputs, inputs]: [usize; 2], seed: usize) -> Arc<PackedMatrix> {
         let groups = inputs.div_ceil(32);
@@ -194,7 +194,7 @@ mod tests {
     fn a_packed_decoder_is_the_one_with_its_values() {
         let device = Backend::NdArray.device().unwrap();
         for name in ["gpt2", "llama-30m"] {
-            let config = DecoderConfig {
+            let config = TransformerConfig {
                 vocab_size: 45,
                 d_model: 64,
                 d_ff: 96,
@@ -206,7 +206,7 @@ mod tests {
                 context: 16,
                 ..presets::named(name).unwrap()
             };
-            let plain = Decoder::new(&config, 3, &device).unwrap();
+            let plain = Transformer::new(&config, 3, &device).unwrap();
             let shapes = |i: usize| {
                 let block = |part: &str| format!("blocks.{i}.{part}.weight");
                 [
@@ -256,9 +256,12 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let device = Backend::NdArray.device().unwrap();
-        let config = DecoderConfig { context: 8, ..presets::depth(1, 31) };
+        let config = TransformerConfig { context: 8, ..presets::depth(1, 31) };
         let packed = |name: &str, shape: [usize; 2], device| {
-            Decoder::new(&config, 3, device).unwrap().with_packed([(name.to_owned(), matrix(shape, 0))]).unwrap_err()
+            Transformer::new(&config, 3, device)
+                .unwrap()
+                .with_packed([(name.to_owned(), matrix(shape, 0))])
+                .unwrap_err()
         };
         let d = config.d_model;
         assert!(matches!(packed("blocks.0.attn.out.weight", [d, d + 1], &device), PackedWeightError::Shape { .. }));

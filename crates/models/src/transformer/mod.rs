@@ -16,11 +16,13 @@ mod tables;
 mod teach;
 
 pub use cache::KvCache;
-pub use config::{ConfigError, DecoderConfig, FeedForward, NormKind, Positions};
+pub use config::{
+    ConfigError, EncoderConfig, FeedForward, Head, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,
+};
 pub use context::{ContextKind, ContextParallel};
 pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use fake_quant::Quantizer;
-pub use model::{Attention, Block, Decoder, Linear, Mlp, Norm};
+pub use model::{Attention, Block, Linear, Mlp, Norm, Transformer};
 pub use parallel::{TensorParallel, TensorParallelError};
 pub use reduction::{Delta, Layer, LayerDeltas, LowRank, Product, Reduction, Source};
 pub use tables::{Embedding, Projection};

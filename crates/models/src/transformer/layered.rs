@@ -4,11 +4,11 @@ use burn::tensor::Tensor;
 use firebox_tensor::ops;
 
 use super::config::{FeedForward, NormKind};
-use super::model::{Block, Decoder};
+use super::model::{Block, Transformer};
 use crate::layered::{Layered, Scaled};
 use crate::stage::{Flow, Staged, TokenBatch};
 
-impl Layered for Decoder {
+impl Layered for Transformer {
     /// Of attention, and of a dense feed-forward layer; experts, of which each sees other tokens, are not among them, nor what layers add to a block that they share. A
     /// matrix of low rank is its first factor.
     fn matrices(&self, i: usize) -> Vec<String> {
@@ -103,10 +103,10 @@ mod tests {
     use firebox_tensor::device::Backend;
 
     use super::*;
-    use crate::decoder::{DecoderConfig, presets};
+    use crate::transformer::{TransformerConfig, presets};
 
-    fn configs() -> Vec<DecoderConfig> {
-        let llama = DecoderConfig {
+    fn configs() -> Vec<TransformerConfig> {
+        let llama = TransformerConfig {
             context: 8,
             d_model: 24,
             n_heads: 4,
@@ -115,9 +115,9 @@ mod tests {
             d_ff: 20,
             ..presets::depth(2, 31)
         };
-        let grouped = DecoderConfig { n_kv_heads: 2, ..llama.clone() };
+        let grouped = TransformerConfig { n_kv_heads: 2, ..llama.clone() };
         let mut gpt2 = presets::named("gpt2").unwrap();
-        gpt2 = DecoderConfig {
+        gpt2 = TransformerConfig {
             vocab_size: 31,
             context: 8,
             d_model: 24,
@@ -131,7 +131,7 @@ mod tests {
         vec![llama, grouped, gpt2]
     }
 
-    fn hidden(model: &Decoder, batch: &TokenBatch) -> Vec<f32> {
+    fn hidden(model: &Transformer, batch: &TokenBatch) -> Vec<f32> {
         model.logits(batch).into_data().try_into_vec().unwrap()
     }
 
@@ -140,7 +140,7 @@ mod tests {
         let device = Backend::NdArray.device().unwrap();
         let batch = TokenBatch::plain(1, 5, vec![1, 2, 3, 4, 5], vec![2, 3, 4, 5, 6]);
         for config in configs() {
-            let model = Decoder::new(&config, 3, &device).unwrap();
+            let model = Transformer::new(&config, 3, &device).unwrap();
             let (mut plain, mut observed) = (Flow::Start, Flow::Start);
             for i in 0..model.n_stages() - 1 {
                 plain = model.forward_stage(i, plain, &batch, None);
@@ -205,7 +205,7 @@ mod tests {
         let batch = TokenBatch::plain(1, 5, vec![1, 2, 3, 4, 5], vec![2, 3, 4, 5, 6]);
         let mut found = vec![];
         for config in configs() {
-            let model = Decoder::new(&config, 3, &device).unwrap();
+            let model = Transformer::new(&config, 3, &device).unwrap();
             let want = hidden(&model, &batch);
             for matrix in model.matrices(2) {
                 let before = model.scaled_before(&matrix);

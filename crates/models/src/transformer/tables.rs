@@ -6,7 +6,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use firebox_tensor::ops::{self, PackedMatrix, Pre};
 
-use super::model::Decoder;
+use super::model::Transformer;
 use crate::stage::{Flow, Staged, TokenBatch};
 
 /// A table of `D`-wide rows.
@@ -14,7 +14,7 @@ use crate::stage::{Flow, Staged, TokenBatch};
 pub struct Embedding {
     /// `[rows, D]`
     pub weight: Param<Tensor<2>>,
-    /// What is used in its place, see [`Decoder::with_packed`]; `[rows, D]`.
+    /// What is used in its place, see [`Transformer::with_packed`]; `[rows, D]`.
     #[module(skip)]
     pub(super) packed: Option<Arc<PackedMatrix>>,
 }
@@ -51,7 +51,7 @@ impl Projection {
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// The table that is the head, `[V, D]`.
     pub(super) fn head_table(&self) -> &Embedding {
         self.head.as_ref().unwrap_or(&self.embed)

@@ -5,8 +5,8 @@ use burn::tensor::Tensor;
 use firebox_tensor::ops::{self, AttentionConfig, Pre};
 use serde::{Deserialize, Serialize};
 
-use super::config::{ConfigError, DecoderConfig};
-use super::model::{Block, Decoder, Init, Linear};
+use super::config::{ConfigError, TransformerConfig};
+use super::model::{Block, Init, Linear, Transformer};
 use super::tables::Projection;
 use crate::placement::Placement;
 
@@ -58,7 +58,7 @@ impl Reduction {
         *self == Self::default()
     }
 
-    pub(super) fn validate(&self, config: &DecoderConfig) -> Result<(), ConfigError> {
+    pub(super) fn validate(&self, config: &TransformerConfig) -> Result<(), ConfigError> {
         let fail = |field, got: usize, expected: String| Err(ConfigError { field, got: got.to_string(), expected });
         if self.layers_per_block == 0 || !config.n_layers.is_multiple_of(self.layers_per_block) {
             let expected = format!("must divide n_layers = {}", config.n_layers);
@@ -143,7 +143,7 @@ const NAMES: [&str; 4] = ["qkv", "out", "input", "output"];
 /// Where they are in a block.
 const PATHS: [&str; 4] = ["attn.qkv", "attn.out", "mlp.input", "mlp.output"];
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// How many blocks have parameters of their own.
     pub fn n_blocks(&self) -> usize {
         self.n_layers / self.reduction.layers_per_block.max(1)
@@ -327,7 +327,7 @@ pub struct Layer<'a> {
     deltas: Option<&'a LayerDeltas>,
 }
 
-impl Decoder {
+impl Transformer {
     /// Layer `i`; none if there are fewer.
     pub fn layer(&self, i: usize) -> Option<Layer<'_>> {
         let block = self.blocks.get(self.config().block_of(i))?;

@@ -15,8 +15,8 @@ use firebox_tensor::device::is_fused;
 use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_tokens, part, reduce_from, scatter_tokens};
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
-use super::config::{ConfigError, DecoderConfig};
-use super::model::{Attention, Decoder, Linear, Norm};
+use super::config::{ConfigError, TransformerConfig};
+use super::model::{Attention, Linear, Norm, Transformer};
 use super::tables::{Embedding, Projection};
 use crate::placement::{Placement, Segment};
 use crate::stage::TokenBatch;
@@ -45,7 +45,7 @@ pub enum TensorParallelError {
     Device(String),
 }
 
-impl DecoderConfig {
+impl TransformerConfig {
     /// Checks that each of `size` ranks gets a part.
     ///
     /// # Errors
@@ -106,14 +106,14 @@ impl DecoderConfig {
     }
 }
 
-impl Decoder {
+impl Transformer {
     /// This rank's part of the decoder that [`new`](Self::new) makes of the same seed. With `sequence`, the tokens of the residual stream are divided as
     /// well. All ranks of the group must call it, and then run the same stages on the same batches.
     ///
     /// # Errors
     /// An impossible shape, one that does not divide, a device that is no CPU backend, or a rank that fails.
     pub fn sharded(
-        config: &DecoderConfig,
+        config: &TransformerConfig,
         seed: u64,
         device: &Device,
         group: &Communicator,
@@ -206,7 +206,7 @@ impl TensorParallel {
         embed: &Embedding,
         projection: Option<&Projection>,
         positions: Option<&Embedding>,
-        config: &DecoderConfig,
+        config: &TransformerConfig,
         inputs: &[i32],
         sequence: &Sequence,
     ) -> Tensor<3> {
@@ -277,7 +277,7 @@ impl TensorParallel {
     }
 
     /// The loss from the residual stream.
-    pub(super) fn loss(&self, x: Tensor<3>, model: &Decoder, batch: &TokenBatch, loss: &LossConfig) -> Tensor<1> {
+    pub(super) fn loss(&self, x: Tensor<3>, model: &Transformer, batch: &TokenBatch, loss: &LossConfig) -> Tensor<1> {
         let (config, head) = (model.config(), model.head_weight());
         let x = self.normed(x, &model.norm, &batch.sequence);
         let x = match &model.head_proj {
