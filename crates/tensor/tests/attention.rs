@@ -27,12 +27,18 @@ fn layout(tokens: usize, rows: &[&[usize]]) -> (Vec<i32>, Vec<i32>) {
 type Case = (usize, usize, usize, usize, &'static [&'static [usize]], bool);
 
 fn run(case: &Case) {
-    run_with(case, None, 0.0);
+    run_with(case, None, 0.0, false);
 }
 
-fn run_with(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, window: Option<usize>, softcap: f64) {
+fn run_with(
+    &(tokens, heads, kv_heads, head_dim, rows, rotary): &Case,
+    window: Option<usize>,
+    softcap: f64,
+    bidirectional: bool,
+) {
     let (positions, segments) = layout(tokens, rows);
-    let sequence = Sequence::new(rows.len(), tokens, positions.clone(), &segments);
+    let make = if bidirectional { Sequence::bidirectional } else { Sequence::new };
+    let sequence = make(rows.len(), tokens, positions.clone(), &segments);
     let theta = rotary.then_some(100.0);
     let config = AttentionConfig {
         n_heads: heads,
@@ -53,9 +59,12 @@ fn run_with(&(tokens, heads, kv_heads, head_dim, rows, rotary): &Case, window: O
         window: window.unwrap_or(usize::MAX),
         softcap,
         theta,
+        bidirectional,
     };
     check(
-        &format!("attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?} window {window:?} cap {softcap}"),
+        &format!(
+            "attention T {tokens} H {heads} K {kv_heads} E {head_dim} {rows:?} window {window:?} cap {softcap} bidirectional {bidirectional}"
+        ),
         &[rows.len() * tokens * width],
         |t| ops::attention(t[0].clone().reshape([rows.len(), tokens, width]), &config, &sequence).flatten(0, 2),
         |x| plain.forward(&x[0]),
@@ -105,7 +114,7 @@ fn windows() {
         ((530, 1, 1, 2, &[&[530]], true), 200),
     ];
     for (case, window) in cases {
-        run_with(case, Some(*window), 0.0);
+        run_with(case, Some(*window), 0.0, false);
     }
 }
 
@@ -121,7 +130,40 @@ fn soft_caps() {
         ((300, 2, 1, 2, &[&[300], &[200, 60, 40]], true), Some(270), 2.0),
     ];
     for (case, window, softcap) in cases {
-        run_with(case, *window, *softcap);
+        run_with(case, *window, *softcap, false);
+    }
+}
+
+#[test]
+fn both_directions() {
+    let cases: &[Case] = &[
+        (1, 1, 1, 2, &[&[1]], true),
+        (5, 1, 1, 3, &[&[5], &[1, 4]], false),
+        (7, 4, 2, 6, &[&[3, 4], &[1, 1, 5]], true),
+        (12, 4, 1, 33, &[&[12]], false),
+        (64, 4, 1, 2, &[&[64]], true),
+        (65, 3, 3, 5, &[&[65], &[30, 35]], false),
+        (130, 1, 1, 2, &[&[1, 128, 1], &[130]], true),
+        (257, 1, 1, 2, &[&[257]], false),
+        (300, 2, 1, 2, &[&[300], &[200, 60, 40]], true),
+        (520, 1, 1, 2, &[&[270, 250]], true),
+        (590, 1, 1, 1, &[&[10, 300, 280]], false),
+    ];
+    cases.iter().for_each(|case| run_with(case, None, 0.0, true));
+    run_with(&(65, 2, 1, 4, &[&[30, 35]], true), None, 0.7, true);
+}
+
+/// Padding changes nothing of what stands before it.
+#[test]
+fn padding_is_not_seen() {
+    let config = AttentionConfig { n_heads: 2, n_kv_heads: 2, head_dim: 3, window: None, softcap: 0.0, rope: None };
+    let width = config.qkv_width();
+    for device in devices() {
+        let x = Tensor::<3>::from_data(TensorData::new(values(2 * 9 * width, 1), [2, 9, width]), &device);
+        let padded = ops::attention(x.clone(), &config, &Sequence::padded(9, &[4, 9]));
+        let short = ops::attention(x.slice([0..1, 0..4]), &config, &Sequence::padded(4, &[4]));
+        let (padded, short) = (host(padded.slice([0..1, 0..4])), host(short));
+        assert!(padded.iter().zip(&short).all(|(a, b)| (a - b).abs() < 1e-6), "{padded:?} {short:?}");
     }
 }
 

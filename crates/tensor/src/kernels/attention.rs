@@ -1,7 +1,7 @@
-//! Causal attention over packed `[q | k | v]` rows, with rotary positions inside and without a T x T matrix.
+//! Attention over packed `[q | k | v]` rows, with rotary positions inside and without a T x T matrix.
 //!
-//! `qkv` is `[B, T, (H + 2 K) E]`: H query heads, then K key heads, then K value heads of width E. A query sees a range of the keys, mostly
-//! those from its segment's first token (or the window's) to itself. Keys and values may also be those of other tokens, `[k | v]` rows of
+//! `qkv` is `[B, T, (H + 2 K) E]`: H query heads, then K key heads, then K value heads of width E. A query sees a range of the keys:
+//! those from its segment's first token (or the window's) to itself, or all of its segment. Keys and values may also be those of other tokens, `[k | v]` rows of
 //! their own: then the results are a part of attention's, for the caller to join by the logarithms. Heads are packed into panels (see [`tile`]), rotated
 //! and scaled on the way, and walked over in blocks of [`QUERIES`] x [`KEYS`] scores, which stay in a core's L2 cache; inside a block, tiles that no query of
 //! theirs reaches are skipped. Forward keeps a running maximum and sum per query (FlashAttention-2, arXiv:2307.08691, algorithm 1) and returns

@@ -1,4 +1,4 @@
-//! Causal attention with grouped heads, segments and rotary positions.
+//! Attention, causal or within segments in both directions, with grouped heads and rotary positions.
 
 use std::sync::Arc;
 
@@ -47,13 +47,13 @@ impl AttentionConfig {
 }
 
 /// `softmax(cap(q k^T / sqrt(E))) v` per head; a query sees the tokens of its own segment up to itself, at most
-/// `window` of them. No T x T matrix is kept on the fused backends.
+/// `window` of them, or all of its segment where the sequence is [bidirectional](Sequence::bidirectional). No T x T matrix is kept on the fused backends.
 ///
 /// # Shapes
 /// - `qkv`: `[B, T, (H + 2 K) E]`; output `[B, T, H E]`
 ///
 /// # Panics
-/// If the shapes do not fit, the window is 0, the soft-cap is negative or not finite, or a position is beyond the rotary table.
+/// If the shapes do not fit, the window is 0 or goes with a bidirectional sequence, the soft-cap is negative or not finite, or a position is beyond the rotary table.
 pub fn attention(qkv: Tensor<3>, config: &AttentionConfig, sequence: &Sequence) -> Tensor<3> {
     assert_eq!(sequence.divided().1, 1, "attention: the rows are divided among ranks: use a form of it that knows");
     assert_fits(&qkv, config, sequence);
@@ -82,6 +82,10 @@ pub(super) fn assert_fits(qkv: &Tensor<3>, config: &AttentionConfig, sequence: &
     let AttentionConfig { n_heads: h, n_kv_heads: k, head_dim: e, .. } = *config;
     assert!(k > 0 && h.is_multiple_of(k), "attention: {k} key-value heads do not divide {h} heads");
     assert!(config.window != Some(0), "attention: a query sees itself: give a window of at least 1");
+    assert!(
+        config.window.is_none() || !sequence.is_bidirectional(),
+        "attention: a window is of causal rows: give none where tokens see those after them"
+    );
     assert_cap(config.softcap);
     assert_eq!(width, config.qkv_width(), "attention: [q | k | v] of {h} + 2 * {k} heads of {e}, got width {width}");
     assert!(

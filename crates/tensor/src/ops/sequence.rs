@@ -42,6 +42,9 @@ struct Inner {
     positions: Vec<i32>,
     /// First token of each token's segment in the whole row.
     starts: Vec<u32>,
+    /// Of each token the one behind the last that it sees in the whole row: behind itself, or behind its segment.
+    ends: Vec<u32>,
+    bidirectional: bool,
     part: Option<Part>,
     keys: OnceLock<(Option<usize>, Arc<[Keys]>)>,
     // What composed attention needs on its device, made at the first layer.
@@ -59,50 +62,89 @@ struct Part {
 
 impl Sequence {
     /// A batch of `batch` rows whose tokens stand at `positions` and belong to `segments` (documents, numbered along each row); both
-    /// `[B, T]`. Attention does not cross segments.
+    /// `[B, T]`. Attention does not cross segments, and no token sees those after it.
     ///
     /// # Panics
     /// If the lengths are not `B T`, a position is negative, or a segment number decreases along a row.
     pub fn new(batch: usize, tokens: usize, positions: Vec<i32>, segments: &[i32]) -> Self {
+        Self::of_segments(batch, tokens, positions, segments, false)
+    }
+
+    /// The same for encoders: a token sees all of its segment, before it and after it. Padding is a segment of its own at the end of a row.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn bidirectional(batch: usize, tokens: usize, positions: Vec<i32>, segments: &[i32]) -> Self {
+        Self::of_segments(batch, tokens, positions, segments, true)
+    }
+
+    /// Rows for encoders of one segment each, as long as `lengths` says, at positions from 0 on; what is left of `tokens` is padding.
+    ///
+    /// # Panics
+    /// If a row is longer than `tokens`.
+    pub fn padded(tokens: usize, lengths: &[usize]) -> Self {
+        assert!(lengths.iter().all(|&n| n <= tokens), "sequence: rows of {lengths:?} tokens in {tokens}");
+        let positions = lengths.iter().flat_map(|_| 0..tokens as i32).collect();
+        let segments: Vec<i32> = lengths.iter().flat_map(|&n| (0..tokens).map(move |i| i32::from(i >= n))).collect();
+        Self::bidirectional(lengths.len(), tokens, positions, &segments)
+    }
+
+    fn of_segments(batch: usize, tokens: usize, positions: Vec<i32>, segments: &[i32], bidirectional: bool) -> Self {
         let n = batch * tokens;
         assert!(
             positions.len() == n && segments.len() == n,
             "sequence: {batch} rows of {tokens} tokens need {n} positions and segments"
         );
         assert!(positions.iter().all(|&p| p >= 0), "sequence: negative position");
-        let mut starts = Vec::with_capacity(n);
+        let (mut starts, mut ends) = (Vec::with_capacity(n), Vec::with_capacity(n));
         for row in segments.chunks_exact(tokens.max(1)) {
+            assert!(row.is_sorted(), "sequence: segment numbers decrease along a row");
             let mut start = 0;
-            for (i, &segment) in row.iter().enumerate() {
-                if i > 0 && segment != row[i - 1] {
-                    assert!(segment > row[i - 1], "sequence: segment numbers decrease along a row");
-                    start = i as u32;
-                }
-                starts.push(start);
+            for segment in row.chunk_by(|a, b| a == b) {
+                let end = start + segment.len();
+                starts.extend(std::iter::repeat_n(start as u32, segment.len()));
+                ends.extend((start..end).map(|i| if bidirectional { end as u32 } else { i as u32 + 1 }));
+                start = end;
             }
         }
-        Self::make(batch, tokens, positions, starts, None)
+        Self::make(batch, tokens, positions, [starts, ends], bidirectional, None)
     }
 
-    fn make(batch: usize, tokens: usize, positions: Vec<i32>, starts: Vec<u32>, part: Option<Part>) -> Self {
+    fn make(
+        batch: usize,
+        tokens: usize,
+        positions: Vec<i32>,
+        [starts, ends]: [Vec<u32>; 2],
+        bidirectional: bool,
+        part: Option<Part>,
+    ) -> Self {
         let (keys, mask, rotation) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Self(Arc::new(Inner { batch, tokens, positions, starts, part, keys, mask, rotation }))
+        Self(Arc::new(Inner { batch, tokens, positions, starts, ends, bidirectional, part, keys, mask, rotation }))
+    }
+
+    /// Whether tokens see those after them.
+    pub fn is_bidirectional(&self) -> bool {
+        self.0.bidirectional
     }
 
     /// Of each row the tokens that rank `rank` of `size` has ([`zigzag`]): B and T are then those of the part.
     ///
     /// # Panics
-    /// If this is a part already.
+    /// If this is a part already, or its tokens see those after them: ranks divide causal rows alone.
     pub fn part(&self, rank: usize, size: usize) -> Self {
         assert!(self.0.part.is_none(), "sequence: a part cannot be divided again");
         if size == 1 {
             return self.clone();
         }
+        assert!(
+            !self.0.bidirectional,
+            "sequence: ranks divide causal rows, not an encoder's: use one context-parallel rank"
+        );
         let (batch, tokens) = (self.batch(), self.tokens());
         let mine = zigzag(tokens, rank, size).map(|chunk| chunk.len()).iter().sum();
         let positions = zigzag_part(&self.0.positions, tokens, rank, size);
-        let starts = zigzag_part(&self.0.starts, tokens, rank, size);
-        Self::make(batch, mine, positions, starts, Some(Part { whole: self.clone(), rank, size }))
+        let seen = [&self.0.starts, &self.0.ends].map(|bounds| zigzag_part(bounds, tokens, rank, size));
+        Self::make(batch, mine, positions, seen, false, Some(Part { whole: self.clone(), rank, size }))
     }
 
     /// The whole batch, of which this may be a part.
@@ -175,10 +217,10 @@ impl Sequence {
         let before = |i: usize| -> u32 {
             theirs.iter().map(|chunk| (i.clamp(chunk.start, chunk.end) - chunk.start) as u32).sum()
         };
-        let rows = self.0.starts.chunks_exact(self.tokens().max(1));
-        let seen = rows.flat_map(|starts| mine.iter().cloned().flatten().zip(starts)).map(|(i, &start)| {
+        let places = (0..self.batch()).flat_map(|_| mine.iter().cloned().flatten());
+        let seen = places.zip(&self.0.starts).zip(&self.0.ends).map(|((i, &start), &end)| {
             let first = (start as usize).max((i + 1).saturating_sub(window.unwrap_or(usize::MAX)));
-            [before(first), before(i + 1)]
+            [before(first), before(end as usize)]
         });
         Keys {
             tokens: theirs.iter().map(|chunk| chunk.len()).sum(),
@@ -193,9 +235,9 @@ impl Sequence {
         let make = || {
             let hidden: Vec<bool> = (0..batch * t)
                 .flat_map(|i| {
-                    let (start, last) = (self.0.starts[i] as usize, i % t);
-                    let first = start.max((last + 1).saturating_sub(window.unwrap_or(usize::MAX)));
-                    (0..t).map(move |key| key < first || key > last)
+                    let (start, end) = (self.0.starts[i] as usize, self.0.ends[i] as usize);
+                    let first = start.max((i % t + 1).saturating_sub(window.unwrap_or(usize::MAX)));
+                    (0..t).map(move |key| key < first || key >= end)
                 })
                 .collect();
             Tensor::from_data(TensorData::new(hidden, [batch, 1, t, t]), device)

@@ -83,6 +83,7 @@ pub struct Attention<'a> {
     pub window: usize,
     pub softcap: f64,
     pub theta: Option<f64>,
+    pub bidirectional: bool,
 }
 
 impl Attention<'_> {
@@ -110,8 +111,9 @@ impl Attention<'_> {
                 let kv = head / (h / k);
                 for i in 0..t {
                     let q = vector(b, i, head, true);
-                    let seen: Vec<usize> = (0..=i)
-                        .filter(|&j| self.segments[b * t + j] == self.segments[b * t + i] && i - j < self.window)
+                    let seen: Vec<usize> = (0..if self.bidirectional { t } else { i + 1 })
+                        .filter(|&j| self.segments[b * t + j] == self.segments[b * t + i])
+                        .filter(|&j| i.saturating_sub(j) < self.window)
                         .collect();
                     let scores: Vec<f64> = seen
                         .iter()
