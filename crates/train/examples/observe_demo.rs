@@ -70,11 +70,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 tokens: record.tokens,
                 val_loss,
                 val_bpb: val_loss / 3.1 / std::f64::consts::LN_2,
-                val_loss_average: None,
-                sparsity: None,
+                ..EvalRecord::default()
             };
             observers.on_event(&Event::Evaluated(&eval))?;
-            last_eval = Some(eval);
+            last_eval = Some(eval.clone());
             let text = format!(
                 "fn step_{step}() -> Vec<u8> {{\n    let <unknown> = \"a & b\";\n    // {progress:.1} of the way\n}}"
             );

@@ -7,6 +7,7 @@ use firebox_tensor::ops::Sequence;
 use serde::Serialize;
 
 use crate::model_io::to_host;
+use crate::task::HeldOut;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -30,9 +31,18 @@ pub fn token_batch(batch: Batch, targets: usize) -> TokenBatch {
     tokens
 }
 
+impl HeldOut {
+    /// Rows of text; `token_bytes` is the tokenizer's.
+    pub fn of_tokens(batch: Batch, token_bytes: &[u32]) -> Self {
+        let count = batch.target_count();
+        let bytes = if count == 0 { 0 } else { batch.target_bytes(token_bytes) };
+        Self { batch: token_batch(batch, count), count: count as u64, bytes }
+    }
+}
+
 /// Evaluates a model (on a device without gradients) over batches; `token_bytes` is the tokenizer's.
 pub fn evaluate(model: &Transformer, batches: impl Iterator<Item = Batch>, token_bytes: &[u32]) -> Evaluation {
-    Tally::evaluation(&tallies(model, batches, token_bytes, |batch| batch))
+    Tally::evaluation(&tallies(model, batches.map(|batch| HeldOut::of_tokens(batch, token_bytes)), |batch| batch))
 }
 
 /// What one batch adds to an evaluation.
@@ -44,16 +54,15 @@ pub(crate) struct Tally {
 }
 
 /// One for each batch, of which the model is shown what `prepare` makes of it.
-pub(crate) fn tallies(
-    model: &Transformer,
-    batches: impl Iterator<Item = Batch>,
-    token_bytes: &[u32],
+pub(crate) fn tallies<M: Staged>(
+    model: &M,
+    batches: impl Iterator<Item = HeldOut>,
     prepare: impl Fn(TokenBatch) -> TokenBatch,
 ) -> Vec<Tally> {
-    let tally = |batch: Batch| {
-        let tally = Tally::of(&batch, token_bytes);
+    let tally = |held: HeldOut| {
+        let tally = Tally::of(&held);
         // One without targets, too: ranks that share the model's parts run the same stages.
-        let batch = prepare(token_batch(batch, tally.tokens as usize));
+        let batch = prepare(held.batch);
         let loss = to_host(model.loss(&batch, None))[0];
         tally.with_loss(f64::from(loss))
     };
@@ -62,9 +71,8 @@ pub(crate) fn tallies(
 
 impl Tally {
     /// Before the model has seen the batch.
-    pub(crate) fn of(batch: &Batch, token_bytes: &[u32]) -> Self {
-        let tokens = batch.target_count() as u64;
-        Self { nats: 0.0, tokens, bytes: if tokens == 0 { 0 } else { batch.target_bytes(token_bytes) } }
+    pub(crate) fn of(held: &HeldOut) -> Self {
+        Self { nats: 0.0, tokens: held.count, bytes: held.bytes }
     }
 
     /// With the batch's mean loss.
@@ -80,7 +88,7 @@ impl Tally {
         let bytes: u64 = tallies.iter().map(|tally| tally.bytes).sum();
         Evaluation {
             loss: nats / tokens.max(1) as f64,
-            bpb: nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
+            bpb: if bytes == 0 { 0.0 } else { nats / std::f64::consts::LN_2 / bytes as f64 },
             tokens,
             bytes,
         }

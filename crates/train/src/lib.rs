@@ -59,6 +59,7 @@ pub mod quantized;
 mod ranks;
 pub mod recipe;
 pub mod reshape;
+pub mod task;
 pub mod timeline;
 mod trainer;
 mod watch;

@@ -103,21 +103,13 @@ fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Res
 }
 
 /// The model with the parameters that these entries are, from a file. Parameters are read when they are first used: a rank that needs a part of the model reads no more.
-pub(crate) fn from_entries(
-    model: Transformer,
-    entries: Vec<Entry>,
-    file: TensorFile,
-) -> Result<Transformer, TrainError> {
+pub(crate) fn from_entries<M: Module>(model: M, entries: Vec<Entry>, file: TensorFile) -> Result<M, TrainError> {
     check_shapes(&entries, &[], &file)?;
     filled(model, entries, Arc::new(file))
 }
 
 /// The shapes have been checked.
-pub(crate) fn filled(
-    model: Transformer,
-    entries: Vec<Entry>,
-    file: Arc<TensorFile>,
-) -> Result<Transformer, TrainError> {
+pub(crate) fn filled<M: Module>(model: M, entries: Vec<Entry>, file: Arc<TensorFile>) -> Result<M, TrainError> {
     for piece in entries.iter().flat_map(|entry| &entry.pieces) {
         file.check_floats(&piece.name)?;
     }

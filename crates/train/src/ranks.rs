@@ -19,7 +19,6 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_models::transformer::Transformer;
 use firebox_models::{Staged, TokenBatch};
 use firebox_optim::{NamedGrads, Optimizer, ParamInfo, Parts, values};
 use firebox_parallel::pipeline::Schedule;
@@ -175,6 +174,11 @@ impl Ranks {
         self.divisions.dense.comm.rank()
     }
 
+    /// Those that have data of their own, and the same stages.
+    pub fn data(&self) -> &Communicator {
+        &self.data
+    }
+
     /// This rank's tokens of a batch.
     pub fn tokens_of(&self, batch: &TokenBatch) -> TokenBatch {
         batch.part(self.context.rank(), self.context.size())
@@ -218,9 +222,9 @@ impl Ranks {
     ///
     /// # Errors
     /// [`TrainError::Optim`], [`TrainError::Comm`].
-    pub fn squares(
+    pub fn squares<M: Staged>(
         &self,
-        model: &Transformer,
+        model: &M,
         optimizer: &Optimizer,
         grads: &NamedGrads,
     ) -> Result<Vec<f64>, TrainError> {
@@ -247,7 +251,7 @@ impl Ranks {
     }
 
     /// What of a gradient no rank before has: a sum over all ranks counts it here. The rest of it is zero.
-    fn counted(&self, model: &Transformer, name: &str, grad: &Tensor<1>) -> Option<Tensor<1>> {
+    fn counted<M: Staged>(&self, model: &M, name: &str, grad: &Tensor<1>) -> Option<Tensor<1>> {
         let shape = self.shapes.get(name)?;
         let (rank, size) = (self.tp.rank(), self.tp.size());
         if size == 1 {
@@ -257,7 +261,7 @@ impl Ranks {
         let first = self.divisions.dense.mine().get(name).filter(|_| divided).map_or(0, |part| part.start);
         let n = grad.dims()[0];
         let mut counted: Vec<Range<usize>> = vec![];
-        for run in model.config().placement(name, size).counted(shape, rank, size) {
+        for run in model.placement(name).counted(shape, rank, size) {
             let (start, end) = (run.start.max(first), run.end.min(first + n));
             if start < end {
                 counted.push(start - first..end - first);

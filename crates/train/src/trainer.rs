@@ -13,12 +13,13 @@ mod save;
 mod seen;
 mod update;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use firebox_data::{Dataset, Loader};
+use firebox_data::Dataset;
 use firebox_models::TokenBatch;
 use firebox_models::transformer::Transformer;
 use firebox_optim::{Average, Optimizer};
@@ -27,21 +28,24 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::distill::{StudentInit, Teacher, from_teacher};
 use crate::engine::Engine;
-use crate::evaluate::token_batch;
 use crate::fault;
 use crate::lr_find::{LrFound, LrPoint, LrSweep};
+use crate::mup::Mup;
 use crate::noise::NoiseScale;
 use crate::observe::{Event, Observer, Observers, RunInfo, StepRecord, Summary, memory};
 use crate::precision::LossScale;
 use crate::ranks::{Ranks, Shards};
 use crate::recipe::Recipe;
+use crate::task::{Language, Model, Task};
 use crate::timeline::Recorder;
 use crate::watch::Watch;
 
 use distill::project;
 pub use held::Held;
 pub use held_out::prompt_ids;
+pub(crate) use layout::cannot_divide;
 pub(crate) use persist::load_trained;
+pub(crate) use save::TRAINED;
 
 /// Everything that changes during a run besides parameters and the optimizer's state: what a checkpoint must hold so that the next step is the same.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -66,6 +70,9 @@ pub struct State {
     pub evals_without_gain: u64,
     /// The last evaluation.
     pub last_eval: Option<LastEval>,
+    /// What it said besides the loss, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
     /// Seconds of training so far.
     pub elapsed_s: f64,
     /// What the loss is scaled by.
@@ -95,25 +102,23 @@ pub struct LastEval {
 }
 
 /// A run: model, optimizer, data and state.
-pub struct Trainer<'a> {
+pub struct Trainer<'a, M: Model = Transformer> {
     recipe: Recipe,
     dir: PathBuf,
     // Taken out while the optimizer updates it.
-    model: Option<Transformer>,
+    model: Option<M>,
     optimizer: Optimizer,
     average: Option<Average>,
     teacher: Option<Teacher>,
     engine: Engine,
-    dataset: &'a Dataset,
-    loader: Loader,
-    token_bytes: Vec<u32>,
+    task: Box<dyn Task<M> + 'a>,
     state: State,
     /// Those that train together, if it is more than one.
     ranks: Option<Ranks>,
     /// The checkpoint that is being written.
     saving: Option<save::Saving>,
     /// This rank's parts of the parameters, where `model` has none of their values.
-    shards: Option<Shards<Transformer>>,
+    shards: Option<Shards<M>>,
     /// Bytes of the gradients of the last step, all micro-batches added up.
     gradient_bytes: usize,
     recorder: Recorder,
@@ -145,23 +150,10 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Input { what: "model.vocab_size", expected, got: config.vocab_size.to_string() });
         }
         recipe.precision.check_device(device)?;
-        experts::check_device(&config, device)?;
         recipe.schedule.validate(recipe.train.steps)?;
         config.validate()?;
         let mup = recipe.mup(&config)?;
-        let groups = recipe.qat.map_or_else(Vec::new, |qat| qat.groups(&recipe.optimizer.algorithm));
-        let mut optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup, groups)?;
-        if let Some(qat) = &recipe.qat {
-            qat.check(&config)?;
-        }
-        if let Some(prune) = &recipe.prune {
-            prune.check(&config)?;
-            optimizer = optimizer.with_kept_zeros();
-        }
-        let loader = dataset.train_loader(config.context, recipe.seed)?;
-        if recipe.eval.sample_tokens > 0 {
-            prompt_ids(&dataset.tokenizer, recipe.eval.prompt.as_bytes())?;
-        }
+        let task = Language::new(dataset, config.context, recipe.seed, &recipe.eval)?;
         let teach = |recipe| Teacher::new(recipe, &config, &dataset.tokenizer, device);
         let teacher = recipe.distill.as_ref().map(teach).transpose()?;
         let started = recipe.distill.as_ref().filter(|distill| distill.init == StudentInit::Teacher);
@@ -178,22 +170,83 @@ impl<'a> Trainer<'a> {
                 }
             }
         };
-        pruning::check_zeros(&recipe, &model)?;
-        let model = match &recipe.qat {
-            Some(qat) => qat.apply(model),
-            None => model,
+        Self::make(recipe, dir, Box::new(task), device, model, (mup, teacher))
+    }
+}
+
+impl<'a, M: Model> Trainer<'a, M> {
+    /// A new run of `model`, which is on `device.autodiff()`, on a task, in `dir`.
+    ///
+    /// # Errors
+    /// [`TrainError`]: an impossible schedule or optimizer, or what is for language models alone.
+    pub fn of_task(
+        recipe: Recipe,
+        dir: &Path,
+        task: Box<dyn Task<M> + 'a>,
+        device: &Device,
+        model: M,
+    ) -> Result<Self, TrainError> {
+        let alone = |what, got: &str| {
+            let expected = "none with this task: it is for language models".to_owned();
+            Err(TrainError::Input { what, expected, got: got.into() })
         };
-        let model =
-            project(model, teacher.as_ref().and_then(Teacher::projected), recipe.seed, &device.clone().autodiff());
+        if recipe.distill.is_some() {
+            return alone("distill", "one");
+        }
+        if recipe.model.mup_base_width.is_some() {
+            return alone("model.mup_base_width", "one");
+        }
+        Self::make(recipe, dir, task, device, model, (None, None))
+    }
+
+    fn make(
+        recipe: Recipe,
+        dir: &Path,
+        task: Box<dyn Task<M> + 'a>,
+        device: &Device,
+        model: M,
+        (mup, teacher): (Option<Mup>, Option<Teacher>),
+    ) -> Result<Self, TrainError> {
+        recipe.precision.check_device(device)?;
+        recipe.schedule.validate(recipe.train.steps)?;
+        let groups = recipe.qat.map_or_else(Vec::new, |qat| qat.groups(&recipe.optimizer.algorithm));
+        let mut optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup, groups)?;
+        let of_layers = |what| TrainError::Input {
+            what,
+            expected: "none with this model, which is not one transformer".into(),
+            got: model.describe(),
+        };
+        if let Some(qat) = &recipe.qat {
+            qat.check(model.transformer().ok_or_else(|| of_layers("qat"))?.config())?;
+        }
+        if let Some(prune) = &recipe.prune {
+            let transformer = model.transformer().ok_or_else(|| of_layers("prune"))?;
+            prune.check(transformer.config())?;
+            optimizer = optimizer.with_kept_zeros();
+            pruning::check_zeros(&recipe, transformer)?;
+        }
+        if let Some(transformer) = model.transformer() {
+            experts::check_device(transformer.config(), device)?;
+        }
+        if task.language().is_none() && optimizer.curvature_is_due(0) {
+            let expected = "another with this task: its estimate draws tokens from a language model".into();
+            return Err(TrainError::Input { what: "optimizer.kind", expected, got: "sophia".into() });
+        }
+        let (seed, projected) = (recipe.seed, teacher.as_ref().and_then(Teacher::projected));
+        let model = model.map_transformer(|model| {
+            let model = match &recipe.qat {
+                Some(qat) => qat.apply(model),
+                None => model,
+            };
+            project(model, projected, seed, &device.clone().autodiff())
+        });
         Ok(Self {
             dir: dir.to_path_buf(),
-            model: Some(recipe.precision.hold(model.with_loss(recipe.train.loss()))),
+            model: Some(recipe.precision.hold(model.for_recipe(&recipe))),
             optimizer,
             average: recipe.average.map(Average::new).transpose()?,
             teacher,
             engine: Engine { compute: recipe.precision.compute.into(), ..recipe.memory.engine(dir) },
-            loader,
-            token_bytes: dataset.tokenizer.token_bytes(),
             state: State { recipe_hash: recipe.hash(), loss_scale: recipe.precision.initial(), ..State::default() },
             ranks: None,
             saving: None,
@@ -201,7 +254,7 @@ impl<'a> Trainer<'a> {
             gradient_bytes: 0,
             recorder: Recorder::default(),
             shown: None,
-            dataset,
+            task,
             recipe,
             #[cfg(test)]
             fault: None,
@@ -209,7 +262,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The model, as it is. Where ranks divide its parameters, it has their names and shapes alone, and panics where one is read.
-    pub fn model(&self) -> &Transformer {
+    pub fn model(&self) -> &M {
         // PANIC: `model` is empty only while the optimizer has it; where that fails, the run is over.
         self.model.as_ref().expect("a model between steps")
     }
@@ -229,23 +282,20 @@ impl<'a> Trainer<'a> {
 
     /// What observers are told at the start; the machine's peak is for the caller to add.
     pub fn info(&self, backend: &str, threads: usize, data: String) -> RunInfo {
-        let c = self.model().config();
+        let model = self.model();
         RunInfo {
             dir: self.dir.clone(),
             name: self.recipe.name.clone(),
             recipe_toml: self.recipe.to_toml(),
-            model: format!(
-                "decoder, {} layers, width {}, {} heads, context {}",
-                c.n_layers, c.d_model, c.n_heads, c.context
-            ),
+            model: model.describe(),
             data,
-            params: c.num_params() as u64,
+            params: model.total_params() as u64,
             total_steps: self.recipe.train.steps,
             start_step: self.state.step,
             tokens_per_step: self.tokens_of(self.recipe.train.batch_rows),
             backend: backend.into(),
             threads: threads as u32,
-            flops_per_token: c.flops_per_token(),
+            flops_per_token: model.flops_per_token(),
             ..RunInfo::default()
         }
     }
@@ -334,7 +384,7 @@ impl<'a> Trainer<'a> {
         let tokens_here = self.state.tokens - first_tokens;
         let tokens_per_s = if training_s > 0.0 { tokens_here as f64 / training_s } else { 0.0 };
         let summary = Summary {
-            params: self.model().config().num_params() as u64,
+            params: self.model().total_params() as u64,
             steps: self.state.step,
             tokens: self.state.tokens,
             wall_s: self.state.elapsed_s,
@@ -342,7 +392,8 @@ impl<'a> Trainer<'a> {
             mfu: (info.peak_flops > 0.0).then(|| info.mfu(tokens_per_s)),
             train_loss: last_loss,
             val_loss: self.state.last_eval.map(|e| e.loss),
-            val_bpb: self.state.last_eval.map(|e| e.bpb),
+            val_bpb: self.state.last_eval.map(|e| e.bpb).filter(|bpb| *bpb > 0.0),
+            metrics: self.state.metrics.clone(),
             best_val_loss: self.state.best_loss,
             best_step: self.state.best_step,
             peak_memory_bytes: memory::peak_bytes(),
@@ -387,7 +438,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn tokens_of(&self, rows: usize) -> u64 {
-        (rows * self.model().config().context) as u64
+        (rows * self.task.tokens_per_row()) as u64
     }
 
     fn noise_scale_tokens(&self) -> Option<f64> {
@@ -398,7 +449,7 @@ impl<'a> Trainer<'a> {
     fn step(&mut self, lr: f64, observer: &mut dyn Observer) -> Result<Option<Done>, TrainError> {
         self.prune();
         let rows = self.recipe.train.rows_at(self.state.step);
-        let batches = self.batches(rows);
+        let batches = self.batches(rows)?;
         if self.optimizer.curvature_is_due(self.state.step) {
             self.estimate_curvature(&batches)?;
         }
@@ -431,17 +482,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// The micro-batches of the current step.
-    fn batches(&self, rows: usize) -> Vec<TokenBatch> {
-        let micro = self.recipe.train.micro_rows();
-        let parts: Vec<_> = (0..rows)
-            .step_by(micro)
-            .map(|at| self.loader.batch(self.state.samples + at as u64, micro.min(rows - at)))
-            .collect();
-        // Each part's loss is scaled by the targets of the whole batch, so that parts add up to the large batch.
-        let targets = parts.iter().map(firebox_data::Batch::target_count).sum();
+    fn batches(&self, rows: usize) -> Result<Vec<TokenBatch>, TrainError> {
+        let parts = self.task.batches(self.state.samples, rows, self.recipe.train.micro_rows())?;
         let scale = self.state.loss_scale.factor;
         let scaled = |batch: TokenBatch| TokenBatch { loss_scale: batch.loss_scale * scale, ..batch };
-        parts.into_iter().map(|part| scaled(token_batch(part, targets))).collect()
+        Ok(parts.into_iter().map(scaled).collect())
     }
 
     /// Goes back, or leaves the batch out; ends the run where too many in a row were not finite.
@@ -505,9 +550,12 @@ impl Pace {
     }
 }
 
-/// Tokens of a batch that are to be predicted.
+/// What a batch's loss is a sum over: tokens to be predicted, or where there are none, rows.
 fn targets(batch: &TokenBatch) -> usize {
-    batch.targets.iter().filter(|&&target| target >= 0).count()
+    match batch.targets.iter().filter(|&&target| target >= 0).count() {
+        0 => batch.sequence.batch(),
+        tokens => tokens,
+    }
 }
 
 fn is_due(step: u64, every: u64) -> bool {

@@ -161,7 +161,7 @@ impl Observer for MetricsWriter {
                 Ok(())
             }
             Event::Step(record) => self.append(&Line::Step(**record)),
-            Event::Evaluated(record) => self.append(&Line::Eval(**record)),
+            Event::Evaluated(record) => self.append(&Line::Eval((*record).clone())),
             Event::Skipped { step, reason } => {
                 self.append(&Line::Skipped { step: *step, skipped: (*reason).to_owned() })
             }

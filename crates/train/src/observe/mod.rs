@@ -33,7 +33,7 @@
 //!     let record = StepRecord { step, tokens: step * 512, loss, lr: 1e-3, grad_norm: 0.9, tokens_per_s: 800.0, ..StepRecord::default() };
 //!     observers.on_event(&Event::Step(&record))?;
 //! }
-//! observers.on_event(&Event::Evaluated(&EvalRecord { step: 2, tokens: 1024, val_loss: 2.6, val_bpb: 1.9, val_loss_average: None, sparsity: None }))?;
+//! observers.on_event(&Event::Evaluated(&EvalRecord { step: 2, tokens: 1024, val_loss: 2.6, val_bpb: 1.9, ..EvalRecord::default() }))?;
 //! let summary = Summary { params: 1_000, steps: 2, tokens: 1024, wall_s: 1.3, val_bpb: Some(1.9), ..Summary::default() };
 //! observers.on_event(&Event::Finished(&summary))?;
 //!

@@ -258,12 +258,13 @@ impl Observer for Progress {
             Event::RunStarted(info) => self.start(info),
             Event::Step(record) => self.step(record),
             Event::Evaluated(record) => self.say(&format!(
-                "step {}: validation loss {:.4}, {:.3} bits per byte{}{}",
+                "step {}: validation loss {:.4}{}{}{}{}",
                 count(record.step),
                 record.val_loss,
-                record.val_bpb,
+                if record.val_bpb > 0.0 { format!(", {:.3} bits per byte", record.val_bpb) } else { String::new() },
                 record.val_loss_average.map_or_else(String::new, |loss| format!("; of the average {loss:.4}")),
-                record.sparsity.map_or_else(String::new, |share| format!("; {} zeros", percent(share)))
+                record.sparsity.map_or_else(String::new, |share| format!("; {} zeros", percent(share))),
+                record.metrics.iter().map(|(name, value)| format!("; {name} {value:.4}")).collect::<String>()
             )),
             Event::Sampled { step, text } => {
                 self.say(&format!("step {}: a sample\n{}", count(*step), sample_block(text)));

@@ -1,5 +1,6 @@
 //! What is recorded of a run; the fields are the keys of its JSON files.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -156,8 +157,8 @@ pub struct RanksRecord {
     pub bubble: Option<f64>,
 }
 
-/// One evaluation on the held-out text: a line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+/// One evaluation on what is held out: a line of `metrics.jsonl`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// Steps done when it was evaluated.
     pub step: u64,
@@ -166,7 +167,7 @@ pub struct EvalRecord {
     /// Mean cross-entropy of the held-out tokens, nats per token.
     #[serde(deserialize_with = "null_is_nan")]
     pub val_loss: f64,
-    /// The same per byte of the text, bits: comparable between tokenizers and with compressors.
+    /// The same per byte of the text, bits: comparable between tokenizers and with compressors. 0 where what is held out is no text.
     #[serde(deserialize_with = "null_is_nan")]
     pub val_bpb: f64,
     /// `val_loss` of the averaged parameters, where there is an average.
@@ -175,6 +176,9 @@ pub struct EvalRecord {
     /// The share of zeros in the matrices of the blocks, from 0 to 1, of a run that prunes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparsity: Option<f64>,
+    /// What else the task measures, by name: accuracy, recall.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 /// The result of a run: `summary.json`.
@@ -216,6 +220,9 @@ pub struct Summary {
     /// The share of zeros in the matrices of the blocks at the end, of a run that prunes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity: Option<f64>,
+    /// What else the task measured at the end, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
     /// Why the run ended: "done", "interrupted", "early stop" or a message.
     pub stopped: String,
 }

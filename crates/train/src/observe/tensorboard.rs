@@ -73,10 +73,13 @@ impl Observer for TensorBoard {
                 self.write(record.step, &Content::Scalars(&scalars))
             }
             Event::Evaluated(record) => {
-                let raw = [("validation/loss", record.val_loss), ("validation/bits_per_byte", record.val_bpb)];
+                let names: Vec<String> = record.metrics.keys().map(|name| format!("validation/{name}")).collect();
+                let bits = (record.val_bpb > 0.0).then_some(("validation/bits_per_byte", record.val_bpb));
+                let raw = [("validation/loss", record.val_loss)].into_iter().chain(bits);
+                let metrics = names.iter().map(String::as_str).zip(record.metrics.values().copied());
                 let average = record.val_loss_average.map(|loss| ("validation/loss_of_average", loss));
                 let sparsity = record.sparsity.map(|share| ("validation/sparsity", share));
-                let scalars: Vec<_> = raw.into_iter().chain(average).chain(sparsity).collect();
+                let scalars: Vec<_> = raw.chain(average).chain(sparsity).chain(metrics).collect();
                 self.write(record.step, &Content::Scalars(&scalars))
             }
             Event::Sampled { step, text } => self.write(*step, &Content::Text("sample", text)),

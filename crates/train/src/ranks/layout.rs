@@ -96,7 +96,7 @@ pub struct Axes {
     /// Those that have other data, or other tokens of it: those of each row together.
     pub(super) dp_cp: Communicator,
     /// Those that have other data.
-    pub(super) dp: Communicator,
+    pub dp: Communicator,
     /// Of these, those that divide what [`Zero`] says.
     pub(super) shard: Communicator,
     /// Of these, those that have copies of each other's part.

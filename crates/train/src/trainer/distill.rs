@@ -12,12 +12,14 @@ use crate::checkpoint::Checkpoint;
 use crate::distill::Teacher;
 use crate::model_io::from_entries;
 use crate::observe::DistillRecord;
+use crate::task::Model;
+use crate::task::device_of;
 
 /// The projections to the teacher's width, which belong to the training and not to the student.
 pub(super) const PROJECTIONS: &str = "distill.safetensors";
 
 /// The projections of a student of this shape, as they are in a file.
-pub(super) fn projections(layers: usize, width: usize, projected: usize) -> Vec<Entry> {
+fn projections(layers: usize, width: usize, projected: usize) -> Vec<Entry> {
     let entry = |i: usize| {
         let name = format!("projections.{i}.weight");
         Entry::whole(&name, &[width, projected], &name)
@@ -25,12 +27,13 @@ pub(super) fn projections(layers: usize, width: usize, projected: usize) -> Vec<
     (0..layers).map(entry).collect()
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Makes or opens the file of the teacher's predictions, where there is to be one. All ranks must ask.
     pub(super) fn prepare_lessons(&mut self) -> Result<(), TrainError> {
-        let (seed, context) = (self.recipe.seed, self.model().config().context);
+        let (seed, context) = (self.recipe.seed, self.task.tokens_per_row());
         let samples = (0..self.recipe.train.steps).map(|step| self.recipe.train.rows_at(step) as u64).sum();
-        let Self { teacher: Some(teacher), dir, dataset, loader, ranks, .. } = self else { return Ok(()) };
+        let Self { teacher: Some(teacher), dir, task, ranks, .. } = self else { return Ok(()) };
+        let Some((dataset, loader)) = task.language() else { return Ok(()) };
         teacher.prepare(dir, dataset, (seed, context, samples), loader, ranks.as_ref())
     }
 
@@ -46,16 +49,12 @@ impl Trainer<'_> {
     }
 
     /// The same model with the projections of a checkpoint, where it has some.
-    pub(super) fn with_projections_of(
-        &self,
-        model: Transformer,
-        checkpoint: &Checkpoint,
-    ) -> Result<Transformer, TrainError> {
+    pub(super) fn with_projections_of(&self, model: M, checkpoint: &Checkpoint) -> Result<M, TrainError> {
         let projected = self.teacher.as_ref().and_then(Teacher::projected);
         let Some(projected) = projected.filter(|_| checkpoint.contains(PROJECTIONS)) else { return Ok(model) };
-        let device = model.embed.weight.lazy_device();
-        let model = project(model, Some(projected), self.recipe.seed, &device);
-        let entries = projections(model.config().n_layers, model.config().d_model, projected);
+        let (seed, device) = (self.recipe.seed, device_of(&model));
+        let model = model.map_transformer(|model| project(model, Some(projected), seed, &device));
+        let entries = projections_of(&model, projected);
         from_entries(model, entries, checkpoint.tensors(PROJECTIONS)?)
     }
 
@@ -81,6 +80,12 @@ impl Trainer<'_> {
             relation_loss: relations.then_some(sum[LossParts::RELATIONS]),
         }))
     }
+}
+
+/// Those of a model that is a student.
+pub(super) fn projections_of<M: Model>(model: &M, projected: usize) -> Vec<Entry> {
+    let config = model.transformer().map(Transformer::config);
+    config.map(|config| projections(config.n_layers, config.d_model, projected)).unwrap_or_default()
 }
 
 /// The model with projections of its blocks to this width, unless it has them already.

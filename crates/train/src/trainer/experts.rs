@@ -1,12 +1,13 @@
 //! How the experts of a mixture are kept busy.
 
 use burn::tensor::Device;
-use firebox_models::transformer::TransformerConfig;
+use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_tensor::device::is_fused;
 
 use super::Trainer;
 use crate::TrainError;
 use crate::ranks::{Layout, Zero};
+use crate::task::Model;
 
 /// The balancing loss is an operation of the CPU backends.
 pub(super) fn check_device(config: &TransformerConfig, device: &Device) -> Result<(), TrainError> {
@@ -39,10 +40,10 @@ pub(super) fn check_layout(config: &TransformerConfig, layout: &Layout, batch_gr
     Ok(())
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// How many tokens of the step chose each expert, on all ranks; empty without experts.
     pub(super) fn expert_load(&self) -> Result<Vec<u64>, TrainError> {
-        let load = self.model().take_expert_load();
+        let load = self.model().transformer().map(Transformer::take_expert_load).unwrap_or_default();
         match &self.ranks {
             Some(ranks) if !load.is_empty() => Ok(ranks.sum_counts(&load)?),
             _ => Ok(load),
@@ -52,8 +53,8 @@ impl Trainer<'_> {
     /// Moves the experts' biases after a step, where there are such. The load of the busiest expert over the mean of its block, in the worst block.
     pub(super) fn balance_experts(&mut self, load: &[u64]) -> Option<f64> {
         let model = self.model.take()?;
-        let n = model.config().experts.map_or(0, |experts| experts.n_experts);
-        self.model = Some(model.balance_experts(load));
+        let n = model.transformer().and_then(|model| model.config().experts).map_or(0, |experts| experts.n_experts);
+        self.model = Some(model.map_transformer(|model| model.balance_experts(load)));
         let uneven = |load: &[u64]| {
             let total: u64 = load.iter().sum();
             let most = load.iter().max().copied().unwrap_or(0);

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use firebox_optim::NamedGrads;
 
 use super::Trainer;
+use crate::task::Model;
 
 /// Makes one element of one parameter's gradient infinite.
 pub(super) struct Fault {
@@ -13,7 +14,7 @@ pub(super) struct Fault {
     param: &'static str,
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     pub(super) fn inject(&mut self, grads: &mut NamedGrads) {
         let step = self.state.step;
         if let Some(fault) = self.fault.as_mut().filter(|fault| fault.times > 0 && step >= fault.from_step) {

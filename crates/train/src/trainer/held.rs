@@ -1,10 +1,11 @@
 //! What a rank holds in memory.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
 use super::Trainer;
 use crate::ranks::{Shards, bytes};
+use crate::task::Model;
 
 /// Bytes that a rank holds from one step to the next, and the gradients of a step beside them: what ZeRO (arXiv:1910.02054) divides. What a stage needs while
 /// it runs comes on top.
@@ -25,7 +26,7 @@ impl Held {
     }
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Bytes that this rank holds. Parameters that have not been used yet count nothing: they have not been made.
     pub fn held(&self) -> Held {
         struct Visitor(usize);

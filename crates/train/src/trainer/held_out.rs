@@ -2,29 +2,27 @@
 
 use std::collections::HashMap;
 
-use burn::module::Module;
-use firebox_data::Batch;
+use firebox_models::TokenBatch;
 use firebox_models::transformer::Transformer;
-use firebox_models::{Staged, TokenBatch};
 use firebox_optim::values;
 use firebox_parallel::Communicator;
 
 use super::{LastEval, Trainer};
 use crate::TrainError;
 use crate::engine::losses_by_stage;
-use crate::evaluate::{Evaluation, Tally, tallies, token_batch};
-use crate::generate::{Sampling, generate};
+use crate::evaluate::{Evaluation, Tally, tallies};
 use crate::model_io::{set_parameters, to_host};
 use crate::observe::{EvalRecord, Event, Observer};
 use crate::ranks::{Pipe, Ranks, Shards};
+use crate::task::{HeldOut, Model};
 
 /// Batches that a rank evaluates at once, where it has not the whole model.
 const AT_ONCE: usize = 8;
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Evaluates on the held-out text (at most `limit` batches), tells observers, lets the model write.
     pub(super) fn evaluate(&mut self, limit: Option<u64>, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        if self.dataset.val.is_empty() {
+        if !self.task.has_held_out() {
             return Ok(());
         }
         let model = self.averaged()?;
@@ -35,6 +33,13 @@ impl Trainer<'_> {
             (Some(average), None) => Some(self.evaluated(&average.apply(self.model().clone()).valid(), None, limit)?),
             (None, _) => None,
         };
+        let (samples, metrics) = (self.task.has_samples() && loss.is_finite(), self.task.has_metrics());
+        let whole = if samples || metrics { self.whole(model)?.map(|model| model.valid()) } else { None };
+        let found = match &whole {
+            Some(model) if metrics => self.task.metrics(model, limit)?,
+            _ => vec![],
+        };
+        self.state.metrics = found.into_iter().collect();
         let record = EvalRecord {
             step: self.state.step,
             tokens: self.state.tokens,
@@ -42,6 +47,7 @@ impl Trainer<'_> {
             val_bpb: bpb,
             val_loss_average: average.map(|found| found.loss),
             sparsity: self.sparsity(),
+            metrics: self.state.metrics.clone(),
         };
         observer.on_event(&Event::Evaluated(&record))?;
         self.state.last_eval = Some(LastEval { step: self.state.step, loss, bpb, whole: limit.is_none() });
@@ -52,26 +58,20 @@ impl Trainer<'_> {
         } else {
             self.state.evals_without_gain += 1;
         }
-        let sampled = self.recipe.eval.sample_tokens > 0 && loss.is_finite();
-        let whole = if sampled { self.whole(model)? } else { None };
-        if let Some(model) = whole {
-            let text = self.sample(&model.valid())?;
+        if let Some(model) = whole.filter(|_| samples)
+            && let Some(text) = self.task.sample(&model)?
+        {
             observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
         }
         Ok(())
     }
 
     /// Ranks evaluate batches in turns.
-    fn evaluated(
-        &self,
-        model: &Transformer,
-        shards: Option<&Shards<Transformer>>,
-        limit: Option<u64>,
-    ) -> Result<Evaluation, TrainError> {
-        let batches = self.dataset.val_batches(self.model().config().context, self.recipe.train.micro_rows());
+    fn evaluated(&self, model: &M, shards: Option<&Shards<M>>, limit: Option<u64>) -> Result<Evaluation, TrainError> {
+        let batches = self.task.held_out(self.recipe.train.micro_rows());
         let batches = batches.take(limit.map_or(usize::MAX, |n| n as usize));
         let Some(ranks) = &self.ranks else {
-            return Ok(Tally::evaluation(&tallies(model, batches, &self.token_bytes, |batch| batch)));
+            return Ok(Tally::evaluation(&tallies(model, batches, |batch| batch)));
         };
         if let Some(pipe) = ranks.pipe() {
             return self.evaluated_in_a_pipe(ranks, pipe, model, batches);
@@ -80,7 +80,7 @@ impl Trainer<'_> {
             return self.evaluated_by_stage(ranks, shards, batches);
         }
         let mut turns = Turns::new(ranks, batches);
-        let mine = tallies(model, &mut turns, &self.token_bytes, |batch| ranks.tokens_of(&batch));
+        let mine = tallies(model, &mut turns, |batch| ranks.tokens_of(&batch));
         Self::of_all(ranks, mine, &turns)
     }
 
@@ -100,8 +100,8 @@ impl Trainer<'_> {
         &self,
         ranks: &Ranks,
         pipe: &Pipe,
-        model: &Transformer,
-        batches: impl Iterator<Item = Batch>,
+        model: &M,
+        batches: impl Iterator<Item = HeldOut>,
     ) -> Result<Evaluation, TrainError> {
         let pipeline = pipe.usual();
         let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
@@ -112,10 +112,8 @@ impl Trainer<'_> {
             mine.extend(tallies.into_iter().zip(losses).map(|(tally, loss)| tally.with_loss(loss)));
             Ok(())
         };
-        for batch in &mut turns {
-            let tally = Tally::of(&batch, &self.token_bytes);
-            let targets = batch.target_count();
-            waiting.push((tally, ranks.tokens_of(&token_batch(batch, targets))));
+        for held in &mut turns {
+            waiting.push((Tally::of(&held), ranks.tokens_of(&held.batch)));
             if waiting.len() == AT_ONCE {
                 run(&mut waiting)?;
             }
@@ -128,16 +126,14 @@ impl Trainer<'_> {
     fn evaluated_by_stage(
         &self,
         ranks: &Ranks,
-        shards: &Shards<Transformer>,
-        batches: impl Iterator<Item = Batch>,
+        shards: &Shards<M>,
+        batches: impl Iterator<Item = HeldOut>,
     ) -> Result<Evaluation, TrainError> {
         let (mut turns, mut mine) = (Turns::new(ranks, batches), vec![]);
         loop {
             let before = turns.total;
-            let of_rank = turns.by_ref().take(AT_ONCE).map(|batch| {
-                let (tally, targets) = (Tally::of(&batch, &self.token_bytes), batch.target_count());
-                (tally, ranks.tokens_of(&token_batch(batch, targets)))
-            });
+            let of_rank = turns.by_ref().take(AT_ONCE);
+            let of_rank = of_rank.map(|held| (Tally::of(&held), ranks.tokens_of(&held.batch)));
             let (tallies, tokens): (Vec<Tally>, Vec<TokenBatch>) = of_rank.unzip();
             if turns.total == before {
                 break;
@@ -149,41 +145,40 @@ impl Trainer<'_> {
     }
 
     /// The whole of a model, on the rank that writes and speaks alone. All ranks must ask.
-    pub(super) fn whole(&self, model: Transformer) -> Result<Option<Transformer>, TrainError> {
+    pub(super) fn whole(&self, model: M) -> Result<Option<M>, TrainError> {
         let Some(ranks) = &self.ranks else { return Ok(Some(model)) };
         // The first copy of the model is enough.
-        let copies = model.expert_group().map_or(1, Communicator::size);
+        let copies = model.transformer().and_then(Transformer::expert_group).map_or(1, Communicator::size);
         let model = match &self.shards {
             Some(shards) if ranks.is_first_copy() => shards.whole(ranks)?,
             Some(_) => None,
             None => Some(model).filter(|_| ranks.copy() < copies),
         };
         let Some(model) = model else { return Ok(None) };
-        let model = model.with_context(None);
+        let model = model.map_transformer(|model| model.with_context(None));
         let Some(model) = self.whole_matrices(ranks, model)? else { return Ok(None) };
         let Some(model) = self.whole_experts(ranks, model)? else { return Ok(None) };
         let Some(pipe) = ranks.pipe() else { return Ok(Some(model)) };
         let pipeline = pipe.usual();
-        let empty = Transformer::new(model.config(), self.recipe.seed, &model.embed.weight.val().device())?;
+        let empty = model.empty(self.recipe.seed)?;
         pipeline.gather(&model, empty, 0, &pipe.group)
     }
 
     /// The parts of the matrices put together, on the first of the ranks that have divided them.
-    fn whole_matrices(&self, ranks: &Ranks, model: Transformer) -> Result<Option<Transformer>, TrainError> {
+    fn whole_matrices(&self, ranks: &Ranks, model: M) -> Result<Option<M>, TrainError> {
         let Some(parallel) = model.parallel() else { return Ok(Some(model)) };
-        let (config, size) = (model.config(), parallel.group().size());
         let mut whole = HashMap::new();
         for (info, part) in values(&model) {
             // What other stages have is empty.
             if info.elements() > 0 {
-                let placement = config.placement(&info.name, size);
+                let placement = model.placement(&info.name);
                 whole.insert(info.name, parallel.gather(&placement, &to_host(part), &info.shape)?);
             }
         }
         if parallel.group().rank() > 0 {
             return Ok(None);
         }
-        let mut made = Transformer::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        let mut made = model.empty(self.recipe.seed)?;
         if let Some(pipe) = ranks.pipe() {
             made = pipe.usual().part(made, pipe.group.rank())?;
         }
@@ -191,9 +186,12 @@ impl Trainer<'_> {
     }
 
     /// The experts put together, on the first of the ranks that have divided them.
-    fn whole_experts(&self, ranks: &Ranks, model: Transformer) -> Result<Option<Transformer>, TrainError> {
-        let Some(group) = model.expert_group() else { return Ok(Some(model)) };
-        let (config, mut whole) = (model.config(), HashMap::new());
+    fn whole_experts(&self, ranks: &Ranks, model: M) -> Result<Option<M>, TrainError> {
+        let Some((transformer, group)) = model.transformer().and_then(|model| Some((model, model.expert_group()?)))
+        else {
+            return Ok(Some(model));
+        };
+        let (config, mut whole) = (transformer.config(), HashMap::new());
         for (info, part) in values(&model) {
             let placement = config.expert_placement(&info.name);
             let mut all = to_host(part);
@@ -210,21 +208,11 @@ impl Trainer<'_> {
         if group.rank() > 0 {
             return Ok(None);
         }
-        let mut made = Transformer::new(config, self.recipe.seed, &model.embed.weight.val().device())?;
+        let mut made = model.empty(self.recipe.seed)?;
         if let Some(pipe) = ranks.pipe() {
             made = pipe.usual().part(made, pipe.group.rank())?;
         }
         Ok(Some(set_parameters(made, whole)))
-    }
-
-    fn sample(&self, model: &Transformer) -> Result<String, TrainError> {
-        let tokenizer = &self.dataset.tokenizer;
-        let prompt = prompt_ids(tokenizer, self.recipe.eval.prompt.as_bytes())?;
-        let sampling = Sampling { seed: self.recipe.seed, ..Sampling::default() };
-        let eot = tokenizer.eot().map(|id| id as i32);
-        let ids = generate(model, &prompt, self.recipe.eval.sample_tokens, &sampling, eot, |_| true)?;
-        let ids: Vec<u32> = ids.into_iter().filter(|id| Some(*id) != eot).map(|id| id as u32).collect();
-        Ok(String::from_utf8_lossy(&tokenizer.decode(&ids)).into_owned())
     }
 }
 
@@ -238,18 +226,18 @@ struct Turns<'a, I> {
     mine: usize,
 }
 
-impl<'a, I: Iterator<Item = Batch>> Turns<'a, I> {
+impl<'a, I: Iterator<Item = HeldOut>> Turns<'a, I> {
     fn new(ranks: &'a Ranks, batches: I) -> Self {
         Self { ranks, batches, total: 0, mine: 0 }
     }
 }
 
-impl<I: Iterator<Item = Batch>> Iterator for Turns<'_, I> {
-    type Item = Batch;
+impl<I: Iterator<Item = HeldOut>> Iterator for Turns<'_, I> {
+    type Item = HeldOut;
 
-    fn next(&mut self) -> Option<Batch> {
+    fn next(&mut self) -> Option<HeldOut> {
         let (rank, size) = (self.ranks.rank(), self.ranks.size());
-        let mut round: Vec<Batch> = self.batches.by_ref().take(size).collect();
+        let mut round: Vec<HeldOut> = self.batches.by_ref().take(size).collect();
         self.total += round.len();
         if rank < round.len() {
             self.mine += 1;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use firebox_models::Placement;
-use firebox_models::transformer::{ContextParallel, TensorParallelError, Transformer, TransformerConfig};
+use firebox_models::transformer::{ContextParallel, TensorParallelError, Transformer};
 use firebox_optim::{ParamInfo, StateTensor, parameters};
 use firebox_parallel::Communicator;
 use firebox_tensor::device::is_fused;
@@ -17,9 +17,10 @@ use crate::fault;
 use crate::model_io::{Later, later, set_later};
 use crate::ranks::{Layout, Ranks, Shards, Zero};
 use crate::recipe::Recipe;
+use crate::task::{Model, device_of};
 use crate::watch::OnSpike;
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// The same run as one of the ranks of `world`, each of which has made the same trainer, divided as `layout` says. The parameters are those of one rank, bit for
     /// bit; where the optimizer's state or the model is divided, but for the last digit of the gradients' norm.
     ///
@@ -60,7 +61,16 @@ impl Trainer<'_> {
         if let Some(qat) = &self.recipe.qat {
             qat.check_layout(&layout)?;
         }
-        super::experts::check_layout(self.model().config(), &layout, train.batch_warmup.is_some())?;
+        let model = self.model();
+        if let Some(transformer) = model.transformer() {
+            super::experts::check_layout(transformer.config(), &layout, train.batch_warmup.is_some())?;
+        }
+        for (what, degree) in [("cp", layout.cp), ("ep", layout.ep)] {
+            if degree > 1 && model.transformer().is_none() {
+                let expected = "1 with this model, which is not one transformer";
+                return fail(what, expected, degree.to_string());
+            }
+        }
         if layout.pp * layout.tp * layout.ep > 1 || layout.zero == Zero::Parameters {
             let whole = "pp 1, tp 1, ep 1 and zero 0, 1 or 2: it needs the whole model on each rank";
             let Layout { zero, pp, tp, ep, .. } = layout;
@@ -77,6 +87,14 @@ impl Trainer<'_> {
         }
         fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
+        let copies = world.size() / (layout.pp * layout.tp * layout.cp);
+        if model.couples_rows() && (!micro_batches.is_multiple_of(copies) || train.batch_warmup.is_some()) {
+            let expected = format!(
+                "micro-batches in multiples of the {copies} ranks with data of their own, whose rows the loss compares: set train.batch_rows higher or \
+                 train.micro_batch_rows lower, without train.batch_warmup"
+            );
+            return fail("ranks", &expected, format!("{micro_batches} micro-batches"));
+        }
         let Some(mut model) = self.model.take() else { return Ok(self) };
         let (axes, shapes) = (layout.axes(&world)?, self.optimizer.whole_state_shapes(&model)?);
         self.teacher = self.teacher.take().map(|teacher| teacher.with_ranks(&axes.cp, &layout)).transpose()?;
@@ -84,11 +102,14 @@ impl Trainer<'_> {
             model = self.divide_matrices(model, &axes.tp, layout.sequence_parallel)?;
         }
         if layout.cp > 1 {
-            model = Self::divide_rows(model, &axes.cp, &layout)?;
+            Self::check_rows(&model, &layout)?;
+            let rows = ContextParallel { group: axes.cp.clone(), kind: layout.context };
+            model = model.map_transformer(|model| model.with_context(Some(rows)));
         }
         if layout.ep > 1 {
             model = self.divide_experts(model, &axes.ep)?;
         }
+        model = model.with_data_ranks(&axes.dp);
         let (ranks, model) = Ranks::new(world, axes, layout, model, &self.optimizer, (micro_batches, shapes))?;
         if layout.pp > 1 {
             self.optimizer.forget_others(&model)?;
@@ -113,9 +134,9 @@ impl Trainer<'_> {
 
     /// What of a whole tensor of the optimizer's state is for this rank: none of parameters that it does not have, and the part of matrices that are divided.
     /// Parts of parameters are for the optimizer to take.
-    pub(super) fn of_this_rank(&self) -> Result<impl Fn(StateTensor) -> Option<StateTensor> + use<>, TrainError> {
+    pub(super) fn of_this_rank(&self) -> Result<impl Fn(StateTensor) -> Option<StateTensor> + use<M>, TrainError> {
         let (model, divided) = (self.model(), self.ranks.as_ref().and_then(Ranks::divided_state));
-        let grid = Grid::of(model);
+        let grid = Grid::of(model)?;
         let here = parameters(model)?.into_iter().filter(|info| info.trainable);
         let whole = |info: ParamInfo| {
             let placement = grid.as_ref().map_or_else(Placement::replicated, |grid| grid.placement(&info.name));
@@ -133,48 +154,38 @@ impl Trainer<'_> {
         })
     }
 
-    /// The same model on this rank's tokens of each row.
-    fn divide_rows(model: Transformer, group: &Communicator, layout: &Layout) -> Result<Transformer, TrainError> {
-        let device = model.embed.weight.lazy_device();
+    /// Whether ranks can divide the rows of this model.
+    fn check_rows(model: &M, layout: &Layout) -> Result<(), TrainError> {
+        let device = device_of(model);
         if !is_fused(&device) {
             let expected = "1, or a CPU backend (ndarray, flex): ranks talk through its memory".into();
             return Err(TrainError::Input { what: "cp", expected, got: format!("{} on {device:?}", layout.cp) });
         }
-        model.config().validate_context(layout.context, layout.cp, layout.tp)?;
-        Ok(model.with_context(Some(ContextParallel { group: group.clone(), kind: layout.context })))
+        if let Some(transformer) = model.transformer() {
+            transformer.config().validate_context(layout.context, layout.cp, layout.tp)?;
+        }
+        Ok(())
     }
 
     /// This rank's part of the model's matrices, and of the optimizer's state.
-    fn divide_matrices(
-        &mut self,
-        model: Transformer,
-        group: &Communicator,
-        sequence_parallel: bool,
-    ) -> Result<Transformer, TrainError> {
+    fn divide_matrices(&mut self, model: M, group: &Communicator, sequence_parallel: bool) -> Result<M, TrainError> {
         self.check_works_by_elements("tp", &model, group)?;
-        let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
-        let part = Transformer::sharded(&config, self.recipe.seed, &device, group, sequence_parallel);
-        let part = part.map_err(|error| cannot_divide("tp", error))?;
-        let grid = Grid::new(&model, group, false);
-        self.divide(model, part, &grid)
+        let part = model.sharded(self.recipe.seed, group, sequence_parallel)?;
+        self.divide(model, part)
     }
 
     /// This rank's experts, and what the optimizer remembers of them.
-    fn divide_experts(&mut self, model: Transformer, group: &Communicator) -> Result<Transformer, TrainError> {
+    fn divide_experts(&mut self, model: M, group: &Communicator) -> Result<M, TrainError> {
         self.check_works_by_elements("ep", &model, group)?;
-        let (config, device) = (model.config().clone(), model.embed.weight.lazy_device());
+        let Some(transformer) = model.transformer() else { return Ok(model) };
+        let (config, device) = (transformer.config().clone(), device_of(&model));
         let part = Transformer::with_divided_experts(&config, self.recipe.seed, &device, group);
         let part = part.map_err(|error| cannot_divide("ep", error))?;
-        let grid = Grid::new(&model, group, true);
-        self.divide(model, part, &grid)
+        let part = model.clone().map_transformer(|_| part);
+        self.divide(model, part)
     }
 
-    fn check_works_by_elements(
-        &self,
-        what: &'static str,
-        model: &Transformer,
-        group: &Communicator,
-    ) -> Result<(), TrainError> {
+    fn check_works_by_elements(&self, what: &'static str, model: &M, group: &Communicator) -> Result<(), TrainError> {
         if self.optimizer.works_by_elements(model)? {
             return Ok(());
         }
@@ -188,9 +199,11 @@ impl Trainer<'_> {
     }
 
     /// Gives `part`, made for it, this rank's part of the values of `model`, and the optimizer that of its state.
-    fn divide(&mut self, model: Transformer, part: Transformer, grid: &Grid) -> Result<Transformer, TrainError> {
+    fn divide(&mut self, model: M, part: M) -> Result<M, TrainError> {
         let projected = self.teacher.as_ref().and_then(Teacher::projected);
-        let part = project(part, projected, self.recipe.seed, &model.embed.weight.lazy_device());
+        let (seed, device) = (self.recipe.seed, device_of(&model));
+        let part = part.map_transformer(|part| project(part, projected, seed, &device));
+        let Some(grid) = Grid::of(&part)? else { return Ok(model) };
         let (mut parts, mut shapes) = (HashMap::new(), BTreeMap::new());
         let (rank, size) = (grid.rank, grid.size);
         for (info, whole) in later(&model) {
@@ -200,7 +213,7 @@ impl Trainer<'_> {
             shapes.insert(info.name, info.shape);
         }
         drop(model);
-        let part = set_later(part, parts).with_loss(self.recipe.train.loss());
+        let part = set_later(part, parts).for_recipe(&self.recipe);
         let cut = |tensor| grid.cut(&shapes, tensor);
         let state: Vec<StateTensor> = self.optimizer.state().map(cut).collect();
         self.optimizer.load_state::<_, TrainError>(&part, state.into_iter().map(Ok))?;
@@ -209,7 +222,7 @@ impl Trainer<'_> {
 }
 
 /// What makes a model one that ranks cannot divide.
-fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
+pub(crate) fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
     match error {
         TensorParallelError::Config(error) => TrainError::Model(error),
         TensorParallelError::Comm(error) => TrainError::Comm(error),
@@ -219,31 +232,32 @@ fn cannot_divide(what: &'static str, error: TensorParallelError) -> TrainError {
 
 /// How ranks divide the parameters of a model: by matrices, or by experts.
 struct Grid {
-    config: TransformerConfig,
+    /// By name.
+    placements: BTreeMap<String, Placement>,
     rank: usize,
     size: usize,
-    experts: bool,
 }
 
 impl Grid {
-    fn new(model: &Transformer, group: &Communicator, experts: bool) -> Self {
-        Self { config: model.config().clone(), rank: group.rank(), size: group.size(), experts }
-    }
-
     /// As the parameters of `model` are divided, if they are.
-    fn of(model: &Transformer) -> Option<Self> {
-        match (model.parallel(), model.expert_group()) {
-            (Some(parallel), _) => Some(Self::new(model, parallel.group(), false)),
-            (None, Some(group)) => Some(Self::new(model, group, true)),
-            (None, None) => None,
-        }
+    fn of<M: Model>(model: &M) -> Result<Option<Self>, TrainError> {
+        let experts = model.transformer().and_then(|model| Some((model.config(), model.expert_group()?)));
+        let (group, config) = match (model.parallel(), experts) {
+            (Some(parallel), _) => (parallel.group(), None),
+            (None, Some((config, group))) => (group, Some(config)),
+            (None, None) => return Ok(None),
+        };
+        let placement = |name: &str| match config {
+            Some(config) => config.expert_placement(name),
+            None => model.placement(name),
+        };
+        let placements = parameters(model)?.into_iter().map(|info| (placement(&info.name), info.name));
+        let placements = placements.map(|(placement, name)| (name, placement)).collect();
+        Ok(Some(Self { placements, rank: group.rank(), size: group.size() }))
     }
 
     fn placement(&self, param: &str) -> Placement {
-        match self.experts {
-            true => self.config.expert_placement(param),
-            false => self.config.placement(param, self.size),
-        }
+        self.placements.get(param).cloned().unwrap_or_else(Placement::replicated)
     }
 
     /// This rank's part of a whole tensor of the optimizer's state, where `shapes` are those of whole parameters. One that does not fit comes back as it is.

@@ -15,6 +15,7 @@ use crate::model_io;
 use crate::observe::{Event, Observer};
 use crate::qat::QatRecipe;
 use crate::recipe::Recipe;
+use crate::task::{Model, Task};
 use crate::watch::OnSpike;
 
 impl<'a> Trainer<'a> {
@@ -68,6 +69,24 @@ impl<'a> Trainer<'a> {
         }
         Ok(trainer)
     }
+}
+
+impl<'a, M: Model> Trainer<'a, M> {
+    /// A run of [`of_task`](Self::of_task) with the parameters of a checkpoint, those of `model` being of no account. [`restore`](Self::restore) is the other half.
+    ///
+    /// # Errors
+    /// As [`of_task`](Self::of_task), or a checkpoint that does not fit.
+    pub fn open_task(
+        recipe: Recipe,
+        dir: &Path,
+        task: Box<dyn Task<M> + 'a>,
+        device: &Device,
+        model: M,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, TrainError> {
+        let model = model.reload(checkpoint, &recipe)?;
+        Self::of_task(recipe, dir, task, device, model)
+    }
 
     /// Takes everything but the parameters from a checkpoint; of the optimizer's state, this rank's part.
     ///
@@ -88,9 +107,9 @@ impl<'a> Trainer<'a> {
     }
 
     /// The model to evaluate and to keep: mostly the one that is trained.
-    pub(super) fn averaged(&self) -> Result<Transformer, TrainError> {
+    pub(super) fn averaged(&self) -> Result<M, TrainError> {
         let model = self.optimizer.averaged(self.model().clone())?;
-        Ok(if self.recipe.qat.is_some() { model.quantized() } else { model })
+        Ok(if self.recipe.qat.is_some() { model.map_transformer(Transformer::quantized) } else { model })
     }
 
     /// The optimizer's state in a checkpoint.
@@ -109,12 +128,12 @@ impl<'a> Trainer<'a> {
         }
         let found = if back { resolve(self.dir.join("checkpoints")).ok() } else { None };
         let Some(found) = found else { return Ok(false) };
-        let device = self.model().embed.weight.val().device();
-        let model = load_trained(&found.checkpoint, &device, self.recipe.qat.as_ref())?.model;
-        let model = model.for_training(self.recipe.seed, self.model().config().dropout)?;
-        let model = model.with_context(self.model().context_parallel().cloned());
-        let model = self.with_projections_of(model, &found.checkpoint)?;
-        self.model = Some(self.recipe.precision.hold(model.with_loss(self.recipe.train.loss())));
+        let model = self.model().reload(&found.checkpoint, &self.recipe)?;
+        let mut model = self.with_projections_of(model, &found.checkpoint)?;
+        if let Some(ranks) = &self.ranks {
+            model = model.with_data_ranks(ranks.data());
+        }
+        self.model = Some(self.recipe.precision.hold(model));
         let here = self.state.clone();
         self.restore(&found.checkpoint)?;
         let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;

@@ -7,6 +7,7 @@ use crate::TrainError;
 use crate::prune::{has_zeros, sparsity};
 use crate::ranks::{Layout, Zero};
 use crate::recipe::Recipe;
+use crate::task::Model;
 
 /// Zeros that stay, of a model without any, are a mistake.
 pub(super) fn check_zeros(recipe: &Recipe, model: &Transformer) -> Result<(), TrainError> {
@@ -31,13 +32,14 @@ pub(super) fn check_layout(recipe: &Recipe, layout: &Layout) -> Result<(), Train
     Ok(())
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Prunes before the step, if that is due. What a step finds is a function of its number, so that a resumed run prunes as one that was never interrupted.
     pub(super) fn prune(&mut self) {
         let due = self.recipe.prune.as_ref().and_then(|prune| Some((prune, prune.sparsity_at(self.state.step)?)));
         let Some((prune, sparsity)) = due else { return };
         if let Some(model) = self.model.take() {
-            self.model = Some(self.recipe.precision.hold(prune.prune(model, sparsity)));
+            let model = model.map_transformer(|model| prune.prune(model, sparsity));
+            self.model = Some(self.recipe.precision.hold(model));
         }
     }
 
@@ -46,6 +48,6 @@ impl Trainer<'_> {
         let whole = self.shards.is_none()
             && self.model().parallel().is_none()
             && self.ranks.as_ref().is_none_or(|ranks| ranks.pipe().is_none());
-        (self.recipe.prune.is_some() && whole).then(|| sparsity(self.model()))
+        self.model().transformer().filter(|_| self.recipe.prune.is_some() && whole).map(sparsity)
     }
 }

@@ -6,33 +6,33 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::Tensor;
-use firebox_models::transformer::Transformer;
-use firebox_models::transformer::hf::{Entry, Family};
-use firebox_models::{Placement, Staged};
+use firebox_models::Placement;
+use firebox_models::transformer::hf::Entry;
 use firebox_optim::{Average, Optimizer, StateTensor};
 use firebox_parallel::ReduceOp;
 use firebox_tensor::ops::to_f32;
 use firebox_tensor::threads;
 
-use super::distill::{PROJECTIONS, projections};
+use super::distill::{PROJECTIONS, projections_of};
 use super::{State, Trainer};
 use crate::TrainError;
 use crate::checkpoint::{CheckpointError, Hash, PieceWriter, TensorPlan, TensorSpec, Writer, prune};
 use crate::distill::Teacher;
-use crate::model_io::{encoded, entries, parameters, specs, to_host};
+use crate::model_io::{encoded, parameters, specs, to_host};
 use crate::observe::{Event, Observer};
 use crate::qat::{QAT, QatRecipe};
 use crate::ranks::{Collect, Parted, Shapes};
 use crate::recipe::CheckpointRecipe;
+use crate::task::Model;
 
 /// The parameters that are trained, where they are others than those of `model.safetensors`.
-pub(super) const TRAINED: &str = "trained.safetensors";
+pub(crate) const TRAINED: &str = "trained.safetensors";
 
 /// The averaged parameters under Hugging Face's names, and what the average remembers.
 const AVERAGE: &str = "average/model.safetensors";
 pub(super) const AVERAGE_STATE: &str = "average/state.safetensors";
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Writes a checkpoint and removes those that the recipe does not keep. Unless it is the last act of the run, it is written while the steps go on, if the recipe
     /// says so; until the next one, its errors come with any step.
     pub(super) fn save(&mut self, last: bool, observer: &mut dyn Observer) -> Result<(), TrainError> {
@@ -67,8 +67,14 @@ impl Trainer<'_> {
         Ok(())
     }
 
+    /// The tokenizer, and what else the task keeps.
+    fn files(&self) -> Vec<(String, Vec<u8>)> {
+        let tokenizer = self.task.tokenizer().map(|tokenizer| ("tokenizer.json".into(), tokenizer.json().into()));
+        tokenizer.into_iter().chain(self.task.files()).collect()
+    }
+
     /// The run as it is. It shares the memory of parameters and states until a step changes them.
-    fn snapshot(&self) -> Result<Snapshot, TrainError> {
+    fn snapshot(&self) -> Result<Snapshot<M>, TrainError> {
         let ranks = self.ranks.as_ref();
         // There is no state before the first step.
         let divided = ranks.and_then(|ranks| ranks.divided_state()).filter(|_| self.state.last_good > 0);
@@ -89,13 +95,13 @@ impl Trainer<'_> {
             }),
             optimizer: self.optimizer.clone(),
             projections: (self.teacher.as_ref().and_then(Teacher::projected))
-                .map(|width| projections(self.model().config().n_layers, self.model().config().d_model, width))
+                .map(|width| projections_of(self.model(), width))
                 .unwrap_or_default(),
             state_file: self.state_file(),
             state_shapes: divided.cloned().unwrap_or_else(|| self.optimizer.state_shapes().collect()),
             states_by_data: ranks.is_some_and(|ranks| ranks.state_parts().is_some()),
             state: self.state.clone(),
-            tokenizer: self.dataset.tokenizer.json().into(),
+            files: self.files(),
             collect: ranks.map(|ranks| ranks.collect()),
         })
     }
@@ -130,16 +136,16 @@ impl Drop for Saving {
 }
 
 /// All that a checkpoint holds.
-struct Snapshot {
+struct Snapshot<M> {
     dir: PathBuf,
     keep: CheckpointRecipe,
     /// Of this and the other modules and states, this rank's part.
-    model: Transformer,
+    model: M,
     /// This rank's parts of the parameters, where the model has none of their values.
     shards: Option<BTreeMap<String, Tensor<1>>>,
-    trained: Option<Transformer>,
+    trained: Option<M>,
     qat: Option<QatRecipe>,
-    average: Option<Averaged>,
+    average: Option<Averaged<M>>,
     optimizer: Optimizer,
     state_file: String,
     /// Of a student.
@@ -149,14 +155,15 @@ struct Snapshot {
     /// Whether those that have data of their own have parts of the state.
     states_by_data: bool,
     state: State,
-    tokenizer: String,
+    /// Small files besides: name and contents.
+    files: Vec<(String, Vec<u8>)>,
     collect: Option<Arc<Collect>>,
 }
 
 /// An average, and the parameters that it gives.
-struct Averaged {
+struct Averaged<M> {
     average: Average,
-    model: Transformer,
+    model: M,
     shards: Option<BTreeMap<String, Tensor<1>>>,
 }
 
@@ -170,17 +177,17 @@ struct Item<'a> {
     encode: Box<dyn Fn(Vec<f32>) -> Vec<Vec<u8>> + 'a>,
 }
 
-impl Snapshot {
+impl<M: Model> Snapshot<M> {
     /// Writes it, each rank a part. The first one gets the folder.
     fn write(self) -> Result<Option<PathBuf>, TrainError> {
         let first = self.collect.as_ref().is_none_or(|collect| collect.world.rank() == 0);
         let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
         let folder = self.folder(writer.as_ref())?;
         let to = &mut (writer.as_mut(), folder.as_path());
-        let of_model = entries(&self.model);
+        let of_model = self.model.entries();
         self.put_model(to, "model.safetensors", &of_model, &self.model, self.shards.as_ref())?;
         if let Some(trained) = &self.trained {
-            self.put_model(to, TRAINED, &entries(trained), trained, None)?;
+            self.put_model(to, TRAINED, &trained.entries(), trained, None)?;
         }
         if !self.projections.is_empty() {
             let trained = self.trained.as_ref().unwrap_or(&self.model);
@@ -211,9 +218,10 @@ impl Snapshot {
 
     /// The small files, which one rank writes, and the end.
     fn finish(&self, mut writer: Writer) -> Result<PathBuf, CheckpointError> {
-        let config = self.model.config();
-        writer.json("config.json", &Family::of(config).config_json(config))?;
-        writer.bytes("tokenizer.json", self.tokenizer.as_bytes())?;
+        writer.json("config.json", &self.model.config_json())?;
+        for (name, contents) in &self.files {
+            writer.bytes(name, contents)?;
+        }
         writer.json("state.json", &self.state)?;
         if let Some(qat) = &self.qat {
             writer.json(QAT, qat)?;
@@ -243,7 +251,7 @@ impl Snapshot {
         to: &mut To<'_>,
         name: &str,
         entries: &[Entry],
-        model: &Transformer,
+        model: &M,
         shards: Option<&BTreeMap<String, Tensor<1>>>,
     ) -> Result<(), TrainError> {
         let params: HashMap<String, Tensor<1>> = match shards {
@@ -294,7 +302,7 @@ impl Snapshot {
     /// How the ranks that divide matrices divide a parameter.
     fn placement(&self, param: &str) -> Placement {
         match self.model.parallel() {
-            Some(parallel) => self.model.config().placement(param, parallel.group().size()),
+            Some(_) => self.model.placement(param),
             None => Placement::replicated(),
         }
     }

@@ -7,6 +7,7 @@ use firebox_parallel::{Traffic, clock};
 use super::Trainer;
 use crate::TrainError;
 use crate::observe::{Event, Observer, RanksRecord};
+use crate::task::Model;
 use crate::timeline::{Span, spans_of};
 
 /// The step after a start whose timeline is recorded: by then nothing is done for the first time.
@@ -26,7 +27,7 @@ pub(super) struct Worked {
     spans: Option<Vec<Span>>,
 }
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Records what each rank does in the tenth step from here, or the last if that is earlier, and tells observers
     /// ([`Event::Timeline`](crate::observe::Event::Timeline)).
     pub fn with_timeline(mut self) -> Self {

@@ -1,7 +1,7 @@
 //! One update of the parameters from the micro-batches of a step.
 
+use firebox_models::TokenBatch;
 use firebox_models::transformer::Transformer;
-use firebox_models::{Staged, TokenBatch};
 use firebox_optim::NamedGrads;
 
 use super::{GRADIENT_NOT_FINITE, LOSS_NOT_FINITE, Skip, Trainer, Updated, is_due, targets};
@@ -10,9 +10,10 @@ use crate::curvature::drawn;
 use crate::fault::{self, Place};
 use crate::noise::Part;
 use crate::ranks::{Ranks, Zero};
+use crate::task::{Model, device_of};
 use crate::timeline::Kind;
 
-impl Trainer<'_> {
+impl<M: Model> Trainer<'_, M> {
     /// Gradients summed over micro-batches, clipped, then the update. Returns the mean loss and the gradients' norm, or why there was no update.
     pub(super) fn update(&mut self, lr: f64, batches: &[TokenBatch]) -> Result<Updated, TrainError> {
         let measured = is_due(self.state.step + 1, self.recipe.watch.noise_scale_every);
@@ -104,7 +105,7 @@ impl Trainer<'_> {
         prepare: impl Fn(usize, &TokenBatch) -> TokenBatch,
     ) -> Result<(f64, NamedGrads), TrainError> {
         let model = self.model();
-        let device = model.embed.weight.lazy_device().inner();
+        let device = device_of(model).inner();
         let mut exchange = ranks.exchange();
         let fail_at = |place| fault::at(place, ranks.world_rank(), self.state.step + 1);
         fail_at(Place::Forward);
@@ -175,7 +176,7 @@ impl Trainer<'_> {
     }
 
     /// The whole model, where each rank has updated a part of it.
-    fn gather(&self, model: Transformer) -> Result<Transformer, TrainError> {
+    fn gather(&self, model: M) -> Result<M, TrainError> {
         match &self.ranks {
             Some(ranks) => Ok(self.recipe.precision.hold(ranks.gather_parameters(model)?)),
             None => Ok(model),
@@ -185,13 +186,17 @@ impl Trainer<'_> {
     /// Sophia's estimate, from the same inputs with targets that the model draws. One that is not finite is left out.
     pub(super) fn estimate_curvature(&mut self, batches: &[TokenBatch]) -> Result<(), TrainError> {
         let step = self.state.step;
-        let drawn = |i, batch: &TokenBatch| drawn(self.model(), batch, self.recipe.seed, counter(step, i));
+        let drawn = |i, batch: &TokenBatch| match self.model().transformer() {
+            Some(model) => drawn(model, batch, self.recipe.seed, counter(step, i)),
+            // Only language models have come here.
+            None => batch.clone(),
+        };
         let mut grads = match &self.ranks {
             Some(ranks) => self.gradients_of_ranks(ranks, batches, drawn)?.1,
             None => self.gradients(batches, drawn, None)?.1,
         };
         // They have chosen experts once more than the step.
-        self.model().take_expert_load();
+        self.model().transformer().map(Transformer::take_expert_load);
         let targets: usize = batches.iter().map(targets).sum();
         grads.scale(1.0 / self.state.loss_scale.factor);
         let finite = grads.all_finite();

@@ -98,7 +98,7 @@ impl Run {
     /// Bits per byte of the held-out text at the end, or at the last evaluation of an unfinished run.
     pub fn val_bpb(&self) -> Option<f64> {
         let stored = self.summary.as_ref().and_then(|summary| summary.val_bpb);
-        stored.or(self.last_eval().map(|eval| eval.val_bpb)).filter(|bpb| bpb.is_finite())
+        stored.or(self.last_eval().map(|eval| eval.val_bpb)).filter(|bpb| bpb.is_finite() && *bpb > 0.0)
     }
 
     pub fn val_loss(&self) -> Option<f64> {

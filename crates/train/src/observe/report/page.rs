@@ -139,6 +139,8 @@ fn figures(html: &mut String, run: &Run) -> fmt::Result {
             if perplexity < 1e6 { format!("perplexity {}", figure(perplexity)) } else { "nats per token".into() };
         cards.push(("Validation loss", format!("{loss:.3}"), note));
     }
+    let metrics = run.last_eval().map(|eval| &eval.metrics).into_iter().flatten();
+    cards.extend(metrics.map(|(name, value)| (name.as_str(), format!("{value:.4}"), "held out".into())));
     if let Some(loss) = run.train_loss() {
         cards.push(("Training loss", format!("{loss:.3}"), "nats per token".into()));
     }
@@ -291,19 +293,27 @@ fn evaluations(html: &mut String, run: &Run) -> fmt::Result {
     let best = run.best_eval().map(|eval| eval.step);
     html.push_str(
         "<section>\n<details>\n<summary>All evaluations</summary>\n<div class=\"scroll\"><table>\n\
-         <tr><th>Step</th><th>Tokens</th><th>Loss, nats/token</th><th>Bits per byte</th></tr>\n",
+         <tr><th>Step</th><th>Tokens</th><th>Loss, nats/token</th>",
     );
+    let text = run.val_bpb().is_some();
+    let names: Vec<&String> = run.last_eval().map(|eval| eval.metrics.keys().collect()).unwrap_or_default();
+    let titles = text.then_some("Bits per byte").into_iter().chain(names.iter().map(|name| name.as_str()));
+    titles.into_iter().try_for_each(|title| write!(html, "<th>{}</th>", Esc(title)))?;
+    html.push_str("</tr>\n");
     let hidden = run.metrics.evals.len().saturating_sub(MAX_ROWS);
     for eval in &run.metrics.evals[hidden..] {
         let (class, mark) = if Some(eval.step) == best { (" class=\"best\"", " (best)") } else { ("", "") };
-        writeln!(
+        write!(
             html,
-            "<tr{class}><td>{}{mark}</td><td>{}</td><td>{:.4}</td><td>{:.4}</td></tr>",
+            "<tr{class}><td>{}{mark}</td><td>{}</td><td>{:.4}</td>",
             count(eval.step),
             short(eval.tokens as f64),
-            eval.val_loss,
-            eval.val_bpb
+            eval.val_loss
         )?;
+        let values = names.iter().map(|name| eval.metrics.get(*name).copied().unwrap_or(f64::NAN));
+        let values = text.then_some(eval.val_bpb).into_iter().chain(values);
+        values.into_iter().try_for_each(|value| write!(html, "<td>{value:.4}</td>"))?;
+        html.push_str("</tr>\n");
     }
     html.push_str("</table></div>\n");
     if hidden > 0 {

@@ -51,7 +51,8 @@ pub(super) fn render(run: &Run) -> Result<String, ObserveError> {
         );
     }
 
-    let bpb: Vec<(f64, f64)> = run.metrics.evals.iter().map(|e| (e.step as f64, e.val_bpb)).collect();
+    let of_text = run.metrics.evals.iter().filter(|e| e.val_bpb > 0.0);
+    let bpb: Vec<(f64, f64)> = of_text.map(|e| (e.step as f64, e.val_bpb)).collect();
     let level = |name: &str, y: f64| {
         let ends = run.metrics.steps.first().zip(bpb.last()).map(|(from, to)| vec![(from.step as f64, y), (to.0, y)]);
         series(format!("{name} {y:.3}"), Ink::Text, Look::Level, ends.unwrap_or_default())
