@@ -153,7 +153,8 @@ fn metrics_come_back_as_they_were_written() {
     assert!(of_ranks.iter().all(|key| with.iter().any(|k| k == key) && without.iter().all(|k| k != key)), "{with:?}");
     let mut of_eval = keys(&lines[5]);
     of_eval.sort();
-    assert_eq!(of_eval, ["step", "tokens", "val_bpb", "val_loss"]);
+    assert_eq!(of_eval, ["metrics", "step", "tokens", "val_bpb", "val_loss"]);
+    assert_eq!(lines[5]["metrics"]["accuracy"], 0.75);
 }
 
 #[test]

@@ -51,7 +51,7 @@ impl Observer for Seen {
     fn on_event(&mut self, event: &Event<'_>) -> Result<(), ObserveError> {
         match event {
             Event::Skipped { reason, .. } => self.skipped.push((*reason).to_owned()),
-            Event::Evaluated(record) => self.evals.push(**record),
+            Event::Evaluated(record) => self.evals.push((*record).clone()),
             _ => {}
         }
         Ok(())
