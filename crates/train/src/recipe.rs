@@ -20,6 +20,7 @@ use crate::optimizer_recipe::OptimizerRecipe;
 use crate::precision::{ParamType, PrecisionRecipe};
 use crate::prune::PruneRecipe;
 use crate::qat::QatRecipe;
+use crate::task::TaskRecipe;
 use crate::watch::{OnSpike, WatchRecipe};
 
 pub use error::RecipeError;
@@ -49,6 +50,9 @@ pub struct Recipe {
     /// Shape of the model.
     #[serde(default)]
     pub model: ModelRecipe,
+    /// What it is trained for.
+    #[serde(default, skip_serializing_if = "TaskRecipe::is_language")]
+    pub task: TaskRecipe,
     /// Tokenizer, split and filters.
     #[serde(default)]
     pub data: DataConfig,
@@ -226,6 +230,7 @@ impl Recipe {
             seed: seed(),
             init: None,
             model: ModelRecipe { depth: Some(n), ..ModelRecipe::default() },
+            task: TaskRecipe::default(),
             data: DataConfig::default(),
             sources: vec![],
             optimizer: OptimizerRecipe {

@@ -272,6 +272,11 @@ impl<'a, M: Model> Trainer<'a, M> {
         &self.state
     }
 
+    /// The task.
+    pub fn task(&self) -> &dyn Task<M> {
+        self.task.as_ref()
+    }
+
     /// How the parameters are trained, to print at the start.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 mod compress;
 mod distill;
 mod export;
+mod job;
 mod launch;
 mod lr_find;
 mod prepare;

@@ -5,20 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use clap::Args;
-use firebox::data::Dataset;
-use firebox::parallel::Communicator;
-use firebox::tensor::device::Backend;
-use firebox::tensor::peak;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
-use firebox::train::engine::Recompute;
-use firebox::train::observe::compare::gzip_xz;
-use firebox::train::observe::{Event, Observer, Observers, Progress, Summary};
+use firebox::train::observe::Summary;
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::{Cooldown, Layout, Recipe, TrainError, Trainer, Zero};
+use firebox::train::task::TaskRecipe;
+use firebox::train::{Cooldown, Recipe, TrainError};
 
+use super::job::{Job, OfText, program};
 use super::launch::{self, LaunchArgs};
 use super::prepare::DataArgs;
-use super::ranks::{LogRanks, RankArgs, is_rank, speaks};
+use super::ranks::{RankArgs, speaks};
 use super::{CliError, DeviceArgs};
 
 /// Examples:
@@ -101,103 +97,31 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
             (recipe, dir, found)
         }
     };
-    let (dataset, described) = args.data.dataset(&recipe.data, &recipe.sources)?;
-    if speaks() {
-        println!("{}", dataset.stats);
-    }
-    let job = Job {
+    let mut job = Job {
         recipe,
-        dir,
+        dir: dir.clone(),
         found,
-        dataset,
-        described,
+        described: String::new(),
         backend: args.device.backend,
         threads,
         timeline: args.timeline,
         logged: args.ranks.logged(),
         interrupt: interrupt(),
     };
-    let dir = job.dir.clone();
-    let summary = args.ranks.run(threads, move |ranks| job.train(ranks))?;
+    let summary = match &job.recipe.task {
+        TaskRecipe::Language => {
+            let (dataset, described) = args.data.dataset(&job.recipe.data, &job.recipe.sources)?;
+            if speaks() {
+                println!("{}", dataset.stats);
+            }
+            job.described = described;
+            job.run(args.ranks, OfText(dataset))?
+        }
+    };
     if speaks() {
         conclude(&summary, &dir);
     }
     Ok(())
-}
-
-/// A run that is about to start, on one rank or several.
-struct Job {
-    recipe: Recipe,
-    dir: PathBuf,
-    found: Option<Checkpoint>,
-    dataset: Dataset,
-    described: String,
-    backend: Backend,
-    /// Of all ranks of this process together.
-    threads: usize,
-    timeline: bool,
-    logged: Option<LogRanks>,
-    interrupt: Arc<AtomicBool>,
-}
-
-impl Job {
-    fn train(&self, ranks: Option<(Communicator, Layout)>) -> Result<Summary, CliError> {
-        let Self { recipe, dir, found, dataset, .. } = self;
-        let device = self.backend.device()?;
-        let mut trainer = match found {
-            Some(checkpoint) => Trainer::open(recipe.clone(), dir, dataset, &device, checkpoint)?,
-            None => Trainer::new(recipe.clone(), dir, dataset, &device, recipe.initial_model(&device)?)?,
-        };
-        let (rank, size) = ranks.as_ref().map_or((0, 1), |(comm, _)| (comm.rank(), comm.size()));
-        let recomputed = ranks.as_ref().is_some_and(|(_, layout)| layout.zero == Zero::Parameters)
-            && recipe.memory.recompute != Recompute::Blocks;
-        if rank == 0 {
-            println!("\n{}\n{}", recipe.to_toml().trim_end(), trainer.groups()?);
-        }
-        let logged = self.logged.as_ref().map(|logged| logged.has(rank, size)).transpose()?;
-        if let Some((comm, layout)) = ranks {
-            trainer = trainer.with_ranks(comm, layout)?;
-        }
-        if let Some(checkpoint) = found {
-            trainer.restore(checkpoint)?;
-        }
-        if self.timeline {
-            trainer = trainer.with_timeline();
-        }
-        let mut info = trainer.info(self.backend.name(), self.threads, self.described.clone());
-        info.program = program();
-        if rank > 0 {
-            let mut observers = Observers::new();
-            if logged == Some(true) {
-                observers.push(Progress::of_rank(rank));
-                observers.on_event(&Event::RunStarted(&info))?;
-            }
-            return Ok(trainer.run(&info, &mut observers, &self.interrupt)?);
-        }
-        if size > 1 {
-            let per_rank = if is_rank() { self.threads } else { (self.threads / size).max(1) };
-            println!("{size} ranks of {per_rank} compute thread{}", if per_rank == 1 { "" } else { "s" });
-            if recomputed {
-                println!(
-                    "blocks are computed again in backward, as with memory.recompute = \"blocks\": --zero 3 keeps no graph"
-                );
-            }
-        }
-        println!();
-        if firebox::tensor::device::is_fused(&device) {
-            info.peak_flops = peak::measure_matmul_flops(recipe.precision.compute.into()) * size as f64;
-        }
-        let mut observers = if logged.is_some() { Observers::files() } else { Observers::standard() };
-        if logged.is_some() {
-            // Lines, like those of the others.
-            observers.push(Progress::of_rank(rank));
-        }
-        observers.on_event(&Event::RunStarted(&info))?;
-        if !dataset.val.is_empty() && !dir.join("baselines.json").is_file() {
-            compare(dataset, dir)?;
-        }
-        Ok(trainer.run(&info, &mut observers, &self.interrupt)?)
-    }
 }
 
 /// The checkpoint to go on from; none for a new run, and for one that was killed before its first.
@@ -226,11 +150,6 @@ fn warn_of(found: &Found) {
     for skipped in &found.skipped {
         eprintln!("warning: {skipped}");
     }
-}
-
-/// How this binary was called, for commands to copy.
-fn program() -> String {
-    std::env::args().next().unwrap_or_else(|| "firebox".into())
 }
 
 /// The recipe where none is given, and the name of its run.
@@ -312,20 +231,6 @@ impl TrainArgs {
         }
         Ok(recipe.starting_from(model)?)
     }
-}
-
-/// More held-out text than this is not compared: xz takes half a second for a megabyte.
-const COMPARED_BYTES: u64 = 64 << 20;
-
-/// What gzip and xz make of the held-out files, for the report.
-fn compare(dataset: &Dataset, dir: &Path) -> Result<(), CliError> {
-    if dataset.stats.val_bytes > COMPARED_BYTES {
-        println!("the held-out text is larger than 64 MB: not compared with gzip and xz");
-        return Ok(());
-    }
-    let baselines = gzip_xz(dataset.val_documents()).map_err(CliError::Output)?;
-    baselines.save(dir)?;
-    Ok(())
 }
 
 /// Set by Ctrl-C or SIGTERM, upon which the run writes a checkpoint and ends; a second one ends it at once.

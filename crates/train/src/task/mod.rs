@@ -5,6 +5,7 @@
 
 mod language;
 mod model;
+mod recipe;
 
 use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::TokenBatch;
@@ -13,6 +14,7 @@ use crate::TrainError;
 pub use language::Language;
 pub use model::Model;
 pub(crate) use model::device_of;
+pub use recipe::TaskRecipe;
 
 /// What a model of type `M` is trained on.
 ///
