@@ -127,6 +127,24 @@ pub enum DataError {
         /// How many the tokenizer knows.
         vocab_size: usize,
     },
+    /// A row of labelled data or of a conversation does not hold what the task needs.
+    #[error("{}:{line}: {reason}", path.display())]
+    BadRow {
+        /// The file.
+        path: PathBuf,
+        /// The line or row, from 1.
+        line: u64,
+        /// What is wrong, and what would work.
+        reason: String,
+    },
+    /// A chat template does not parse, or objects to a conversation.
+    #[error("chat template {origin}: {reason}")]
+    Template {
+        /// Where the template is from.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A file of the cache does not hold what its header promises.
     #[error("{}: not a whole token shard: {reason}", path.display())]
     TornShard {

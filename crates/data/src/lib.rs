@@ -57,6 +57,7 @@ mod read;
 mod scan;
 pub mod shard;
 mod stats;
+pub mod template;
 pub mod tokenizer;
 
 pub use config::{DataConfig, Filters, Source, ValSplit};
@@ -67,4 +68,5 @@ pub use prepare::{Dataset, Progress, prepare};
 pub use read::{PART_BYTES, Part, read_documents};
 pub use shard::TokenStream;
 pub use stats::Stats;
-pub use tokenizer::{END_OF_TEXT, SMALLEST_BPE, Tokenizer};
+pub use template::{Chat, ChatTemplate};
+pub use tokenizer::{END_OF_TEXT, Encoded, SMALLEST_BPE, Tokenizer};

@@ -15,9 +15,11 @@
 mod alphabet;
 mod chars;
 mod gpt2;
+mod special;
 mod train;
 
 pub(crate) use chars::CharSet;
+pub use special::Encoded;
 
 use crate::error::DataError;
 use serde_json::Value;
@@ -39,6 +41,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     eot: Option<u32>,
     table: Table,
+    /// The library's, made when it is asked for.
+    special: special::Special,
 }
 
 enum Kind {
@@ -149,7 +153,7 @@ impl Tokenizer {
             };
         }
         let kind = kind_of(&file, library, byte_level, &vocab, &special);
-        Ok(Self { json, kind, vocab_size, eot, table: Table::new(&tokens) })
+        Ok(Self { json, kind, vocab_size, eot, table: Table::new(&tokens), special: Default::default() })
     }
 
     /// The tokens of any bytes, without a separator.

@@ -1,0 +1,80 @@
+//! Text as models that were pretrained elsewhere see it: with the special tokens that a template or the tokenizer itself puts in.
+
+use super::Tokenizer;
+use crate::error::DataError;
+use std::ops::Range;
+use std::sync::OnceLock;
+use tokenizers::EncodeInput;
+
+pub(super) type Special = OnceLock<Box<tokenizers::Tokenizer>>;
+
+/// Tokens, with what is known of each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Types of tokens: 1 for those of a second text.
+    pub types: Vec<u32>,
+    /// Where in the text each token is from, in bytes; empty for tokens that the tokenizer adds.
+    pub offsets: Vec<Range<usize>>,
+    /// The number of the word of each token; none for tokens that the tokenizer adds.
+    pub words: Vec<Option<u32>>,
+}
+
+impl Tokenizer {
+    /// The tokens of a text in which the names of special tokens stand for these tokens, as those of a rendered chat template do. Nothing is added.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot encode it.
+    pub fn encode_special(&self, text: &str) -> Result<Encoded, DataError> {
+        self.encode_by_library(text.into(), false)
+    }
+
+    /// The tokens of a text, or of two, with the special tokens that the model expects around them (`[CLS] a [SEP] b [SEP]`).
+    ///
+    /// # Errors
+    /// When the tokenizer cannot encode it.
+    pub fn encode_whole(&self, text: &str, second: Option<&str>) -> Result<Encoded, DataError> {
+        let input: EncodeInput<'_> = match second {
+            Some(second) => (text, second).into(),
+            None => text.into(),
+        };
+        self.encode_by_library(input, true)
+    }
+
+    /// The same of a text that is divided into words: [`Encoded::words`] says of which one each token is a piece.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot encode it.
+    pub fn encode_words(&self, words: &[String]) -> Result<Encoded, DataError> {
+        self.encode_by_library(words.into(), true)
+    }
+
+    /// The token of a name such as `<|im_end|>`, if there is one.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.library().ok()?.token_to_id(name)
+    }
+
+    fn library(&self) -> Result<&tokenizers::Tokenizer, DataError> {
+        if let Some(library) = self.special.get() {
+            return Ok(library);
+        }
+        let failed = |reason: String| DataError::Tokenizer { operation: "load", reason };
+        let mut library = tokenizers::Tokenizer::from_bytes(self.json.as_bytes()).map_err(|e| failed(e.to_string()))?;
+        // How long a row may be is the caller's to say.
+        library.with_truncation(None).map_err(|e| failed(e.to_string()))?;
+        library.with_padding(None);
+        Ok(self.special.get_or_init(|| Box::new(library)))
+    }
+
+    fn encode_by_library(&self, input: EncodeInput<'_>, add: bool) -> Result<Encoded, DataError> {
+        let failed = |reason: String| DataError::Tokenizer { operation: "encode with", reason };
+        let encoding = self.library()?.encode(input, add).map_err(|e| failed(e.to_string()))?;
+        Ok(Encoded {
+            ids: encoding.get_ids().to_vec(),
+            types: encoding.get_type_ids().to_vec(),
+            offsets: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect(),
+            words: encoding.get_word_ids().to_vec(),
+        })
+    }
+}
