@@ -49,9 +49,11 @@ impl TokenBatch {
         Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale, lesson: None, extra: None }
     }
 
-    /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss.
+    /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss. Where rows have labels, these are the targets.
     pub fn share(&self) -> f64 {
-        self.targets.iter().filter(|&&target| target >= 0).count() as f64 * self.loss_scale
+        let labels = self.extra.as_ref().map_or(&[][..], |extra| &extra.labels);
+        let targets = if labels.is_empty() { &self.targets } else { labels };
+        targets.iter().filter(|&&target| target >= 0).count() as f64 * self.loss_scale
     }
 
     /// Rows of one segment each, at positions `0..tokens`.
@@ -83,7 +85,7 @@ pub enum Flow {
     Start,
     /// Hidden states, `[B, T, D]`.
     Hidden(Tensor<3>),
-    /// The loss, `[1]`: the last stage's output.
+    /// The loss, `[1]`: the last stage's output, unless the model has no head.
     Loss(Tensor<1>),
 }
 

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor, activation};
 use firebox_tensor::ops;
 
+use super::head::Head;
 use super::model::Transformer;
 
 /// Keys (rotated) and values of the tokens so far that the next one may see, `[1, K, T, E]` per layer: of those that share a block, each has its own.
@@ -33,12 +34,14 @@ impl Transformer {
     /// Appends `ids` to the cached sequence and returns the logits `[V]` of what follows the last of them.
     ///
     /// # Panics
-    /// If the sequence outgrows the context, `ids` is empty, an id is not in the vocabulary, or the model is [divided](Transformer::sharded) among ranks.
+    /// If the sequence outgrows the context, `ids` is empty, an id is not in the vocabulary, the model is no causal language model, or the model is [divided](Transformer::sharded) among ranks.
     pub fn forward_cached(&self, ids: &[i32], cache: &mut KvCache) -> Tensor<1> {
         let config = self.config();
         let (n, past) = (ids.len(), cache.tokens);
         assert!(n > 0, "nothing to append to the cached sequence");
         self.assert_whole();
+        let decoder = config.encoder.is_none() && config.head == Head::Language;
+        assert!(decoder, "an encoder, or a model without a language model's head, has no next token");
         assert!(past + n <= config.context, "{} tokens exceed the context of {}", past + n, config.context);
         let (k, e) = (config.n_kv_heads, config.head_dim);
         let g = config.n_heads / k;
@@ -79,7 +82,7 @@ impl Transformer {
             x = layer.feed_forward(x.clone(), Some(x), None);
         }
         cache.tokens += n;
-        let last = self.norm.forward(x.narrow(1, n - 1, 1));
+        let last = self.final_norm(x.narrow(1, n - 1, 1));
         self.head_logits(last).reshape([config.vocab_size])
     }
 }

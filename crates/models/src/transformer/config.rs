@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::experts::ExpertsConfig;
+use super::head::Head;
 use super::reduction::Reduction;
 
 /// A decoder's shape; every value is resolved.
@@ -105,6 +106,13 @@ pub struct EncoderConfig {
     pub embed_norm: bool,
     /// Number of token types, each with a learned vector that is added to the embedding (BERT's two sentences); 0: none.
     pub token_types: usize,
+    /// Rows of the table of learned positions before that of the first token, which nothing uses (RoBERTa: 2).
+    #[serde(skip_serializing_if = "is_none")]
+    pub position_offset: usize,
+}
+
+fn is_none(n: &usize) -> bool {
+    *n == 0
 }
 
 /// Images as rows of patches (Dosovitskiy et al., arXiv:2010.11929), before which a class token stands.
@@ -117,21 +125,6 @@ pub struct ImageConfig {
     pub patch: usize,
     /// Values of a pixel: 3, or 1 for grey.
     pub channels: usize,
-}
-
-/// What follows the last block.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Head {
-    /// The next token, by a product with the (tied) table of tokens.
-    #[default]
-    Language,
-}
-
-impl Head {
-    fn is_language(&self) -> bool {
-        *self == Head::Language
-    }
 }
 
 /// A normalization.
@@ -221,6 +214,8 @@ impl TransformerConfig {
             experts.validate(self)?;
         }
         self.reduction.validate(self)?;
+        self.validate_encoder()?;
+        self.head.validate(self)?;
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -241,6 +236,48 @@ impl TransformerConfig {
         Ok(())
     }
 
+    fn validate_encoder(&self) -> Result<(), ConfigError> {
+        let fail = |field, got: String, expected: &str| Err(ConfigError { field, got, expected: expected.into() });
+        let Some(encoder) = self.encoder else { return Ok(()) };
+        if let Some(window) = self.window {
+            return fail(
+                "window",
+                window.to_string(),
+                "must not be there in an encoder, whose tokens see their whole row",
+            );
+        }
+        if encoder.norm_after && self.experts.is_some() {
+            return fail("encoder.norm_after", "true".into(), "must be false with n_experts");
+        }
+        if encoder.position_offset > 0 && self.positions != Positions::Learned {
+            let got = encoder.position_offset.to_string();
+            return fail("encoder.position_offset", got, "must be 0 unless positions are learned");
+        }
+        let largest = encoder.token_types.max(encoder.position_offset);
+        if largest > i32::MAX as usize / 2 {
+            return fail("encoder.token_types", largest.to_string(), "must be fewer");
+        }
+        Ok(())
+    }
+
+    /// Whether norms follow each residual addition.
+    pub fn norm_after(&self) -> bool {
+        self.encoder.is_some_and(|encoder| encoder.norm_after)
+    }
+
+    /// Rows and width of the table of learned positions: an encoder's is as wide as its rows of tokens.
+    pub(super) fn positions_shape(&self) -> [usize; 2] {
+        match self.encoder {
+            Some(encoder) => [self.context + encoder.position_offset, self.embed_width()],
+            None => [self.context, self.d_model],
+        }
+    }
+
+    /// Rows of the table of token types.
+    pub(super) fn token_types(&self) -> usize {
+        self.encoder.map_or(0, |encoder| encoder.token_types)
+    }
+
     /// Width of the packed projection `[q | k | v]`.
     pub fn qkv_width(&self) -> usize {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
@@ -258,20 +295,26 @@ impl TransformerConfig {
     pub fn num_params(&self) -> usize {
         let d = self.d_model;
         let bias = |n: usize| if self.bias { n } else { 0 };
-        let norm = d + if self.norm == NormKind::LayerNorm { bias(d) } else { 0 };
+        let norm_of = |d: usize| d + if self.norm == NormKind::LayerNorm { bias(d) } else { 0 };
+        let norm = norm_of(d);
         let head_norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
         let [qkv, out, input, output] = self.matrices().map(|matrix| matrix.num_params() + bias(matrix.outputs));
         let mlp = self.experts.map_or(input + output, |experts| experts.num_params(d, input + output));
         let block = qkv + out + head_norms + mlp + 2 * norm;
         let deltas: usize = self.matrices().iter().map(|matrix| matrix.factors(self.reduction.delta_rank)).sum();
         let [embed, embed_proj, head, head_proj] = self.tables();
-        let positions = if self.positions == Positions::Learned { self.context * d } else { 0 };
+        let [rows, width] = self.positions_shape();
+        let positions = if self.positions == Positions::Learned { rows * width } else { 0 };
+        let types = self.token_types() * self.embed_width();
+        let embed_norm = if self.encoder.is_some_and(|e| e.embed_norm) { norm_of(self.embed_width()) } else { 0 };
         let tables = embed + embed_proj + head_proj + if self.tied { 0 } else { head };
-        tables + positions + self.n_blocks() * block + self.n_layers * deltas + norm
+        let task: usize = self.head_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let last = if self.norm_after() { 0 } else { norm };
+        tables + positions + types + embed_norm + self.n_blocks() * block + self.n_layers * deltas + last + task
     }
 
     /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's; of a shared block, once in every
-    /// layer), and 12 H E per layer and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens, as attention is causal, or fewer with a window.
+    /// layer), and 12 H E per layer and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens where attention is causal, fewer with a window, and all in an encoder.
     pub fn flops_per_token(&self) -> f64 {
         let [_, embed_proj, head, head_proj] = self.tables();
         self.n_layers as f64 * self.block_flops_per_token() + (6 * (embed_proj + head + head_proj)) as f64
@@ -286,7 +329,7 @@ impl TransformerConfig {
             self.experts.map_or(mlp, |experts| self.d_model * experts.n_experts + experts.experts_per_token * mlp);
         let weights = qkv + out + mlp;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
-        let keys = window * (1.0 - window / (2.0 * context));
+        let keys = if self.encoder.is_some() { context } else { window * (1.0 - window / (2.0 * context)) };
         (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
     }
 }

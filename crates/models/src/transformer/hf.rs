@@ -10,7 +10,8 @@ mod pieces;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::config::{FeedForward, Head, NormKind, Positions, TransformerConfig};
+use super::config::{FeedForward, NormKind, Positions, TransformerConfig};
+use super::head::Head;
 use super::reduction::Reduction;
 pub use pieces::{Entry, Piece};
 
@@ -97,13 +98,22 @@ impl Family {
         table.whole("embed.weight", &[v, e], ["transformer.wte.weight", "model.embed_tokens.weight"]);
         if e < d {
             table.whole("embed_proj.weight", &[e, d], ["", ""]);
+            if config.embed_proj_bias() {
+                table.whole("embed_proj.bias", &[d], ["", ""]);
+            }
         }
         if config.positions == Positions::Learned {
             table.whole(
                 "positions.weight",
-                &[config.context, d],
+                &config.positions_shape(),
                 ["transformer.wpe.weight", "model.embed_positions.weight"],
             );
+        }
+        if config.token_types() > 0 {
+            table.whole("token_types.weight", &[config.token_types(), e], ["", ""]);
+        }
+        if config.encoder.is_some_and(|encoder| encoder.embed_norm) {
+            table.norm(("embed_norm".into(), [String::new(), String::new()]), e, norm_bias);
         }
         let [rank_qkv, rank_out, rank_input, rank_output] = config.matrices().map(|matrix| matrix.rank);
         for i in 0..config.n_blocks() {
@@ -151,12 +161,17 @@ impl Family {
         for (name, shape) in config.delta_shapes() {
             table.whole(&name, &shape, ["", ""]);
         }
-        table.norm(("norm".into(), ["transformer.ln_f".into(), "model.norm".into()]), d, norm_bias);
-        if e < d {
+        if !config.norm_after() {
+            table.norm(("norm".into(), ["transformer.ln_f".into(), "model.norm".into()]), d, norm_bias);
+        }
+        if config.head_projects() {
             table.whole("head_proj.weight", &[d, e], ["", ""]);
         }
-        if !config.tied {
+        if config.head.has_table() && !config.tied {
             table.whole("head.weight", &[v, e], ["lm_head.weight", "lm_head.weight"]);
+        }
+        for (name, shape) in config.head_shapes() {
+            table.whole(name, &shape, [name, name]);
         }
         table.entries
     }

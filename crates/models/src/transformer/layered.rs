@@ -33,15 +33,15 @@ impl Layered for Transformer {
         };
         let Block { attn_norm, mlp_norm, .. } = layer.block;
         let x = flow.hidden();
-        observe(qkv, rows(attn_norm.forward(x.clone())));
+        observe(qkv, rows(layer.input(attn_norm, x.clone())));
         let y = layer.project(x.clone(), self.attention_config());
         let y = ops::attention(y, self.attention_config(), &batch.sequence);
         observe(out, rows(y.clone()));
-        let x = layer.attention_output(y, Some(x));
+        let x = self.after(attn_norm, layer.attention_output(y, Some(x)));
         let [input, output] = rest else {
             return Flow::Hidden(layer.feed_forward(x.clone(), Some(x), None));
         };
-        observe(input, rows(mlp_norm.forward(x.clone())));
+        observe(input, rows(layer.input(mlp_norm, x.clone())));
         let Some(y) = layer.inner(x.clone()) else { return Flow::Hidden(x) };
         observe(
             output,
@@ -51,7 +51,7 @@ impl Layered for Transformer {
                 FeedForward::SwiGlu => ops::swiglu(y.clone()),
             }),
         );
-        Flow::Hidden(layer.outer(y, Some(x.clone())).unwrap_or(x))
+        Flow::Hidden(self.after(mlp_norm, layer.outer(y, Some(x.clone())).unwrap_or(x)))
     }
 
     /// The norm before queries, keys, values and the feed-forward layer; the values before attention's output, where each head has its own; what SwiGLU's gate multiplies.
@@ -77,6 +77,8 @@ impl Layered for Transformer {
         let norm_bias = config.bias && config.norm == NormKind::LayerNorm;
         let (qkv, heads) = (config.qkv_width(), config.n_heads * config.head_dim);
         match name {
+            // A norm that follows an addition scales the residual stream as well.
+            "attn.qkv" | "mlp.input" if config.norm_after() => vec![],
             "attn.qkv" => both("attn_norm", 0..config.d_model, norm_bias),
             // Experts see the same normed states, and none of them is divided with it.
             "mlp.input" if config.experts.is_none() => both("mlp_norm", 0..config.d_model, norm_bias),

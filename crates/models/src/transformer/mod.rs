@@ -1,10 +1,11 @@
-//! A causal decoder: GPT-2 (Radford et al., 2019) and Llama (Touvron et al., arXiv:2302.13971) by configuration.
+//! A transformer, by configuration a causal decoder, GPT-2 (Radford et al., 2019) or Llama (Touvron et al., arXiv:2302.13971), or an encoder, BERT (Devlin et al., arXiv:1810.04805).
 
 mod cache;
 mod config;
 mod context;
 mod experts;
 mod fake_quant;
+mod head;
 pub mod hf;
 mod layered;
 mod model;
@@ -17,11 +18,12 @@ mod teach;
 
 pub use cache::KvCache;
 pub use config::{
-    ConfigError, EncoderConfig, FeedForward, Head, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,
+    ConfigError, EncoderConfig, FeedForward, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,
 };
 pub use context::{ContextKind, ContextParallel};
 pub use experts::{ExpertWeights, Experts, ExpertsConfig};
 pub use fake_quant::Quantizer;
+pub use head::{Head, Pool, Pooler, TaskHead};
 pub use model::{Attention, Block, Linear, Mlp, Norm, Transformer};
 pub use parallel::{TensorParallel, TensorParallelError};
 pub use reduction::{Delta, Layer, LayerDeltas, LowRank, Product, Reduction, Source};

@@ -17,6 +17,7 @@ use super::config::{ConfigError, FeedForward, NormKind, Positions, TransformerCo
 use super::context::ContextParallel;
 use super::experts::Experts;
 use super::fake_quant::Quantizer;
+use super::head::TaskHead;
 use super::parallel::TensorParallel;
 use super::reduction::LayerDeltas;
 use super::tables::{Embedding, Projection};
@@ -30,31 +31,40 @@ pub struct Transformer {
     pub embed: Embedding,
     /// From the embedding's rows to width D, where they are narrower.
     pub embed_proj: Option<Projection>,
-    /// Position embedding, `[context, D]`, unless positions are rotary.
+    /// Position embedding, `[context, D]`, unless positions are rotary. An encoder's is as wide as its embedding.
     pub positions: Option<Embedding>,
+    /// Token types, `[types, D]`, of an encoder that has such.
+    pub token_types: Option<Embedding>,
+    /// Norm after the embedding, of an encoder that has one.
+    pub embed_norm: Option<Norm>,
     /// The blocks; of those that several layers use, one. [`layer`](Self::layer) has them in the order of their use.
     pub blocks: Vec<Block>,
     /// What each layer adds to the matrices of its block; empty where they add nothing.
     pub deltas: Vec<LayerDeltas>,
-    /// Final norm.
-    pub norm: Norm,
+    /// Final norm, unless norms follow each addition.
+    pub norm: Option<Norm>,
     /// From width D to that of the head's rows, where they are narrower.
     pub head_proj: Option<Projection>,
     /// Head, `[V, D]`, or as wide as the embedding, unless it is tied.
     pub head: Option<Embedding>,
+    /// What a head has besides a table, or in its place.
+    pub task_head: Option<TaskHead>,
     /// Of a student, a projection of each block's output to its teacher's width: see [`with_projections`](Self::with_projections).
     pub projections: Vec<Linear>,
     #[module(skip)]
-    context: Context,
+    pub(super) context: Context,
 }
+
+/// The parameters of the first stage.
+const FIRST: [&str; 5] = ["embed.", "embed_proj.", "embed_norm.", "positions.", "token_types."];
 
 /// What every stage needs besides parameters.
 #[derive(Clone, Debug)]
-struct Context {
+pub(super) struct Context {
     config: TransformerConfig,
     attention: AttentionConfig,
-    seed: u64,
-    loss: LossConfig,
+    pub(super) seed: u64,
+    pub(super) loss: LossConfig,
     /// The ranks among which the matrices are divided.
     parallel: Option<TensorParallel>,
     /// The ranks among which the tokens of each row are divided.
@@ -90,14 +100,14 @@ pub struct Norm {
     eps: f64,
 }
 
-/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`; where norms follow, `norm(x + attention(x))`, then `norm(x + mlp(x))`.
 #[derive(Module, Debug)]
 pub struct Block {
-    /// Norm before attention.
+    /// Norm before attention, or after it.
     pub attn_norm: Norm,
     /// Attention.
     pub attn: Attention,
-    /// Norm before the feed-forward layer.
+    /// Norm before the feed-forward layer, or after it.
     pub mlp_norm: Norm,
     /// Feed-forward layer, unless there are experts.
     pub mlp: Option<Mlp>,
@@ -176,12 +186,17 @@ impl Init<'_> {
         })
     }
 
+    /// A vector of zeros of which this rank may have a part.
+    pub(super) fn divided(&self, name: &str, n: usize) -> Param<Tensor<1>> {
+        self.constant(self.config.placement(name, self.size).shape(&[n], self.rank, self.size)[0], 0.0)
+    }
+
     pub(super) fn constant(&self, n: usize, value: f32) -> Param<Tensor<1>> {
         self.param([n], move |device| Tensor::full([n], value, device))
     }
 
-    fn embedding(&self, name: &str, rows: usize, d: usize, std: f64) -> Embedding {
-        Embedding { weight: self.matrix(name, [rows, d], std), packed: None }
+    fn embedding(&self, name: &str, shape: [usize; 2], std: f64) -> Embedding {
+        Embedding { weight: self.matrix(name, shape, std), packed: None }
     }
 
     pub(super) fn linear(&self, name: &str, shape: [usize; 2], std: f64, bias: bool) -> Linear {
@@ -190,11 +205,12 @@ impl Init<'_> {
         Linear::new(self.matrix(name, shape, std), bias.then(|| self.constant(width, 0.0)))
     }
 
-    fn norm(&self, config: &TransformerConfig) -> Norm {
+    pub(super) fn norm(&self, width: usize) -> Norm {
+        let config = self.config;
         let bias = config.bias && config.norm == NormKind::LayerNorm;
         Norm {
-            weight: self.constant(config.d_model, 1.0),
-            bias: bias.then(|| self.constant(config.d_model, 0.0)),
+            weight: self.constant(width, 1.0),
+            bias: bias.then(|| self.constant(width, 0.0)),
             kind: config.norm,
             eps: config.norm_eps,
         }
@@ -211,14 +227,14 @@ impl Init<'_> {
         let name = |part: &str| format!("blocks.{i}.{part}");
         let [qkv, out, input, output] = config.matrices();
         Block {
-            attn_norm: self.norm(config),
+            attn_norm: self.norm(config.d_model),
             attn: Attention {
                 qkv: self.low_rank(&name("attn.qkv"), qkv, std, bias),
                 q_norm: config.qk_norm.then(|| self.head_norm(config)),
                 k_norm: config.qk_norm.then(|| self.head_norm(config)),
                 out: self.low_rank(&name("attn.out"), out, residual_std, bias),
             },
-            mlp_norm: self.norm(config),
+            mlp_norm: self.norm(config.d_model),
             mlp: config.experts.is_none().then(|| Mlp {
                 input: self.low_rank(&name("mlp.input"), input, std, bias),
                 output: self.low_rank(&name("mlp.output"), output, residual_std, bias),
@@ -251,21 +267,24 @@ impl Transformer {
         let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size, experts };
         let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
-        let e = config.embed_width();
+        let (e, types) = (config.embed_width(), config.token_types());
         let delta_layers = if config.reduction.delta_rank == 0 { 0 } else { config.n_layers };
         let rope = match config.positions {
             Positions::Rotary { theta } => Some(Arc::new(RopeTable::new(theta, config.head_dim, config.context))),
             Positions::Learned => None,
         };
         Ok(Self {
-            embed: init.embedding("embed", v, e, std),
-            embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d])),
-            positions: rope.is_none().then(|| init.embedding("positions", config.context, d, std)),
+            embed: init.embedding("embed", [v, e], std),
+            embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d], config.embed_proj_bias())),
+            positions: rope.is_none().then(|| init.embedding("positions", config.positions_shape(), std)),
+            token_types: (types > 0).then(|| init.embedding("token_types", [types, e], std)),
+            embed_norm: config.encoder.is_some_and(|encoder| encoder.embed_norm).then(|| init.norm(e)),
             blocks: (0..config.n_blocks()).map(|i| init.block(i, config)).collect(),
             deltas: (0..delta_layers).map(|i| init.deltas(i)).collect(),
-            norm: init.norm(config),
-            head_proj: (e < d).then(|| init.projection("head_proj", [d, e])),
-            head: (!config.tied).then(|| init.embedding("head", v, e, std)),
+            norm: (!config.norm_after()).then(|| init.norm(d)),
+            head_proj: config.head_projects().then(|| init.projection("head_proj", [d, e], false)),
+            head: (config.head.has_table() && !config.tied).then(|| init.embedding("head", [v, e], std)),
+            task_head: init.task_head(),
             projections: vec![],
             context: Context {
                 config: config.clone(),
@@ -344,7 +363,7 @@ impl Transformer {
     }
 
     /// Dropout of (step, place); none in evaluation.
-    fn drop(&self, x: Tensor<3>, sequence: &Sequence, step: Option<u64>, place: &str) -> Tensor<3> {
+    pub(super) fn drop(&self, x: Tensor<3>, sequence: &Sequence, step: Option<u64>, place: &str) -> Tensor<3> {
         match step {
             Some(step) if self.context.config.dropout > 0.0 => {
                 let counter = Counter::new(self.context.seed, Purpose::Dropout, step).fork(place);
@@ -370,7 +389,7 @@ impl Staged for Transformer {
         match (number("blocks."), number("deltas.").or_else(|| number("projections."))) {
             (Some(block), _) => block * self.config().reduction.layers_per_block + 1,
             (None, Some(layer)) => layer + 1,
-            _ if ["embed.", "embed_proj.", "positions."].iter().any(|table| param.starts_with(table)) => 0,
+            _ if FIRST.iter().any(|table| param.starts_with(table)) => 0,
             _ => self.config().n_layers + 1,
         }
     }
@@ -378,7 +397,7 @@ impl Staged for Transformer {
     fn uses(&self, i: usize, param: &str) -> bool {
         let first = self.first_stage(param);
         let layers = if param.starts_with("blocks.") { self.config().reduction.layers_per_block } else { 1 };
-        let tied = self.head.is_none() && param.starts_with("embed.");
+        let tied = self.config().head.has_table() && self.head.is_none() && param.starts_with("embed.");
         (first..first + layers).contains(&i) || tied && i == self.config().n_layers + 1
     }
 
@@ -410,42 +429,10 @@ impl Staged for Transformer {
     fn forward_stage(&self, i: usize, flow: Flow, batch: &TokenBatch, step: Option<u64>) -> Flow {
         let sequence = &batch.sequence;
         if i == 0 {
-            let (b, t) = (sequence.batch(), sequence.tokens());
-            let x = match self.parallel() {
-                Some(parallel) => {
-                    let projection = self.embed_proj.as_ref();
-                    parallel.embed(
-                        &self.embed,
-                        projection,
-                        self.positions.as_ref(),
-                        self.config(),
-                        &batch.inputs,
-                        sequence,
-                    )
-                }
-                None => self.embed_tokens(batch.inputs.clone(), sequence.positions(), b, t),
-            };
-            return Flow::Hidden(self.drop(x, sequence, step, "embed"));
+            return Flow::Hidden(self.drop(self.embed_batch(batch), sequence, step, "embed"));
         }
         let x = flow.hidden();
-        let Some(layer) = self.layer(i - 1) else {
-            let [b, t, d] = x.dims();
-            let loss = if step.is_some() { self.context.loss } else { LossConfig::default() };
-            if let Some(parallel) = self.parallel() {
-                return Flow::Loss(parallel.loss(x, self, batch, &loss));
-            }
-            let x = self.before_head(self.norm.forward(x).reshape([b * t, d]));
-            let (targets, scale) = (batch.targets.clone(), batch.loss_scale);
-            let cap = self.context.config.logit_softcap;
-            if let Some(head) = &self.head_table().packed {
-                return Flow::Loss(ops::packed_cross_entropy(x, head, &targets, scale, cap));
-            }
-            let head = self.head_weight();
-            return Flow::Loss(match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
-                Some(soft) => ops::linear_distillation(x, head, targets, scale, cap, &loss, soft, None),
-                None => ops::linear_cross_entropy(x, head, targets, scale, cap, &loss),
-            });
-        };
+        let Some(layer) = self.layer(i - 1) else { return self.last_stage(x, batch, step) };
         // A residual is added inside the product before it, unless dropout comes between.
         let fused = step.is_none() || self.context.config.dropout == 0.0;
         let residual = |x: &Tensor<3>| fused.then(|| x.clone());
@@ -457,19 +444,19 @@ impl Staged for Transformer {
             let qkv = self.related(i - 1, layer.project(x.clone(), heads), batch);
             let y = self.attend(qkv, sequence);
             let y = layer.attention_output(y, residual(&x));
-            let x = join(x, y, "attn");
+            let x = self.after(attn_norm, join(x, y, "attn"));
             let y = layer.feed_forward(x.clone(), residual(&x), step.map(|_| batch.share()));
-            return Flow::Hidden(self.hinted(i - 1, join(x, y, "mlp"), batch));
+            return Flow::Hidden(self.hinted(i - 1, self.after(mlp_norm, join(x, y, "mlp")), batch));
         };
-        let qkv = parallel.qkv(attn, x.clone(), attn_norm, heads, sequence);
+        let qkv = parallel.qkv(attn, x.clone(), layer.before(attn_norm), heads, sequence);
         let y = self.attend(qkv, sequence);
         let y = parallel.row(&attn.out, y, Pre::Nothing, residual(&x), sequence);
-        let x = join(x, y, "attn");
+        let x = self.after(attn_norm, join(x, y, "attn"));
         // PANIC: no model with experts has divided matrices (`TransformerConfig::validate_parallel`).
         let mlp = mlp.as_ref().expect("a dense layer");
-        let y = parallel.column(&mlp.input, x.clone(), mlp_norm.before(), sequence);
+        let y = parallel.column(&mlp.input, x.clone(), layer.before(mlp_norm), sequence);
         let y = parallel.row(&mlp.output, y, mlp.activation(), residual(&x), sequence);
-        Flow::Hidden(self.hinted(i - 1, join(x, y, "mlp"), batch))
+        Flow::Hidden(self.hinted(i - 1, self.after(mlp_norm, join(x, y, "mlp")), batch))
     }
 }
 

@@ -7,6 +7,7 @@
 //!
 //! With sequence parallelism the residual stream is `[1, part of B T, D]`: the rows of the batch one after the other, divided evenly among the ranks.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
@@ -16,8 +17,8 @@ use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_tokens, p
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
 use super::config::{ConfigError, TransformerConfig};
-use super::model::{Attention, Linear, Norm, Transformer};
-use super::tables::{Embedding, Projection};
+use super::model::{Attention, Linear, Transformer};
+use super::tables::Embedding;
 use crate::placement::{Placement, Segment};
 use crate::stage::TokenBatch;
 
@@ -89,6 +90,8 @@ impl TransformerConfig {
         let inner = vec![segment(self.d_ff, 1); self.ff_in_width() / self.d_ff];
         match name {
             "embed" | "head" => Placement::split(0, [segment(self.vocab_size, 1)]),
+            // Of a masked language model: one value per token.
+            "task_head" if field == "bias" => Placement::split(0, [segment(self.vocab_size, 1)]),
             // Ranks have factors whole: they divide none (`validate_parallel`).
             _ if field == "factor" => Placement::replicated(),
             _ if name.ends_with("attn.qkv") && qkv => Placement::split(columns, [queries, keys, keys]),
@@ -124,6 +127,11 @@ impl Transformer {
             return Ok(Self::new(config, seed, device)?);
         }
         config.validate_parallel(group.size())?;
+        if sequence && !config.head.has_table() {
+            let expected = "must be language or masked where ranks divide the tokens between matrices: turn sequence parallelism off";
+            let (field, got) = ("head", format!("{:?}", config.head));
+            return Err(ConfigError { field, got, expected: expected.into() }.into());
+        }
         if !is_fused(device) {
             return Err(TensorParallelError::Device(format!("{device:?}")));
         }
@@ -196,39 +204,25 @@ impl TensorParallel {
     }
 
     /// A parameter that every rank has and applies to its own tokens.
-    fn of_tokens<const D: usize>(&self, param: Tensor<D>) -> Tensor<D> {
+    pub(super) fn of_tokens<const D: usize>(&self, param: Tensor<D>) -> Tensor<D> {
         if self.sequence { copy_to(param, &self.group) } else { param }
     }
 
-    /// Tokens and positions as the residual stream.
-    pub(super) fn embed(
+    /// The embedding's rows of this rank's tokens, and which of the batch's tokens these are.
+    pub(super) fn token_rows(
         &self,
         embed: &Embedding,
-        projection: Option<&Projection>,
-        positions: Option<&Embedding>,
-        config: &TransformerConfig,
+        vocab: usize,
         inputs: &[i32],
         sequence: &Sequence,
-    ) -> Tensor<3> {
-        let (b, t, vocab) = (sequence.batch(), sequence.tokens(), config.vocab_size);
+    ) -> (Tensor<3>, Range<usize>) {
+        let (b, t) = (sequence.batch(), sequence.tokens());
         let first = part(vocab, self.rank(), self.size()).start;
         let x = ops::vocab_embedding(embed.weight.val(), first, vocab, inputs, b, t);
-        let (x, [rows, tokens], at) = if self.sequence {
-            let mine = part(b * t, self.rank(), self.size());
-            (scatter_tokens(x, &self.group), [1, mine.len()], mine)
+        if self.sequence {
+            (scatter_tokens(x, &self.group), part(b * t, self.rank(), self.size()))
         } else {
-            (reduce_from(x, &self.group), [b, t], 0..b * t)
-        };
-        let x = match projection {
-            Some(projection) => projection.forward(x, |weight| self.of_tokens(weight)),
-            None => x,
-        };
-        match positions {
-            Some(table) => {
-                let ids = sequence.positions()[at].into();
-                x + ops::embedding(self.of_tokens(table.weight.val()), ids, rows, tokens)
-            }
-            None => x,
+            (reduce_from(x, &self.group), 0..b * t)
         }
     }
 
@@ -237,7 +231,7 @@ impl TensorParallel {
         &self,
         attn: &Attention,
         x: Tensor<3>,
-        norm: &Norm,
+        pre: Pre,
         heads: &AttentionConfig,
         sequence: &Sequence,
     ) -> Tensor<3> {
@@ -247,7 +241,7 @@ impl TensorParallel {
             weight = copy_columns_to(weight, keys, group);
             bias = bias.map(|bias| copy_columns_to(bias, keys, group));
         }
-        let qkv = ops::column_linear(x, norm.before(), weight, bias, self.tokens(sequence), &self.group);
+        let qkv = ops::column_linear(x, pre, weight, bias, self.tokens(sequence), &self.group);
         match (&attn.q_norm, &attn.k_norm) {
             (Some(q), Some(k)) => {
                 let gains = [q, k].map(|norm| copy_to(norm.weight.val(), &self.group));
@@ -276,18 +270,29 @@ impl TensorParallel {
         ops::row_linear(x, pre, weight, bias, residual, self.tokens(sequence), &self.group)
     }
 
-    /// The loss from the residual stream.
+    /// The loss of the next token from the residual stream.
     pub(super) fn loss(&self, x: Tensor<3>, model: &Transformer, batch: &TokenBatch, loss: &LossConfig) -> Tensor<1> {
-        let (config, head) = (model.config(), model.head_weight());
-        let x = self.normed(x, &model.norm, &batch.sequence);
-        let x = match &model.head_proj {
-            Some(projection) => projection.forward(x, |weight| self.of_tokens(weight)),
-            None => x,
-        };
+        let x = self.all_tokens(model.final_norm(x), &batch.sequence);
+        let x = model.before_head(x);
         let [b, t, d] = x.dims();
-        let x = if self.sequence { x } else { copy_to(x, &self.group) }.reshape([b * t, d]);
-        let (targets, scale) = (Arc::clone(&batch.targets), batch.loss_scale);
-        let (cap, vocab) = (config.logit_softcap, config.vocab_size);
+        let (x, targets) = (x.reshape([b * t, d]), batch.targets.clone());
+        self.cross_entropy(x, model.head_weight(), targets, model, batch, loss)
+    }
+
+    /// The loss of rows that all ranks have, `[N, D]`, against the whole vocabulary; this rank has its part of the head.
+    pub(super) fn cross_entropy(
+        &self,
+        x: Tensor<2>,
+        head: Tensor<2>,
+        targets: Arc<[i32]>,
+        model: &Transformer,
+        batch: &TokenBatch,
+        loss: &LossConfig,
+    ) -> Tensor<1> {
+        // Tokens that were divided have had their gradients summed where they were put together.
+        let x = if self.sequence { x } else { copy_to(x, &self.group) };
+        let TransformerConfig { logit_softcap: cap, vocab_size: vocab, .. } = *model.config();
+        let scale = batch.loss_scale;
         match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
             Some(soft) => {
                 ops::linear_distillation(x, head, targets, scale, cap, loss, soft, Some((vocab, &self.group)))
@@ -296,9 +301,8 @@ impl TensorParallel {
         }
     }
 
-    /// The final norm of all tokens, `[B, T, D]`.
-    pub(super) fn normed(&self, x: Tensor<3>, norm: &Norm, sequence: &Sequence) -> Tensor<3> {
-        let x = norm.forward_with(x, |param| self.of_tokens(param));
+    /// All tokens of which this rank may have some, `[B, T, D]`.
+    pub(super) fn all_tokens(&self, x: Tensor<3>, sequence: &Sequence) -> Tensor<3> {
         match self.tokens(sequence) {
             Some(tokens) => gather_tokens(x, tokens, &self.group),
             None => x,

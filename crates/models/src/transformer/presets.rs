@@ -1,6 +1,7 @@
 //! Shapes from 1M to 70B parameters. Each derives from another where it can.
 
-use super::config::{FeedForward, Head, NormKind, Positions, TransformerConfig};
+use super::config::{FeedForward, NormKind, Positions, TransformerConfig};
+use super::head::Head;
 use super::experts::ExpertsConfig;
 use super::reduction::Reduction;
 

@@ -6,7 +6,8 @@ use firebox_tensor::ops::{self, AttentionConfig, Pre};
 use serde::{Deserialize, Serialize};
 
 use super::config::{ConfigError, TransformerConfig};
-use super::model::{Block, Init, Linear, Transformer};
+use super::head::Head;
+use super::model::{Block, Init, Linear, Norm, Transformer};
 use super::tables::Projection;
 use crate::placement::Placement;
 
@@ -171,7 +172,19 @@ impl TransformerConfig {
     pub(super) fn tables(&self) -> [usize; 4] {
         let (e, d) = (self.embed_width(), self.d_model);
         let (table, projection) = (self.vocab_size * e, if e < d { e * d } else { 0 });
-        [table, projection, table, projection]
+        let bias = if self.embed_proj_bias() { d } else { 0 };
+        let head = if self.head.has_table() { table } else { 0 };
+        [table, projection + bias, head, if self.head_projects() { projection } else { 0 }]
+    }
+
+    /// Whether the projection after the embedding has a bias, as ALBERT's.
+    pub(super) fn embed_proj_bias(&self) -> bool {
+        self.encoder.is_some() && self.bias && self.embed_width() < self.d_model
+    }
+
+    /// Whether the head's rows are narrower than the model and a projection leads to them; that of a masked language model is part of its transform.
+    pub(super) fn head_projects(&self) -> bool {
+        self.head == Head::Language && self.embed_width() < self.d_model
     }
 
     /// Names and shapes of what layers add to their blocks' matrices.
@@ -298,8 +311,9 @@ impl Init<'_> {
         self.placed(name, shape, std, Placement::replicated(), (0, 1))
     }
 
-    pub(super) fn projection(&self, name: &str, shape: [usize; 2]) -> Projection {
-        Projection { weight: self.replicated(name, shape, self.config.init_std) }
+    pub(super) fn projection(&self, name: &str, shape: [usize; 2], bias: bool) -> Projection {
+        let weight = self.replicated(name, shape, self.config.init_std);
+        Projection { weight, bias: bias.then(|| self.constant(shape[1], 0.0)) }
     }
 
     /// As in LoRA, nothing is added at first.
@@ -325,13 +339,14 @@ pub struct Layer<'a> {
     /// Its parameters, which other layers may use as well.
     pub block: &'a Block,
     deltas: Option<&'a LayerDeltas>,
+    norm_after: bool,
 }
 
 impl Transformer {
     /// Layer `i`; none if there are fewer.
     pub fn layer(&self, i: usize) -> Option<Layer<'_>> {
         let block = self.blocks.get(self.config().block_of(i))?;
-        Some(Layer { block, deltas: self.deltas.get(i) })
+        Some(Layer { block, deltas: self.deltas.get(i), norm_after: self.config().norm_after() })
     }
 }
 
@@ -352,11 +367,21 @@ fn apply<const D: usize>(
 }
 
 impl Layer<'_> {
+    /// What comes before attention or the feed-forward layer, of which this is the norm: nothing where norms come after.
+    pub(super) fn before(&self, norm: &Norm) -> Pre {
+        if self.norm_after { Pre::Nothing } else { norm.before() }
+    }
+
+    /// The input of attention or the feed-forward layer, of which this is the norm.
+    pub(super) fn input(&self, norm: &Norm, x: Tensor<3>) -> Tensor<3> {
+        if self.norm_after { x } else { norm.forward(x) }
+    }
+
     /// `[q | k | v]` of attention, not yet rotated; `[B, T, D] -> [B, T, (H + 2 K) E]`
     pub(crate) fn project(&self, x: Tensor<3>, config: &AttentionConfig) -> Tensor<3> {
         let Block { attn, attn_norm, .. } = self.block;
         let delta = self.deltas.map(|deltas| &deltas.qkv);
-        attn.normed(apply(&attn.qkv, delta, x, &|| attn_norm.before(), None), config)
+        attn.normed(apply(&attn.qkv, delta, x, &|| self.before(attn_norm), None), config)
     }
 
     /// Attention's output from its heads, and the residual; `[B, T, H E] -> [B, T, D]`
@@ -369,7 +394,7 @@ impl Layer<'_> {
     pub(crate) fn inner(&self, x: Tensor<3>) -> Option<Tensor<3>> {
         let Block { mlp, mlp_norm, .. } = self.block;
         let delta = self.deltas.map(|deltas| &deltas.input);
-        mlp.as_ref().map(|mlp| apply(&mlp.input, delta, x, &|| mlp_norm.before(), None))
+        mlp.as_ref().map(|mlp| apply(&mlp.input, delta, x, &|| self.before(mlp_norm), None))
     }
 
     /// What follows [`inner`](Self::inner), and the residual.

@@ -67,7 +67,7 @@ impl Transformer {
                 shown.extend(std::iter::repeat_n(x.clone(), times));
             }
         }
-        let hidden = self.before_head(self.norm.forward(flow.hidden()));
+        let hidden = self.before_head(self.final_norm(flow.hidden()));
         Observed { blocks: shown, qkv, hidden, head: self.head_weight() }
     }
 

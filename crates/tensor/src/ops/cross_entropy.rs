@@ -62,6 +62,17 @@ pub fn linear_cross_entropy(
     (losses * kept).sum() * scale
 }
 
+/// The loss of [`linear_cross_entropy`] from logits `[N, V]` that are there: of heads with few outputs.
+///
+/// # Panics
+/// As [`linear_cross_entropy`].
+pub fn cross_entropy(logits: Tensor<2>, targets: &[i32], scale: f64, loss: &LossConfig) -> Tensor<1> {
+    let classes = logits.dims()[1];
+    check(&logits, targets, classes, 0.0, loss);
+    let (losses, kept) = row_losses(logits, targets, loss);
+    (losses * kept).sum() * scale
+}
+
 /// Of logits `[N, V]` the losses of the rows, and for each 1 or, where nothing is to be predicted, 0; both `[N, 1]`.
 pub(super) fn row_losses(logits: Tensor<2>, targets: &[i32], loss: &LossConfig) -> (Tensor<2>, Tensor<2>) {
     let (n, device, LossConfig { label_smoothing, z_loss }) = (targets.len(), logits.device(), *loss);

@@ -35,7 +35,7 @@ mod vjp;
 pub use activation::{dropout, dropout_of, gelu, gelu_exact, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
-pub use cross_entropy::{LossConfig, linear_cross_entropy, vocab_cross_entropy};
+pub use cross_entropy::{LossConfig, cross_entropy, linear_cross_entropy, vocab_cross_entropy};
 pub use deferred::{Deferred, defer_weights};
 pub use distillation::{LossParts, SoftLoss, SoftTargets, linear_distillation};
 pub use embedding::{embedding, vocab_embedding};

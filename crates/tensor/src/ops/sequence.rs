@@ -185,6 +185,12 @@ impl Sequence {
         Self::new(batch, tokens, positions, &vec![0; batch * tokens])
     }
 
+    /// How many tokens the first segment of each row has: all but the padding, where a row is one text.
+    pub fn lengths(&self) -> Vec<usize> {
+        let rows = self.0.starts.chunks_exact(self.0.tokens.max(1));
+        rows.map(|row| row.iter().position(|&start| start > 0).unwrap_or(row.len())).collect()
+    }
+
     /// B
     pub fn batch(&self) -> usize {
         self.0.batch
