@@ -40,6 +40,13 @@ pub enum TrainError {
     /// A model that cannot be exported.
     #[error(transparent)]
     Export(#[from] crate::export::ExportError),
+    /// A GGUF file that cannot be imported.
+    #[error(transparent)]
+    Gguf(#[from] crate::import::GgufContent),
+    /// The Hugging Face hub.
+    #[cfg(feature = "hub")]
+    #[error(transparent)]
+    Hub(#[from] crate::import::HubError),
     /// A file of the run folder.
     #[error(transparent)]
     Observe(#[from] ObserveError),

@@ -45,6 +45,7 @@ pub mod evaluate;
 pub mod export;
 mod fault;
 pub mod generate;
+pub mod import;
 mod init;
 pub mod lr_find;
 pub mod model_io;

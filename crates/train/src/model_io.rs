@@ -1,6 +1,7 @@
-//! Decoders in checkpoints: parameters under Hugging Face's names, their shape, their tokenizer.
+//! Decoders in checkpoints, and in the folders and files of others: parameters under Hugging Face's names, their shape, their tokenizer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,12 +26,13 @@ pub struct Loaded {
     pub tokenizer: Option<Tokenizer>,
 }
 
-/// Loads a decoder onto `device` from a run, a `checkpoints` folder, a checkpoint, or a folder in Hugging Face's form.
+/// Loads a decoder onto `device` from a run, a `checkpoints` folder, a checkpoint, a folder in Hugging Face's form (with one file of tensors or several, whose names may lack
+/// `transformer.` or `model.`), or a GGUF file.
 ///
 /// # Errors
 /// [`TrainError`]: nothing there, a torn file, another architecture, or tensors that do not fit (all at once).
 pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Loaded, TrainError> {
-    let Folder { config, file, tokenizer } = Folder::open(path.as_ref())?;
+    let Folder { config, file, tokenizer, .. } = Folder::open(path.as_ref())?;
     Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
 }
 
@@ -42,21 +44,38 @@ pub(crate) struct Folder {
     pub file: TensorFile,
     /// The tokenizer, where there is one.
     pub tokenizer: Option<Tokenizer>,
+    /// What else there is for programs that write text with it, by file name: see [`SIDES`].
+    pub sides: BTreeMap<&'static str, String>,
 }
+
+/// Files beside a model of Hugging Face that go where it goes: its chat template, special tokens, how text is generated.
+pub(crate) const SIDES: [&str; 5] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 
 impl Folder {
     /// Opens what [`load`] opens.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file() {
+            return crate::import::gguf::open(path);
+        }
         let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
         if !plain {
             return Self::of_checkpoint(&resolve(path)?.checkpoint);
         }
         let config_path = path.join("config.json");
-        let text = std::fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
+        let text = fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
         let config = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
+        let (family, _) = parse_config(&config)?;
+        let file = with_prefix(family, TensorFile::open(path)?);
         let tokenizer = path.join("tokenizer.json");
         let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
-        Ok(Self { config, file: TensorFile::open(path)?, tokenizer })
+        let side = |name: &'static str| Some((name, fs::read_to_string(path.join(name)).ok()?));
+        Ok(Self { config, file, tokenizer, sides: SIDES.into_iter().filter_map(side).collect() })
     }
 
     fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TrainError> {
@@ -65,7 +84,7 @@ impl Folder {
             false => None,
         };
         let config = checkpoint.read_json("config.json")?;
-        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer })
+        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer, sides: BTreeMap::new() })
     }
 }
 
@@ -74,8 +93,17 @@ impl Folder {
 /// # Errors
 /// As [`load`].
 pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
-    let Folder { config, file, tokenizer } = Folder::of_checkpoint(checkpoint)?;
+    let Folder { config, file, tokenizer, .. } = Folder::of_checkpoint(checkpoint)?;
     Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
+}
+
+/// The tensors under the names that the family's class with a head writes. One without a head, which many of the hub's files come from, writes them without a prefix.
+fn with_prefix(family: Family, file: TensorFile) -> TensorFile {
+    let Some(prefix) = family.prefix() else { return file };
+    if file.names().any(|name| name.starts_with(prefix)) {
+        return file;
+    }
+    file.renamed(|name| if name.starts_with("lm_head.") { name.to_owned() } else { format!("{prefix}{name}") })
 }
 
 fn not_json(reason: &str) -> HfError {
@@ -116,6 +144,13 @@ pub(crate) fn filled<M: Module>(model: M, entries: Vec<Entry>, file: Arc<TensorF
     let read = |entry: Entry| {
         let (name, file) = (entry.param.clone(), file.clone());
         let values = move || {
+            if let [whole] = &entry.pieces[..]
+                && !whole.transposed
+            {
+                let values = file.f32(&whole.name).unwrap_or_default();
+                file.release(&whole.name);
+                return values;
+            }
             let mut param = vec![0f32; entry.shape.iter().product()];
             for piece in &entry.pieces {
                 // It is there and has floats: that was checked, and the file is mapped.
@@ -135,13 +170,14 @@ pub(crate) fn check_tensors(entries: &[Entry], file: &TensorFile) -> Result<(), 
     entries.iter().flat_map(|entry| &entry.pieces).try_for_each(|piece| file.check_floats(&piece.name))
 }
 
-/// Everything missing, unused and misshapen at once, of parameters and other tensors. Buffers that GPT-2's files carry besides parameters are no surprise.
+/// Everything missing, unused and misshapen at once, of parameters and other tensors. Buffers that GPT-2's files, and older ones of Llama, carry besides parameters are no surprise.
 pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &TensorFile) -> Result<(), CheckpointError> {
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
     let others = others.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice()));
     let mut report = LoadReport::compare(expected.chain(others), file);
     report.unused.retain(|name| {
-        !(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight")
+        let buffers = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+        !(buffers.iter().any(|end| name.ends_with(end)) || name == "lm_head.weight")
     });
     report.into_result(file.path())
 }

@@ -79,6 +79,17 @@ impl Gguf {
         Ok(values)
     }
 
+    /// Gives back the memory in which the file's pages of a tensor lie, once they were read; reading it again reads the file again.
+    pub fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Ok(Placed { bytes, .. }) = self.placed(name) {
+            // SAFETY: the map is of a file and only read, so that its pages come back as they were. Where the system refuses, they stay.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+            };
+        }
+    }
+
     fn placed(&self, name: &str) -> Result<&Placed, GgufError> {
         self.tensors.get(name).ok_or_else(|| GgufError::NoTensor {
             path: self.path.clone(),

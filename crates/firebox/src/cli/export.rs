@@ -9,12 +9,12 @@ use super::CliError;
 
 #[derive(Args)]
 pub struct ExportArgs {
-    /// Run, checkpoint, or folder with config.json and model.safetensors.
+    /// Run, checkpoint, folder with config.json and model.safetensors, or .gguf file.
     checkpoint: PathBuf,
     /// hf (a folder for transformers), gguf (a file for llama.cpp) or onnx (a folder for ONNX Runtime).
     #[arg(long)]
     format: String,
-    /// How weights are stored. hf: f32 (default), f16, bf16. gguf: f16 (default), f32, bf16, q8_0, q6_k, q5_1, q5_0, q4_1, q4_0, q4_k. onnx: f32 (default), int8.
+    /// How weights are stored. hf: f32 (default), f16, bf16, same (each tensor as it is stored). gguf: f16 (default), f32, bf16, q8_0, q6_k, q5_1, q5_0, q4_1, q4_0, q4_k. onnx: f32 (default), int8.
     #[arg(long = "type", value_name = "TYPE")]
     kind: Option<String>,
     /// The file or folder to write; it must not exist.

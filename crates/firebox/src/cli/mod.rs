@@ -3,6 +3,7 @@
 mod compress;
 mod distill;
 mod export;
+mod import;
 mod job;
 mod launch;
 mod lr_find;
@@ -55,6 +56,8 @@ enum Command {
     Generate(text::GenerateArgs),
     /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`), to compare with other implementations.
     Logits(text::LogitsArgs),
+    /// Make a folder of a model that others trained: of Hugging Face's folders, GGUF files, and the hub's repositories.
+    Import(import::ImportArgs),
     /// Write a model for transformers, llama.cpp or ONNX Runtime.
     Export(export::ExportArgs),
     /// Make report.html of a run again.
@@ -166,6 +169,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => text::eval(args),
         Command::Generate(args) => text::generate(args),
         Command::Logits(args) => text::logits(args),
+        Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),
         Command::Report { run } => firebox::train::observe::report::write(&run)
             .map(|path| println!("report: {}", path.display()))

@@ -17,7 +17,7 @@ use super::{CliError, DeviceArgs, prepare};
 /// A model to use.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Run, checkpoint, or folder with Hugging Face's config.json and model.safetensors.
+    /// Run, checkpoint, folder with Hugging Face's config.json and model.safetensors, or .gguf file.
     checkpoint: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,

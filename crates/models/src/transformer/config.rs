@@ -94,6 +94,17 @@ pub enum RopeScaling {
         /// At least 1.
         factor: f64,
     },
+    /// Slow turns are divided by a factor, fast ones are not, and those between in part (Llama 3.1; Grattafiori et al., arXiv:2407.21783).
+    Llama3 {
+        /// At least 1.
+        factor: f64,
+        /// Turns that fit fewer times than this into `original_context` are slow.
+        low_freq_factor: f64,
+        /// Turns that fit more often than this are fast.
+        high_freq_factor: f64,
+        /// The context that the model was first trained for.
+        original_context: usize,
+    },
 }
 
 /// What an encoder has that a decoder has not: its tokens see each other in both directions.
@@ -224,6 +235,10 @@ impl TransformerConfig {
                 return fail("positions.rotary.theta", theta.to_string(), "must be positive".into());
             }
         }
+        self.validate_rope()?;
+        if self.qkv_bias && self.bias {
+            return fail("qkv_bias", "true".into(), "must be false with bias, which all linear layers have".into());
+        }
         if !(self.norm_eps.is_finite() && self.norm_eps > 0.0) {
             return fail("norm_eps", self.norm_eps.to_string(), "must be positive".into());
         }
@@ -283,6 +298,11 @@ impl TransformerConfig {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
     }
 
+    /// Whether the packed projection has a bias.
+    pub fn has_qkv_bias(&self) -> bool {
+        self.bias || self.qkv_bias
+    }
+
     /// Width of the first feed-forward projection: `[gate | up]` for SwiGLU.
     pub fn ff_in_width(&self) -> usize {
         match self.feed_forward {
@@ -300,6 +320,7 @@ impl TransformerConfig {
         let head_norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
         let [qkv, out, input, output] = self.matrices().map(|matrix| matrix.num_params() + bias(matrix.outputs));
         let mlp = self.experts.map_or(input + output, |experts| experts.num_params(d, input + output));
+        let qkv = qkv + if self.qkv_bias { self.qkv_width() } else { 0 };
         let block = qkv + out + head_norms + mlp + 2 * norm;
         let deltas: usize = self.matrices().iter().map(|matrix| matrix.factors(self.reduction.delta_rank)).sum();
         let [embed, embed_proj, head, head_proj] = self.tables();

@@ -1,10 +1,11 @@
-//! Names, layouts and configs of Hugging Face's GPT-2, Llama, Mistral (which is Llama with a sliding window) and Qwen 3 (with QK-norm), and of the last two's mixtures of
-//! experts.
+//! Names, layouts and configs of Hugging Face's GPT-2, Llama, Mistral (which is Llama with a sliding window), Qwen 2 (with biases of q, k and v) and Qwen 3 (with QK-norm), and of
+//! mixtures of experts of Mistral and Qwen 3.
 //!
 //! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
 //! only maps values in memory: files belong to whoever reads and writes them.
 
 mod experts;
+mod llama;
 mod pieces;
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,7 @@ pub use pieces::{Entry, Piece};
 pub enum Family {
     /// `GPT2LMHeadModel`
     Gpt2,
-    /// `LlamaForCausalLM`, `MistralForCausalLM` where attention has a window, or `Qwen3ForCausalLM` where queries and keys are normalized; with experts
+    /// `LlamaForCausalLM`, `MistralForCausalLM` where attention has a window, `Qwen2ForCausalLM` where q, k and v alone have biases, or `Qwen3ForCausalLM` where queries and keys are normalized; with experts
     /// `MixtralForCausalLM` or `Qwen3MoeForCausalLM`.
     Llama,
     /// Neither: Firebox's own names and config, for combinations that Hugging Face has no class for.
@@ -33,7 +34,7 @@ pub enum Family {
 pub enum HfError {
     /// It is of an architecture that this decoder does not cover.
     #[error(
-        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, qwen3, mixtral, qwen3_moe, firebox: this checkpoint cannot be loaded as a decoder"
+        "config.json: architecture `{got}` is not one of gpt2, llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, firebox: this checkpoint cannot be loaded as a decoder"
     )]
     Architecture {
         /// Its `model_type`.
@@ -66,6 +67,7 @@ impl Family {
     /// The family that describes `config` exactly.
     pub fn of(config: &TransformerConfig) -> Self {
         let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
+        let plain = !config.qk_norm && config.window.is_none() && config.experts.is_none();
         let gpt2 = config.norm == NormKind::LayerNorm
             && config.feed_forward != FeedForward::SwiGlu
             && config.positions == Positions::Learned
@@ -75,7 +77,7 @@ impl Family {
         let llama = config.norm == NormKind::RmsNorm
             && config.feed_forward == FeedForward::SwiGlu
             && matches!(config.positions, Positions::Rotary { .. })
-            && !config.bias
+            && (plain || !config.has_qkv_bias())
             && experts::have_a_class(config);
         if !config.reduction.is_none() {
             return Family::Firebox;
@@ -86,6 +88,15 @@ impl Family {
             (true, _) => Family::Gpt2,
             (_, true) => Family::Llama,
             _ => Family::Firebox,
+        }
+    }
+
+    /// What the names of the class with a head have before those of the class without one.
+    pub fn prefix(self) -> Option<&'static str> {
+        match self {
+            Family::Gpt2 => Some("transformer."),
+            Family::Llama => Some("model."),
+            Family::Firebox => None,
         }
     }
 
@@ -125,7 +136,7 @@ impl Family {
             table.norm(name("attn_norm", "ln_1", "input_layernorm"), d, norm_bias);
             let (h, k) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
             let qkv = [("self_attn.q_proj", h), ("self_attn.k_proj", k), ("self_attn.v_proj", k)];
-            table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.bias, rank_qkv);
+            table.linear(name("attn.qkv", "attn.c_attn", ""), d, &llama, &qkv, config.has_qkv_bias(), rank_qkv);
             if config.qk_norm {
                 for (ours, llama) in [("attn.q_norm", "self_attn.q_norm"), ("attn.k_norm", "self_attn.k_norm")] {
                     table.norm(name(ours, "", llama), config.head_dim, false);
@@ -197,41 +208,7 @@ impl Family {
                 "initializer_range": config.init_std,
                 "torch_dtype": "float32",
             }),
-            Family::Llama => {
-                let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
-                let (class, model_type) = match (config.qk_norm, config.window) {
-                    (true, _) => ("Qwen3ForCausalLM", "qwen3"),
-                    (false, None) => ("LlamaForCausalLM", "llama"),
-                    (false, Some(_)) => ("MistralForCausalLM", "mistral"),
-                };
-                let mut json = json!({
-                    "architectures": [class],
-                    "model_type": model_type,
-                    "vocab_size": config.vocab_size,
-                    "hidden_size": config.d_model,
-                    "intermediate_size": config.d_ff,
-                    "num_hidden_layers": config.n_layers,
-                    "num_attention_heads": config.n_heads,
-                    "num_key_value_heads": config.n_kv_heads,
-                    "head_dim": config.head_dim,
-                    "max_position_embeddings": config.context,
-                    "rms_norm_eps": config.norm_eps,
-                    "rope_theta": theta,
-                    "hidden_act": "silu",
-                    "attention_bias": false,
-                    "mlp_bias": false,
-                    "tie_word_embeddings": config.tied,
-                    "initializer_range": config.init_std,
-                    "torch_dtype": "float32",
-                });
-                if let Some(window) = config.window {
-                    json["sliding_window"] = window.into();
-                }
-                if let Some(experts) = &config.experts {
-                    experts::write(config, experts, &mut json);
-                }
-                json
-            }
+            Family::Llama => llama::write(config),
             Family::Firebox => json!({
                 "architectures": ["FireboxDecoder"],
                 "model_type": "firebox",
@@ -261,6 +238,7 @@ pub fn parse_config(json: &Value) -> Result<(Family, TransformerConfig), HfError
             let window = if said { keys.count_or("sliding_window")? } else { Some(4096) };
             (Family::Llama, TransformerConfig { window, ..keys.llama()? })
         }
+        "qwen2" => (Family::Llama, keys.qwen2()?),
         "qwen3" => (Family::Llama, keys.qwen3()?),
         "mixtral" => (Family::Llama, keys.mixtral()?),
         "qwen3_moe" => (Family::Llama, keys.qwen3_moe()?),
@@ -324,6 +302,12 @@ impl Keys<'_> {
 
     fn gpt2(&self) -> Result<TransformerConfig, HfError> {
         self.only("activation_function", &["gelu_new", "gelu_pytorch_tanh", "gelu"])?;
+        if !self.flag_or("scale_attn_weights", true)? {
+            return Err(HfError::Unsupported { key: "scale_attn_weights", got: "false".into() });
+        }
+        if self.flag_or("scale_attn_by_inverse_layer_idx", false)? {
+            return Err(HfError::Unsupported { key: "scale_attn_by_inverse_layer_idx", got: "true".into() });
+        }
         let (d_model, n_heads) = (self.count("n_embd")?, self.count("n_head")?);
         if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
             return Err(HfError::Key {
@@ -362,66 +346,6 @@ impl Keys<'_> {
             bias: true,
             tied: self.flag_or("tie_word_embeddings", true)?,
             dropout: self.number_or("resid_pdrop", 0.1)?,
-            init_std: self.number_or("initializer_range", 0.02)?,
-        })
-    }
-
-    fn qwen3(&self) -> Result<TransformerConfig, HfError> {
-        if self.flag_or("use_sliding_window", false)? {
-            return Err(HfError::Unsupported { key: "use_sliding_window", got: "true".into() });
-        }
-        // Where the file says nothing, transformers takes heads of 128.
-        let head_dim = self.count_or("head_dim")?.unwrap_or(128);
-        Ok(TransformerConfig { qk_norm: true, head_dim, ..self.llama()? })
-    }
-
-    fn llama(&self) -> Result<TransformerConfig, HfError> {
-        self.only("hidden_act", &["silu", "swish"])?;
-        for key in ["attention_bias", "mlp_bias"] {
-            if self.flag_or(key, false)? {
-                return Err(HfError::Unsupported { key, got: "true".into() });
-            }
-        }
-        // transformers 4 writes rope_theta and rope_scaling on top, transformers 5 both inside rope_parameters.
-        let rope = self.0.get("rope_parameters").and_then(Value::as_object);
-        let scaling = self.0.get("rope_scaling").and_then(Value::as_object).or(rope);
-        if let Some(kind) = scaling.and_then(|s| s.get("rope_type").or(s.get("type"))).and_then(Value::as_str)
-            && kind != "default"
-        {
-            return Err(HfError::Unsupported { key: "rope_scaling", got: kind.to_string() });
-        }
-        let theta = match rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64) {
-            Some(theta) => theta,
-            None => self.number_or("rope_theta", 10_000.0)?,
-        };
-        let (d_model, n_heads) = (self.count("hidden_size")?, self.count("num_attention_heads")?);
-        Ok(TransformerConfig {
-            vocab_size: self.count("vocab_size")?,
-            d_model,
-            n_layers: self.count("num_hidden_layers")?,
-            n_heads,
-            n_kv_heads: self.count_or("num_key_value_heads")?.unwrap_or(n_heads),
-            head_dim: self.count_or("head_dim")?.unwrap_or(d_model / n_heads.max(1)),
-            d_ff: self.count("intermediate_size")?,
-            context: self.count_or("max_position_embeddings")?.unwrap_or(2048),
-            window: None,
-            qk_norm: false,
-            attention_softcap: 0.0,
-            logit_softcap: 0.0,
-            qkv_bias: false,
-            rope_scaling: None,
-            encoder: None,
-            image: None,
-            head: Head::default(),
-            experts: None,
-            reduction: Reduction::default(),
-            norm: NormKind::RmsNorm,
-            norm_eps: self.number_or("rms_norm_eps", 1e-6)?,
-            feed_forward: FeedForward::SwiGlu,
-            positions: Positions::Rotary { theta },
-            bias: false,
-            tied: self.flag_or("tie_word_embeddings", false)?,
-            dropout: 0.0,
             init_std: self.number_or("initializer_range", 0.02)?,
         })
     }
@@ -490,19 +414,23 @@ impl Table {
             return;
         }
         let mut first = 0;
-        let mut pieces = vec![];
+        let (mut weights, mut biases) = (vec![], vec![]);
         for &(part, n) in parts {
-            let name = format!("{llama}.{part}.weight");
-            pieces.push(Piece {
-                name,
-                shape: vec![n, inputs],
-                rows: (0, inputs),
+            let piece = |end: &str, shape: Vec<usize>, rows| Piece {
+                name: format!("{llama}.{part}.{end}"),
+                rows: (0, rows),
                 columns: (first, n),
-                transposed: true,
-            });
+                transposed: shape.len() == 2,
+                shape,
+            };
+            weights.push(piece("weight", vec![n, inputs], inputs));
+            biases.push(piece("bias", vec![n], 1));
             first += n;
         }
-        self.entries.push(Entry { param: format!("{ours}.weight"), shape: vec![inputs, outputs], pieces });
+        self.entries.push(Entry { param: format!("{ours}.weight"), shape: vec![inputs, outputs], pieces: weights });
+        if bias {
+            self.entries.push(Entry { param: format!("{ours}.bias"), shape: vec![outputs], pieces: biases });
+        }
     }
 }
 

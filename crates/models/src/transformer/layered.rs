@@ -82,7 +82,9 @@ impl Layered for Transformer {
             "attn.qkv" => both("attn_norm", 0..config.d_model, norm_bias),
             // Experts see the same normed states, and none of them is divided with it.
             "mlp.input" if config.experts.is_none() => both("mlp_norm", 0..config.d_model, norm_bias),
-            "attn.out" if config.n_heads == config.n_kv_heads => both("attn.qkv", qkv - heads..qkv, config.bias),
+            "attn.out" if config.n_heads == config.n_kv_heads => {
+                both("attn.qkv", qkv - heads..qkv, config.has_qkv_bias())
+            }
             "mlp.output" if config.feed_forward == FeedForward::SwiGlu => {
                 both("mlp.input", config.d_ff..2 * config.d_ff, config.bias)
             }

@@ -13,6 +13,7 @@ pub mod packed;
 mod parallel;
 pub mod presets;
 mod reduction;
+mod rope;
 mod tables;
 mod teach;
 

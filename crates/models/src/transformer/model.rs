@@ -13,7 +13,7 @@ use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, PackedMatrix, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
-use super::config::{ConfigError, FeedForward, NormKind, Positions, TransformerConfig};
+use super::config::{ConfigError, FeedForward, NormKind, TransformerConfig};
 use super::context::ContextParallel;
 use super::experts::Experts;
 use super::fake_quant::Quantizer;
@@ -229,7 +229,7 @@ impl Init<'_> {
         Block {
             attn_norm: self.norm(config.d_model),
             attn: Attention {
-                qkv: self.low_rank(&name("attn.qkv"), qkv, std, bias),
+                qkv: self.low_rank(&name("attn.qkv"), qkv, std, config.has_qkv_bias()),
                 q_norm: config.qk_norm.then(|| self.head_norm(config)),
                 k_norm: config.qk_norm.then(|| self.head_norm(config)),
                 out: self.low_rank(&name("attn.out"), out, residual_std, bias),
@@ -269,10 +269,7 @@ impl Transformer {
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
         let (e, types) = (config.embed_width(), config.token_types());
         let delta_layers = if config.reduction.delta_rank == 0 { 0 } else { config.n_layers };
-        let rope = match config.positions {
-            Positions::Rotary { theta } => Some(Arc::new(RopeTable::new(theta, config.head_dim, config.context))),
-            Positions::Learned => None,
-        };
+        let rope = config.rope_frequencies().map(|turns| Arc::new(RopeTable::of_frequencies(&turns, config.context)));
         Ok(Self {
             embed: init.embedding("embed", [v, e], std),
             embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d], config.embed_proj_bias())),

@@ -279,11 +279,14 @@ impl RopeTable {
     /// If `head_dim` is odd.
     pub fn new(theta: f64, head_dim: usize, positions: usize) -> Self {
         assert!(head_dim.is_multiple_of(2), "rotary positions need an even head width, got {head_dim}");
-        let half = head_dim / 2;
-        let angle = |i: usize| {
-            let (p, j) = (i / half.max(1), i % half.max(1));
-            p as f64 * theta.powf(-2.0 * j as f64 / head_dim as f64)
-        };
+        let turns: Vec<f64> = (0..head_dim / 2).map(|j| theta.powf(-2.0 * j as f64 / head_dim as f64)).collect();
+        Self::of_frequencies(&turns, positions)
+    }
+
+    /// The table for positions `0..positions`, of which each turns pair j by `frequencies[j]`.
+    pub fn of_frequencies(frequencies: &[f64], positions: usize) -> Self {
+        let half = frequencies.len();
+        let angle = |i: usize| (i / half.max(1)) as f64 * frequencies[i % half.max(1)];
         let n = positions * half;
         Self {
             half,

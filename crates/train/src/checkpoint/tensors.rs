@@ -183,9 +183,20 @@ fn read_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata), Checkpoint
 pub struct TensorFile {
     path: PathBuf,
     shards: Vec<Shard>,
-    /// Which shard has the tensor.
-    index: BTreeMap<String, usize>,
+    index: BTreeMap<String, Place>,
+    values: Option<Values>,
 }
+
+/// Where a tensor is.
+enum Place {
+    /// In the shard of this number, under this name.
+    Shard(usize, String),
+    /// In a file of another kind, which only gives values of this shape.
+    Values(Vec<usize>),
+}
+
+/// The values of a tensor of a file of another kind, or why there are none.
+pub(crate) type Values = Box<dyn Fn(&str) -> Result<Vec<f32>, String> + Send + Sync>;
 
 impl std::fmt::Debug for TensorFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -227,8 +238,20 @@ impl TensorFile {
 
     fn single(path: &Path) -> Result<Self, CheckpointError> {
         let shard = Shard::open(path)?;
-        let index = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
-        Ok(Self { path: path.to_owned(), shards: vec![shard], index })
+        let index =
+            shard.metadata.offset_keys().into_iter().map(|name| (name.clone(), Place::Shard(0, name))).collect();
+        Ok(Self { path: path.to_owned(), shards: vec![shard], index, values: None })
+    }
+
+    /// Tensors of a file of another kind, by name and shape, whose values `values` reads.
+    pub(crate) fn of_values(path: &Path, tensors: BTreeMap<String, Vec<usize>>, values: Values) -> Self {
+        let index = tensors.into_iter().map(|(name, shape)| (name, Place::Values(shape))).collect();
+        Self { path: path.to_owned(), shards: vec![], index, values: Some(values) }
+    }
+
+    /// The same tensors under other names.
+    pub(crate) fn renamed(self, name: impl Fn(&str) -> String) -> Self {
+        Self { index: self.index.into_iter().map(|(old, place)| (name(&old), place)).collect(), ..self }
     }
 
     fn sharded(path: &Path) -> Result<Self, CheckpointError> {
@@ -268,9 +291,9 @@ impl TensorFile {
                     "none of that name",
                 ));
             }
-            index.insert(name.clone(), shard);
+            index.insert(name.clone(), Place::Shard(shard, name.clone()));
         }
-        Ok(Self { path: path.to_owned(), shards, index })
+        Ok(Self { path: path.to_owned(), shards, index, values: None })
     }
 
     /// The file or index that was opened.
@@ -305,13 +328,20 @@ impl TensorFile {
         texts.flatten().map(|(key, value)| (key.as_str(), value.as_str())).collect()
     }
 
-    fn find(&self, name: &str) -> Result<(&Shard, &TensorInfo), CheckpointError> {
-        let shard = self.index.get(name).map(|&i| &self.shards[i]);
-        shard.and_then(|shard| Some((shard, shard.metadata.info(name)?))).ok_or_else(|| CheckpointError::NoTensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-            nearest: nearest(name, self.names()).map(str::to_owned),
-        })
+    fn no_tensor(&self, name: &str) -> CheckpointError {
+        let nearest = nearest(name, self.names()).map(str::to_owned);
+        CheckpointError::NoTensor { path: self.path.clone(), name: name.to_owned(), nearest }
+    }
+
+    /// None of one of which there are only values.
+    fn find(&self, name: &str) -> Result<Option<(&Shard, &TensorInfo)>, CheckpointError> {
+        match self.index.get(name).ok_or_else(|| self.no_tensor(name))? {
+            Place::Values(_) => Ok(None),
+            Place::Shard(i, own) => {
+                let shard = &self.shards[*i];
+                Ok(Some((shard, shard.metadata.info(own).ok_or_else(|| self.no_tensor(name))?)))
+            }
+        }
     }
 
     /// The shape of a tensor; empty for a single number.
@@ -320,7 +350,10 @@ impl TensorFile {
     ///
     /// [`CheckpointError::NoTensor`], with the nearest name.
     pub fn shape(&self, name: &str) -> Result<&[usize], CheckpointError> {
-        Ok(&self.find(name)?.1.shape)
+        match self.index.get(name) {
+            Some(Place::Values(shape)) => Ok(shape),
+            _ => Ok(self.find(name)?.map_or(&[], |(_, info)| &info.shape)),
+        }
     }
 
     /// The type of a tensor's elements.
@@ -329,16 +362,19 @@ impl TensorFile {
     ///
     /// [`CheckpointError::NoTensor`], with the nearest name.
     pub fn dtype(&self, name: &str) -> Result<Dtype, CheckpointError> {
-        Ok(self.find(name)?.1.dtype)
+        Ok(self.find(name)?.map_or(Dtype::F32, |(_, info)| info.dtype))
     }
 
     /// The bytes of a tensor as they lie in the file, row-major, little-endian, at any alignment.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::NoTensor`], with the nearest name.
+    /// [`CheckpointError::NoTensor`], with the nearest name; [`CheckpointError::WrongKind`] of a file that has blocks and no floats (GGUF).
     pub fn bytes(&self, name: &str) -> Result<&[u8], CheckpointError> {
-        let (shard, info) = self.find(name)?;
+        let Some((shard, info)) = self.find(name)? else {
+            let (path, expected) = (self.path.clone(), "a safetensors file".to_owned());
+            return Err(CheckpointError::WrongKind { path, expected, got: "a file of another kind".into() });
+        };
         let (from, to) = info.data_offsets;
         // Within the map: `read_header` compared the last offset with the file's size.
         Ok(&shard.map[shard.start + from..shard.start + to])
@@ -347,7 +383,7 @@ impl TensorFile {
     /// Gives back the memory in which the file's pages of a tensor lie, once it was copied; reading it again reads the file again.
     pub(crate) fn release(&self, name: &str) {
         #[cfg(unix)]
-        if let Ok((shard, info)) = self.find(name) {
+        if let Ok(Some((shard, info))) = self.find(name) {
             let (from, to) = info.data_offsets;
             // SAFETY: the map is of a file and only read, so that its pages come back as they were. Where the system refuses, they stay.
             let _ = unsafe {
@@ -358,7 +394,7 @@ impl TensorFile {
 
     /// Checks that [`f32`](Self::f32) can read a tensor.
     pub(crate) fn check_floats(&self, name: &str) -> Result<(), CheckpointError> {
-        let (shard, info) = self.find(name)?;
+        let Some((shard, info)) = self.find(name)? else { return Ok(()) };
         match info.dtype {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
             other => Err(CheckpointError::WrongKind {
@@ -375,6 +411,10 @@ impl TensorFile {
     ///
     /// If there is no such tensor, or its elements are neither F32, F16 nor BF16.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        if let (Some(Place::Values(_)), Some(values)) = (self.index.get(name), &self.values) {
+            return values(name)
+                .map_err(|got| CheckpointError::torn(&self.path, format!("the values of `{name}`"), got));
+        }
         self.check_floats(name)?;
         let bytes = self.bytes(name)?;
         Ok(match self.dtype(name)? {

@@ -1,4 +1,4 @@
-//! GGUF for llama.cpp, as its `convert_hf_to_gguf.py` writes it: architectures `llama`, `qwen3`, `qwen3moe` and `gpt2`.
+//! GGUF for llama.cpp, as its `convert_hf_to_gguf.py` writes it: architectures `llama`, `qwen2`, `qwen3`, `qwen3moe` and `gpt2`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::{TensorInfo, Value, Writer};
 use firebox_models::transformer::hf::{Entry, Family, Piece};
-use firebox_models::transformer::{FeedForward, Positions, TransformerConfig};
+use firebox_models::transformer::{FeedForward, Positions, RopeScaling, TransformerConfig};
 
 use super::ExportError;
 use super::source::Source;
@@ -98,8 +98,15 @@ fn architecture(source: &Source) -> Result<&'static str, ExportError> {
     if config.feed_forward == FeedForward::GeluExact {
         return refuse("exact GELU in gpt2's architecture");
     }
+    if matches!(config.rope_scaling, Some(RopeScaling::Llama3 { .. })) {
+        return refuse("word for llama3's stretched positions (model.rope_scaling) here");
+    }
+    if source.family == Family::Llama && config.bias {
+        return refuse("biases in llama's architecture");
+    }
     Ok(match (source.family, config.qk_norm, config.experts) {
         (Family::Gpt2, ..) => "gpt2",
+        _ if config.qkv_bias => "qwen2",
         (_, true, None) => "qwen3",
         (_, true, Some(_)) => "qwen3moe",
         (_, false, _) => "llama",
@@ -151,6 +158,10 @@ fn parameters(config: &TransformerConfig, architecture: &str, block: BlockType) 
         ]),
         Positions::Learned => metadata.push((own("attention.layer_norm_epsilon"), eps)),
     }
+    if let Some(RopeScaling::Linear { factor }) = config.rope_scaling {
+        metadata.push((own("rope.scaling.type"), Value::Text("linear".into())));
+        metadata.push((own("rope.scaling.factor"), Value::F32(factor as f32)));
+    }
     metadata
 }
 
@@ -171,7 +182,7 @@ fn file_type(block: BlockType) -> u32 {
 }
 
 /// llama.cpp's name of a tensor of Hugging Face; all experts of a block are one there.
-fn name(theirs: &str) -> Result<String, ExportError> {
+pub(crate) fn name(theirs: &str) -> Result<String, ExportError> {
     const OUTSIDE: [(&str, &str); 6] = [
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),

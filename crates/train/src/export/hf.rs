@@ -16,16 +16,19 @@ use crate::checkpoint::{Dtype, PieceWriter, TensorPlan, TensorSpec, encode_f32};
 const SHARD: usize = 5_000_000_000;
 
 /// Writes the folder's files.
-pub fn write(source: &Source, dtype: Dtype, dir: &Path) -> Result<(), TrainError> {
+pub fn write(source: &Source, dtype: Option<Dtype>, dir: &Path) -> Result<(), TrainError> {
     source.in_a_class("Hugging Face's format")?;
     weights(source, dtype, dir, SHARD)?;
-    let mut config = source.family.config_json(&source.config);
-    let name = match dtype {
-        Dtype::F16 => "float16",
-        Dtype::BF16 => "bfloat16",
-        _ => "float32",
-    };
-    config["torch_dtype"] = name.into();
+    // What came from elsewhere goes on with all that its config says.
+    let mut config = source.json.clone().unwrap_or_else(|| source.family.config_json(&source.config));
+    // transformers 5 has the first.
+    let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+    match dtype {
+        Some(Dtype::F16) => config[key] = "float16".into(),
+        Some(Dtype::BF16) => config[key] = "bfloat16".into(),
+        Some(_) => config[key] = "float32".into(),
+        None => {}
+    }
     side_files(source, config, dir)
 }
 
@@ -34,14 +37,25 @@ pub fn side_files(source: &Source, mut config: Value, dir: &Path) -> Result<(), 
     // Without a tokenizer, and with one without a separator, no token ends a text. The classes' own defaults would be tokens of other vocabularies.
     let separator = source.tokenizer.as_ref().and_then(|vocabulary| vocabulary.separator);
     let tokens = json!({ "bos_token_id": separator, "eos_token_id": separator });
-    for key in ["bos_token_id", "eos_token_id"] {
-        config[key] = tokens[key].clone();
+    if config.get("eos_token_id").is_none() {
+        for key in ["bos_token_id", "eos_token_id"] {
+            config[key] = tokens[key].clone();
+        }
     }
     write_json(dir.join("config.json"), &config)?;
-    write_json(dir.join("generation_config.json"), &tokens)?;
+    for (name, text) in &source.sides {
+        fs::write(dir.join(name), text).map_err(TrainError::io("write", dir.join(name)))?;
+    }
+    if !source.sides.contains_key("generation_config.json") {
+        let tokens = json!({ "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"] });
+        write_json(dir.join("generation_config.json"), &tokens)?;
+    }
     let Some(vocabulary) = &source.tokenizer else { return Ok(()) };
     let path = dir.join("tokenizer.json");
     fs::write(&path, &vocabulary.text).map_err(TrainError::io("write", &path))?;
+    if source.sides.contains_key("tokenizer_config.json") {
+        return Ok(());
+    }
     write_json(dir.join("tokenizer_config.json"), &tokenizer_config(vocabulary, source.config.context))
 }
 
@@ -63,10 +77,13 @@ fn tokenizer_config(vocabulary: &Vocabulary, context: usize) -> Value {
 type Part<'a> = (&'a Entry, &'a Piece);
 
 /// One file, or several of at most `most` bytes and an index.
-fn weights(source: &Source, dtype: Dtype, dir: &Path, most: usize) -> Result<(), TrainError> {
-    let spec = |piece: &Piece| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype);
+fn weights(source: &Source, dtype: Option<Dtype>, dir: &Path, most: usize) -> Result<(), TrainError> {
+    let spec = |piece: &Piece| spec(source, dtype, piece);
     let mut files: Vec<(usize, Vec<Part<'_>>)> = vec![];
-    for part in source.pieces() {
+    // Wide types before narrow ones, as they must lie in a file.
+    let mut parts: Vec<Part<'_>> = source.pieces().collect();
+    parts.sort_by_key(|(_, piece)| spec(piece).dtype != Dtype::F32);
+    for part in parts {
         let bytes = spec(part.1).n_bytes().unwrap_or(usize::MAX);
         match files.last_mut() {
             Some((size, pieces)) if size.saturating_add(bytes) <= most => {
@@ -93,16 +110,20 @@ fn weights(source: &Source, dtype: Dtype, dir: &Path, most: usize) -> Result<(),
     Ok(())
 }
 
-fn write_file(source: &Source, dtype: Dtype, path: &Path, pieces: &[Part<'_>]) -> Result<(), TrainError> {
-    let spec = |(_, piece): &Part<'_>| TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype);
-    let specs = pieces.iter().map(spec).collect();
+/// A tensor of `dtype`, or of the type that it has.
+fn spec(source: &Source, dtype: Option<Dtype>, piece: &Piece) -> TensorSpec {
+    TensorSpec::new(piece.name.clone(), piece.shape.clone(), dtype.unwrap_or_else(|| source.dtype(piece)))
+}
+
+fn write_file(source: &Source, dtype: Option<Dtype>, path: &Path, pieces: &[Part<'_>]) -> Result<(), TrainError> {
+    let specs = pieces.iter().map(|(_, piece)| spec(source, dtype, piece)).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let plan = TensorPlan::new(path, &metadata, specs, pieces.iter().map(|_| 1))?;
     File::create(path).map_err(TrainError::io("create", path))?;
     let mut failed = None;
     // One tensor at a time; after one that cannot be read, the end.
     let mut data = pieces.iter().map_while(|(entry, piece)| match source.piece(entry, piece) {
-        Ok(values) => Some(Bytes::new(values, dtype)),
+        Ok(values) => Some(Bytes::new(values, spec(source, dtype, piece).dtype)),
         Err(error) => {
             failed = Some(error);
             None
@@ -175,7 +196,7 @@ mod tests {
         write_json(from.path().join("config.json"), &Family::of(&config).config_json(&config)).unwrap();
 
         let source = Source::open(from.path()).unwrap();
-        weights(&source, Dtype::F32, to.path(), 100_000).unwrap();
+        weights(&source, None, to.path(), 100_000).unwrap();
         let (want, got) = (TensorFile::open(from.path()).unwrap(), TensorFile::open(to.path()).unwrap());
         assert!(got.path().ends_with("model.safetensors.index.json"));
         assert_eq!(want.names().collect::<Vec<_>>(), got.names().collect::<Vec<_>>());

@@ -3,11 +3,11 @@
 //! A model goes out tensor by tensor: each is read, converted, written and forgotten, so that one larger than memory can be exported. What the other program has no
 //! word for is refused before anything is written.
 
-mod gguf;
+pub(crate) mod gguf;
 mod hf;
 mod onnx;
 mod source;
-mod vocabulary;
+pub(crate) mod vocabulary;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,8 +24,8 @@ use source::Source;
 /// A file format, and how it stores the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// A folder that `transformers` loads: F32, F16 or BF16.
-    Hf(Dtype),
+    /// A folder that `transformers` loads: F32, F16 or BF16, or each tensor as it is stored.
+    Hf(Option<Dtype>),
     /// A file that llama.cpp loads.
     Gguf(BlockType),
     /// A folder that ONNX Runtime and Optimum load.
@@ -63,7 +63,12 @@ impl Target {
         };
         match format {
             "hf" => find(
-                &[("f32", Self::Hf(Dtype::F32)), ("f16", Self::Hf(Dtype::F16)), ("bf16", Self::Hf(Dtype::BF16))],
+                &[
+                    ("f32", Self::Hf(Some(Dtype::F32))),
+                    ("f16", Self::Hf(Some(Dtype::F16))),
+                    ("bf16", Self::Hf(Some(Dtype::BF16))),
+                    ("same", Self::Hf(None)),
+                ],
                 "f32",
             ),
             "gguf" => {
@@ -218,9 +223,9 @@ mod tests {
         assert_eq!(Target::named("gguf", None).unwrap(), Target::Gguf(BlockType::F16));
         assert_eq!("gguf:q4_k".parse::<Target>().unwrap(), Target::Gguf(BlockType::Q4_K));
         assert_eq!("onnx:int8".parse::<Target>().unwrap(), Target::Onnx(OnnxType::Int8));
-        assert_eq!("hf:BF16".parse::<Target>().unwrap(), Target::Hf(Dtype::BF16));
+        assert_eq!("hf:BF16".parse::<Target>().unwrap(), Target::Hf(Some(Dtype::BF16)));
         let error = |text: &str| text.parse::<Target>().unwrap_err().to_string();
-        assert!(error("hf:q8_0").contains("f32, f16, bf16 for hf"), "{}", error("hf:q8_0"));
+        assert!(error("hf:q8_0").contains("f32, f16, bf16, same for hf"), "{}", error("hf:q8_0"));
         assert!(error("gguf:int8").contains("q6_k"), "{}", error("gguf:int8"));
         assert!(error("pickle").contains("hf, gguf or onnx"));
     }

@@ -206,7 +206,7 @@ impl Net<'_> {
     fn linear(&mut self, x: &str, name: &str, shape: [usize; 2]) -> Result<String, TrainError> {
         let weight = self.matrix(&format!("{name}.weight"), None, shape)?;
         let y = self.op("MatMul", &[x, &weight]);
-        if !self.config.bias {
+        if !(self.config.bias || self.config.qkv_bias && name.ends_with("attn.qkv")) {
             return Ok(y);
         }
         let bias = self.param(&format!("{name}.bias"), &[shape[1]])?;
@@ -266,11 +266,10 @@ impl Net<'_> {
     }
 
     fn rotation(&mut self) -> Result<Option<[String; 2]>, TrainError> {
-        let Positions::Rotary { theta } = self.config.positions else { return Ok(None) };
+        let Some(turns) = self.config.rope_frequencies() else { return Ok(None) };
         let (positions, half) = (self.config.context, self.config.head_dim / 2);
         let mut table = |name: &str, of: fn(f64) -> f64| {
-            let frequency = |j: usize| theta.powf(-((2 * j) as f64) / (2 * half) as f64);
-            let value = |i: usize| of((i / half) as f64 * frequency(i % half)) as f32;
+            let value = |i: usize| of((i / half) as f64 * turns[i % half]) as f32;
             let values: Vec<f32> = (0..positions * half).map(value).collect();
             let table = self.floats(name, &[positions, half], &values)?;
             Ok::<_, TrainError>(self.gather(&table, "position_ids"))

@@ -1,6 +1,7 @@
 //! A model that is read tensor by tensor.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use firebox_models::transformer::hf::{Entry, Family, Piece, parse_config};
@@ -9,7 +10,7 @@ use serde_json::Value;
 
 use super::ExportError;
 use crate::TrainError;
-use crate::checkpoint::TensorFile;
+use crate::checkpoint::{Dtype, TensorFile};
 use crate::model_io;
 use crate::quantized::{Numbers, Quantization};
 
@@ -18,6 +19,10 @@ pub struct Source {
     pub family: Family,
     pub config: TransformerConfig,
     pub tokenizer: Option<Vocabulary>,
+    /// The `config.json` as it is, unless it is of a quantized model.
+    pub json: Option<Value>,
+    /// What lies beside the model: see [`SIDES`](model_io::SIDES).
+    pub sides: BTreeMap<&'static str, String>,
     entries: Vec<Entry>,
     file: TensorFile,
     quantized: Option<Numbers>,
@@ -40,9 +45,10 @@ pub struct Vocabulary {
 impl Source {
     /// Opens what [`load`](model_io::load) opens.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
-        let model_io::Folder { config, file, tokenizer } = model_io::Folder::open(path)?;
-        let quantization = Quantization::of(&config)?;
-        let (family, config) = parse_config(&config)?;
+        let model_io::Folder { config: json, file, tokenizer, sides } = model_io::Folder::open(path)?;
+        let quantization = Quantization::of(&json)?;
+        let (family, config) = parse_config(&json)?;
+        let json = quantization.is_none().then_some(json);
         let entries = family.entries(&config);
         let quantized = match quantization {
             Some(quantization) => Some(quantization.numbers(entries.clone(), &file)?),
@@ -63,12 +69,20 @@ impl Source {
             });
             Vocabulary { text, json, separator, separator_text }
         });
-        Ok(Self { family, config, tokenizer, entries, file, quantized, last: RefCell::new(None) })
+        Ok(Self { family, config, tokenizer, json, sides, entries, file, quantized, last: RefCell::new(None) })
     }
 
     /// Every tensor of Hugging Face, with the parameter that it is or that it is a part of.
     pub fn pieces(&self) -> impl Iterator<Item = (&Entry, &Piece)> {
         self.entries.iter().flat_map(|entry| entry.pieces.iter().map(move |piece| (entry, piece)))
+    }
+
+    /// How a tensor of Hugging Face is stored: quantized ones and those of GGUF's blocks are f32.
+    pub fn dtype(&self, piece: &Piece) -> Dtype {
+        match self.file.dtype(&piece.name) {
+            Ok(dtype @ (Dtype::F16 | Dtype::BF16)) => dtype,
+            _ => Dtype::F32,
+        }
     }
 
     /// A tensor of Hugging Face.

@@ -12,14 +12,14 @@ use super::source::Vocabulary;
 /// An ordinary token.
 const NORMAL: i32 = 1;
 /// One that no text becomes.
-const CONTROL: i32 = 3;
+pub(crate) const CONTROL: i32 = 3;
 /// One that is found in text before anything else.
-const USER_DEFINED: i32 = 4;
+pub(crate) const USER_DEFINED: i32 = 4;
 /// One that there is not: ids between others.
-const UNUSED: i32 = 5;
+pub(crate) const UNUSED: i32 = 5;
 
 /// Patterns that llama.cpp knows, by the name that it has for them. Those of Llama 3 and Qwen 2 as their files have them.
-const PATTERNS: [(&str, &str); 3] = [
+pub(crate) const PATTERNS: [(&str, &str); 3] = [
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "llama-bpe",

@@ -99,7 +99,7 @@ pub struct ModelRecipe {
     /// Biases of q, k and v alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qkv_bias: Option<bool>,
-    /// `{ linear = { factor = 2.0 } }`: how rotary angles are stretched.
+    /// `{ linear = { factor = 2.0 } }` or `{ llama3 = { .. } }`: how rotary angles are stretched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
     /// `{ norm_after = true, embed_norm = true, token_types = 2 }`: an encoder.
