@@ -28,6 +28,7 @@ import bounded
 import compress
 import distillation
 import experts
+import imported
 import lsq
 import optimizers
 import torch_schedules
@@ -347,7 +348,8 @@ def compare(fresh, stored):
     assert new.keys() == old.keys(), f"{stored.name} has other tensors: {sorted(new.keys() ^ old.keys())}"
     for name, tensor in new.items():
         scale = old[name].double().abs().max().item() if tensor.is_floating_point() else 0.0
-        np.testing.assert_allclose(tensor, old[name], rtol=0, atol=1e-6 * scale, err_msg=f"{stored.name}: {name}")
+        new_values, old_values = (t.float() if t.dtype == torch.bfloat16 else t for t in (tensor, old[name]))
+        np.testing.assert_allclose(new_values, old_values, rtol=0, atol=1e-6 * scale, err_msg=f"{stored.name}: {name}")
 
 
 def main():
@@ -376,6 +378,7 @@ def generate(out_dir):
     model_fixture(out_dir, "llama-tiny-tied", tied, seed=3, config_text=older_llama_config(tied.config))
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
+    imported.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

@@ -27,7 +27,7 @@ impl ModelFolder {
     /// # Errors
     /// As there; [`TrainError::Input`] for a quantized model.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
-        let Folder { config: json, file, tokenizer } = Folder::open(path)?;
+        let Folder { config: json, file, tokenizer, .. } = Folder::open(path)?;
         if Quantization::of(&json)?.is_some() {
             let expected = "weights that are not quantized: take the model from before, and quantize at the end".into();
             return Err(TrainError::Input { what: "the model", expected, got: path.display().to_string() });

