@@ -354,7 +354,7 @@ fn exports() {
         assert!(!lab.path(out).exists() || out == "docs.jsonl", "{args:?}");
     };
     export("run", "pickle", "", "out", &["--format", "hf, gguf or onnx", "pickle"]);
-    export("run", "hf", "q8_0", "out", &["--type", "f32, f16, bf16 for hf", "q8_0"]);
+    export("run", "hf", "q8_0", "out", &["--type", "f32, f16, bf16, same for hf", "q8_0"]);
     export("run", "gguf", "int8", "out", &["--type", "q4_k", "int8"]);
     export("run", "onnx", "f16", "out", &["--type", "f32, int8 for onnx", "f16"]);
     export("run", "gguf", "", "docs.jsonl", &["docs.jsonl exists already"]);

@@ -261,6 +261,10 @@ fn products_in_bf16_stay_close() {
 fn heads_may_be_divided_unevenly() {
     let config = TransformerConfig { n_heads: 9, n_kv_heads: 3, ..llama(3, true) };
     same("nine heads", &Case::new(config), 2, true);
+    // Biases of q, k and v alone, also where several ranks have the same key-value head.
+    let config = TransformerConfig { qkv_bias: true, ..llama(2, true) };
+    same("Qwen 2", &Case::new(config.clone()), 2, true);
+    same("Qwen 2", &Case::new(config), 4, false);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Shapes from 1M to 70B parameters. Each derives from another where it can.
 
 use super::config::{FeedForward, NormKind, Positions, TransformerConfig};
-use super::head::Head;
 use super::experts::ExpertsConfig;
+use super::head::Head;
 use super::reduction::Reduction;
 
 /// The single dial: everything follows from the number of blocks. A Llama-style decoder with width 64 per block (nanochat's aspect ratio),

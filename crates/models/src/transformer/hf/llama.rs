@@ -3,7 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{HfError, Keys, experts};
-use crate::transformer::config::{FeedForward, Head, NormKind, Positions, RopeScaling, TransformerConfig};
+use crate::transformer::config::{FeedForward, NormKind, Positions, RopeScaling, TransformerConfig};
+use crate::transformer::head::Head;
 use crate::transformer::reduction::Reduction;
 
 /// The `config.json` of a shape that one of these classes has.
