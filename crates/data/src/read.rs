@@ -164,6 +164,21 @@ fn plain(file: &CorpusFile, emit: &mut Emit<'_>) -> Result<(), DataError> {
 }
 
 fn jsonl(file: &CorpusFile, emit: &mut Emit<'_>) -> Result<(), DataError> {
+    lines(file, &mut |line, number| Ok(emit.document(text_of(line, &file.text_field, &file.path, number)?)))
+}
+
+/// Calls `each` with every line that is not blank, and its number from 1.
+pub(crate) fn each_line(
+    file: &CorpusFile,
+    each: &mut dyn FnMut(&[u8], u64) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    lines(file, &mut |line, number| each(line, number).map(ControlFlow::Continue))
+}
+
+fn lines(
+    file: &CorpusFile,
+    each: &mut dyn FnMut(&[u8], u64) -> Result<ControlFlow<()>, DataError>,
+) -> Result<(), DataError> {
     let mut reader = open(file)?;
     let mut line = Vec::new();
     for number in 1.. {
@@ -179,8 +194,7 @@ fn jsonl(file: &CorpusFile, emit: &mut Emit<'_>) -> Result<(), DataError> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let text = text_of(&line, &file.text_field, &file.path, number)?;
-        if emit.document(text).is_break() {
+        if each(&line, number)?.is_break() {
             break;
         }
     }

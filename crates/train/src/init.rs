@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebox_models::transformer::Transformer;
+use firebox_models::transformer::{Transformer, TransformerConfig};
 
 use crate::TrainError;
 use crate::checkpoint::resolve;
@@ -12,7 +12,7 @@ use crate::recipe::{ModelRecipe, Recipe};
 
 impl Recipe {
     /// The same recipe for a run that starts from the parameters of the model in `path`: a run, a checkpoint, or a folder in Hugging Face's form. The model's
-    /// shape takes the place of [`model`](Self::model), of which only `dropout` stays, and its tokenizer, where it has one, that of `data.tokenizer`.
+    /// shape takes the place of [`model`](Self::model), of which only `dropout` and `head` stay, and its tokenizer, where it has one, that of `data.tokenizer`.
     ///
     /// # Errors
     /// As [`model_io::load`]; [`TrainError::Input`] for a quantized model.
@@ -30,7 +30,11 @@ impl Recipe {
         let path = std::path::absolute(path).map_err(TrainError::io("find", path))?;
         let exactly = ModelRecipe::exactly(loaded.model.config());
         let mut recipe = Self {
-            model: ModelRecipe { dropout: self.model.dropout.or(exactly.dropout), ..exactly },
+            model: ModelRecipe {
+                dropout: self.model.dropout.or(exactly.dropout),
+                head: self.model.head.or(exactly.head),
+                ..exactly
+            },
             init: Some(path.clone()),
             ..self
         };
@@ -42,22 +46,38 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// The model that the run starts from, on `device.autodiff()`; none where it starts from initial parameters. What
-    /// [`Trainer::new`](crate::Trainer::new) takes.
+    /// The model that the run starts from, on `device.autodiff()`; none where it starts from initial parameters. Where the recipe's head is another than the model's, it is new, and the
+    /// model's own is left. What [`Trainer::new`](crate::Trainer::new) takes.
     ///
     /// # Errors
     /// As [`model_io::load`]; [`TrainError::Input`] for a model that is not of the recipe's shape.
     pub fn initial_model(&self, device: &Device) -> Result<Option<Transformer>, TrainError> {
         let Some(path) = &self.init else { return Ok(None) };
-        let model = model_io::load(path, &device.clone().autodiff())?.model;
+        let device = device.clone().autodiff();
+        let mut model = model_io::load(path, &device)?.model;
+        let wanted = self.model.resolve(model.config().vocab_size)?;
+        if model.config().head != wanted.head {
+            let with_head = TransformerConfig { head: wanted.head, ..model.config().clone() };
+            model = model_io::load_with_head(path, &with_head, self.seed, &device)?;
+        }
         let dropout = self.model.dropout.unwrap_or(model.config().dropout);
         let model = model.for_training(self.seed, dropout)?;
-        let wanted = self.model.resolve(model.config().vocab_size)?;
         if *model.config() != wanted {
             let (expected, got) =
                 (format!("a model of the recipe's shape, {wanted:?}"), format!("{:?}", model.config()));
             return Err(TrainError::Input { what: "init", expected, got });
         }
         Ok(Some(model))
+    }
+
+    /// The same, or else one with initial parameters for a tokenizer of `tokens` tokens.
+    ///
+    /// # Errors
+    /// As [`initial_model`](Self::initial_model), or an impossible shape.
+    pub fn first_model(&self, tokens: usize, device: &Device) -> Result<Transformer, TrainError> {
+        if let Some(model) = self.initial_model(device)? {
+            return Ok(model);
+        }
+        Ok(Transformer::new(&self.model.resolve(tokens)?, self.seed, &device.clone().autodiff())?)
     }
 }

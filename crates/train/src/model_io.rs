@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
-use firebox_models::transformer::Transformer;
 use firebox_models::transformer::hf::{Entry, Family, HfError, parse_config};
+use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
 
@@ -95,6 +95,30 @@ impl Folder {
 pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
     let Folder { config, file, tokenizer, .. } = Folder::of_checkpoint(checkpoint)?;
     Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
+}
+
+/// Loads what [`load`] loads as a model of this shape, which differs in its head: parameters of the head that the file has not are initial ones of `seed`, and what it has of another head is
+/// left.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_with_head(
+    path: &Path,
+    config: &TransformerConfig,
+    seed: u64,
+    device: &Device,
+) -> Result<Transformer, TrainError> {
+    let folder = Folder::open(path)?;
+    let (family, of_file) = parse_config(&folder.config)?;
+    let model = Transformer::new(config, seed, device)?;
+    let shapes: HashMap<String, Vec<usize>> =
+        firebox_optim::parameters(&model)?.into_iter().map(|info| (info.name, info.shape)).collect();
+    let (kept, left): (Vec<Entry>, Vec<Entry>) =
+        family.entries(&of_file).into_iter().partition(|entry| shapes.get(&entry.param) == Some(&entry.shape));
+    let there = |spec: &TensorSpec| folder.file.names().any(|name| name == spec.name);
+    let left: Vec<TensorSpec> = left.iter().flat_map(specs).filter(there).collect();
+    check_shapes(&kept, &left, &folder.file)?;
+    filled(model, kept, Arc::new(folder.file))
 }
 
 /// The tensors under the names that the family's class with a head writes. One without a head, which many of the hub's files come from, writes them without a prefix.

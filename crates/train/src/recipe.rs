@@ -27,12 +27,13 @@ pub use error::RecipeError;
 pub use model::ModelRecipe;
 
 /// The recipes that come with Firebox: name and text.
-pub const BUILT_IN: [(&str, &str); 5] = [
+pub const BUILT_IN: &[(&str, &str)] = &[
     ("default", include_str!("../recipes/default.toml")),
     ("tiny", include_str!("../recipes/tiny.toml")),
     ("shakespeare-char", include_str!("../recipes/shakespeare-char.toml")),
     ("shakespeare-speedrun", include_str!("../recipes/shakespeare-speedrun.toml")),
     ("gpt2-124m", include_str!("../recipes/gpt2-124m.toml")),
+    ("finetune", include_str!("../recipes/finetune.toml")),
 ];
 
 /// Everything that determines a run.
@@ -97,6 +98,10 @@ pub struct Recipe {
     pub qat: Option<QatRecipe>,
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 fn seed() -> u64 {
     1337
 }
@@ -107,8 +112,11 @@ fn seed() -> u64 {
 pub struct TrainRecipe {
     /// Optimizer steps.
     pub steps: u64,
-    /// Rows of `context` tokens per step.
+    /// Rows per step.
     pub batch_rows: usize,
+    /// Tokens of a row at most. 0: as many as the model's context.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub row_tokens: usize,
     /// Fewer rows in the first steps; by default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_warmup: Option<BatchWarmup>,
@@ -129,6 +137,7 @@ impl Default for TrainRecipe {
         Self {
             steps: 1000,
             batch_rows: 16,
+            row_tokens: 0,
             batch_warmup: None,
             micro_batch_rows: 0,
             label_smoothing: 0.0,
@@ -143,6 +152,11 @@ impl TrainRecipe {
     /// What the loss is besides the cross-entropy.
     pub fn loss(&self) -> LossConfig {
         LossConfig { label_smoothing: self.label_smoothing, z_loss: self.z_loss }
+    }
+
+    /// Tokens of a row at most, of a model with this context.
+    pub fn row_tokens(&self, context: usize) -> usize {
+        if self.row_tokens == 0 { context } else { self.row_tokens.min(context) }
     }
 
     /// Rows of step `step` (from 0).
@@ -204,7 +218,7 @@ impl Recipe {
     /// # Errors
     /// [`RecipeError`], which offers the nearest known key for an unknown one.
     pub fn load(name: &str, overrides: &[String]) -> Result<Self, RecipeError> {
-        Self::parse(name, &read_text(name, &BUILT_IN)?, overrides)
+        Self::parse(name, &read_text(name, BUILT_IN)?, overrides)
     }
 
     /// Parses TOML and applies overrides.

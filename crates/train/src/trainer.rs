@@ -153,7 +153,7 @@ impl<'a> Trainer<'a> {
         recipe.schedule.validate(recipe.train.steps)?;
         config.validate()?;
         let mup = recipe.mup(&config)?;
-        let task = Language::new(dataset, config.context, recipe.seed, &recipe.eval)?;
+        let task = Language::new(dataset, recipe.train.row_tokens(config.context), recipe.seed, &recipe.eval)?;
         let teach = |recipe| Teacher::new(recipe, &config, &dataset.tokenizer, device);
         let teacher = recipe.distill.as_ref().map(teach).transpose()?;
         let started = recipe.distill.as_ref().filter(|distill| distill.init == StudentInit::Teacher);

@@ -44,24 +44,6 @@ pub trait Start: Send + Sync + 'static {
     fn trainer<'a>(&'a self, job: &Job, device: &Device) -> Result<Trainer<'a, Self::Model>, CliError>;
 }
 
-/// Language modelling.
-pub struct OfText(pub Dataset);
-
-impl Start for OfText {
-    type Model = firebox::models::transformer::Transformer;
-
-    fn trainer<'a>(&'a self, job: &Job, device: &Device) -> Result<Trainer<'a, Self::Model>, CliError> {
-        let (recipe, dir) = (job.recipe.clone(), job.dir.as_path());
-        Ok(match &job.found {
-            Some(checkpoint) => Trainer::open(recipe, dir, &self.0, device, checkpoint)?,
-            None => {
-                let init = recipe.initial_model(device)?;
-                Trainer::new(recipe, dir, &self.0, device, init)?
-            }
-        })
-    }
-}
-
 impl Job {
     /// Trains on all ranks.
     pub fn run(self, ranks: RankArgs, start: impl Start) -> Result<Summary, CliError> {

@@ -3,12 +3,14 @@
 mod compress;
 mod distill;
 mod export;
+mod finetune;
 mod import;
 mod job;
 mod launch;
 mod lr_find;
 mod prepare;
 mod ranks;
+mod tasks;
 mod text;
 mod train;
 
@@ -39,6 +41,8 @@ struct Cli {
 enum Command {
     /// Train a model: raw text in, checkpoints, samples and a report out.
     Train(train::TrainArgs),
+    /// Train a model on from what others trained: on other text, answers, labels, preferences, images.
+    Finetune(finetune::FinetuneArgs),
     /// Train a student: a model that learns from another one's predictions besides the text.
     Distill(distill::DistillArgs),
     /// Make a trained model smaller: prune, quantize, distill, share, export, step by step, with a report.
@@ -160,6 +164,7 @@ pub fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Train(args) => train::run(args, rayon::current_num_threads()),
+        Command::Finetune(args) => finetune::run(args, rayon::current_num_threads()),
         Command::Distill(args) => distill::run(args, rayon::current_num_threads()),
         Command::Compress(args) => compress::run(args),
         Command::LrFind(args) => lr_find::run(args),

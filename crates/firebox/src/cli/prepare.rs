@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use firebox::corpus::rust_sources;
-use firebox::data::{DataConfig, Dataset, Progress, Source, prepare};
+use firebox::data::{DataConfig, DataError, Dataset, Progress, Source, prepare};
 use firebox::train::Recipe;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -60,6 +60,15 @@ impl DataArgs {
         let dataset = tokens(config, &sources, &self.cache_dir())?;
         let described = format!("{what}: {}", megabytes(dataset.stats.bytes));
         Ok((dataset, described))
+    }
+
+    /// Files, folders and globs of a task whose data are rows: those given, or else the recipe's.
+    pub fn paths(&self, recipe_sources: &[Source]) -> Result<Vec<String>, CliError> {
+        let paths = match self.data.is_empty() {
+            false => self.data.clone(),
+            true => recipe_sources.iter().flat_map(|source| source.paths.clone()).collect(),
+        };
+        if paths.is_empty() { Err(DataError::NoSources.into()) } else { Ok(paths) }
     }
 
     fn cache_dir(&self) -> PathBuf {

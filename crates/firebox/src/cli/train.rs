@@ -8,14 +8,13 @@ use clap::Args;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::observe::Summary;
 use firebox::train::recipe::BUILT_IN;
-use firebox::train::task::TaskRecipe;
 use firebox::train::{Cooldown, Recipe, TrainError};
 
-use super::job::{Job, OfText, program};
+use super::job::{Job, program};
 use super::launch::{self, LaunchArgs};
 use super::prepare::DataArgs;
 use super::ranks::{RankArgs, speaks};
-use super::{CliError, DeviceArgs};
+use super::{CliError, DeviceArgs, tasks};
 
 /// Examples:
 ///   firebox train                                   the default run
@@ -68,6 +67,9 @@ pub struct TrainArgs {
     launch: LaunchArgs,
     #[command(flatten)]
     device: DeviceArgs,
+    /// The recipe where none is given, and the name of its run.
+    #[arg(skip = DEFAULT)]
+    default: &'static str,
 }
 
 pub fn list() -> Result<(), CliError> {
@@ -97,7 +99,7 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
             (recipe, dir, found)
         }
     };
-    let mut job = Job {
+    let job = Job {
         recipe,
         dir: dir.clone(),
         found,
@@ -108,16 +110,7 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         logged: args.ranks.logged(),
         interrupt: interrupt(),
     };
-    let summary = match &job.recipe.task {
-        TaskRecipe::Language => {
-            let (dataset, described) = args.data.dataset(&job.recipe.data, &job.recipe.sources)?;
-            if speaks() {
-                println!("{}", dataset.stats);
-            }
-            job.described = described;
-            job.run(args.ranks, OfText(dataset))?
-        }
-    };
+    let summary = tasks::run(job, &args.data, args.ranks)?;
     if speaks() {
         conclude(&summary, &dir);
     }
@@ -152,7 +145,7 @@ fn warn_of(found: &Found) {
     }
 }
 
-/// The recipe where none is given, and the name of its run.
+/// The recipe of `firebox train` where none is given.
 const DEFAULT: &str = "default";
 
 impl TrainArgs {
@@ -160,6 +153,11 @@ impl TrainArgs {
     pub fn with_defaults(mut self, mut set: Vec<String>) -> Self {
         set.append(&mut self.set);
         Self { set, ..self }
+    }
+
+    /// The same where this recipe is meant if none is given.
+    pub fn with_default_recipe(self, default: &'static str) -> Self {
+        Self { default, ..self }
     }
 
     /// Recipe, folder and first checkpoint of a cooldown.
@@ -202,12 +200,12 @@ impl TrainArgs {
             }
             (None, Some(depth)) => Recipe::depth(depth).with(&set)?,
             (None, None) => {
-                let dir = self.run_dir(DEFAULT);
+                let dir = self.run_dir(self.default);
                 let stored = dir.join("recipe.toml");
                 if self.resume && stored.is_file() {
                     return Ok((Recipe::load(&stored.display().to_string(), &set)?, dir));
                 }
-                Recipe::load(DEFAULT, &set)?
+                Recipe::load(self.default, &set)?
             }
             (Some(name), _) => Recipe::load(name, &set)?,
         };

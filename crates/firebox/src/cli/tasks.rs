@@ -1,0 +1,62 @@
+//! What commands do for each task: read its data, and make its trainer on every rank.
+
+use burn::tensor::Device;
+use firebox::data::Dataset;
+use firebox::models::transformer::Transformer;
+use firebox::train::Trainer;
+use firebox::train::observe::Summary;
+use firebox::train::task::{Task, TaskRecipe};
+
+use super::CliError;
+use super::job::{Job, Start};
+use super::prepare::DataArgs;
+use super::ranks::{RankArgs, speaks};
+
+/// Reads the data of the recipe's task, and trains.
+pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, CliError> {
+    match job.recipe.task.clone() {
+        TaskRecipe::Language => {
+            let (dataset, described) = data.dataset(&job.recipe.data, &job.recipe.sources)?;
+            if speaks() {
+                println!("{}", dataset.stats);
+            }
+            job.described = described;
+            job.run(ranks, OfText(dataset))
+        }
+    }
+}
+
+/// Language modelling.
+pub struct OfText(pub Dataset);
+
+impl Start for OfText {
+    type Model = Transformer;
+
+    fn trainer<'a>(&'a self, job: &Job, device: &Device) -> Result<Trainer<'a, Self::Model>, CliError> {
+        let (recipe, dir) = (job.recipe.clone(), job.dir.as_path());
+        Ok(match &job.found {
+            Some(checkpoint) => Trainer::open(recipe, dir, &self.0, device, checkpoint)?,
+            None => {
+                let init = recipe.initial_model(device)?;
+                Trainer::new(recipe, dir, &self.0, device, init)?
+            }
+        })
+    }
+}
+
+/// A task on one transformer, which has the recipe's shape: that of its `init`, with the recipe's head, where it starts from a model.
+pub struct OnTransformer<T>(pub T);
+
+impl<T: Task<Transformer> + Clone + 'static> Start for OnTransformer<T> {
+    type Model = Transformer;
+
+    fn trainer<'a>(&'a self, job: &Job, device: &Device) -> Result<Trainer<'a, Transformer>, CliError> {
+        let (recipe, dir, task) = (job.recipe.clone(), job.dir.as_path(), Box::new(self.0.clone()));
+        let tokens = self.0.tokenizer().map_or(1, |tokenizer| tokenizer.vocab_size());
+        let model = recipe.first_model(tokens, device)?;
+        Ok(match &job.found {
+            Some(checkpoint) => Trainer::open_task(recipe, dir, task, device, model, checkpoint)?,
+            None => Trainer::of_task(recipe, dir, task, device, model)?,
+        })
+    }
+}
