@@ -167,18 +167,11 @@ fn jsonl(file: &CorpusFile, emit: &mut Emit<'_>) -> Result<(), DataError> {
     lines(file, &mut |line, number| Ok(emit.document(text_of(line, &file.text_field, &file.path, number)?)))
 }
 
-/// Calls `each` with every line that is not blank, and its number from 1.
-pub(crate) fn each_line(
-    file: &CorpusFile,
-    each: &mut dyn FnMut(&[u8], u64) -> Result<(), DataError>,
-) -> Result<(), DataError> {
-    lines(file, &mut |line, number| each(line, number).map(ControlFlow::Continue))
-}
+/// What is done with a line and its number, from 1; it says whether to go on.
+type EachLine<'a> = dyn FnMut(&[u8], u64) -> Result<ControlFlow<()>, DataError> + 'a;
 
-fn lines(
-    file: &CorpusFile,
-    each: &mut dyn FnMut(&[u8], u64) -> Result<ControlFlow<()>, DataError>,
-) -> Result<(), DataError> {
+/// Calls `each` with every line that is not blank, until it breaks.
+pub(crate) fn lines(file: &CorpusFile, each: &mut EachLine<'_>) -> Result<(), DataError> {
     let mut reader = open(file)?;
     let mut line = Vec::new();
     for number in 1.. {

@@ -4,13 +4,14 @@ use crate::config::Source;
 use crate::error::DataError;
 use crate::files::{CorpusFile, Format, list_files};
 use crate::permute::{permute, random};
-use crate::read::each_line;
+use crate::read::lines;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -99,14 +100,14 @@ pub fn read_records<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Record>, DataError
 
 fn jsonl(file: &CorpusFile, records: &mut Vec<Record>) -> Result<(), DataError> {
     let path: Arc<Path> = file.path.clone().into();
-    each_line(file, &mut |line, number| {
+    lines(file, &mut |line, number| {
         let fields = serde_json::from_slice(line).map_err(|e| DataError::BadJsonLine {
             path: path.to_path_buf(),
             line: number,
             reason: e.to_string(),
         })?;
         records.push(Record { path: path.clone(), line: number, fields, bytes: BTreeMap::new() });
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     })
 }
 
@@ -238,8 +239,7 @@ mod tests {
     #[test]
     fn every_epoch_has_every_row_once() {
         let order = Order::new(7, 3);
-        let epochs: Vec<Vec<usize>> =
-            (0..3).map(|epoch| (0..7).map(|i| order.row(7 * epoch + i)).collect()).collect();
+        let epochs: Vec<Vec<usize>> = (0..3).map(|epoch| (0..7).map(|i| order.row(7 * epoch + i)).collect()).collect();
         for epoch in &epochs {
             let mut sorted = epoch.clone();
             sorted.sort_unstable();

@@ -435,7 +435,7 @@ mod tests {
 
     #[test]
     fn built_in_recipes_parse_and_round_trip() {
-        for (name, _) in BUILT_IN {
+        for &(name, _) in BUILT_IN {
             let recipe = Recipe::load(name, &[]).unwrap();
             assert_eq!(recipe.name, name);
             assert_eq!(Recipe::parse(name, &recipe.to_toml(), &[]).unwrap(), recipe);
