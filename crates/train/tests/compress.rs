@@ -53,6 +53,7 @@ fn trained() -> Trained {
     let mut trainer = Trainer::new(recipe, &dir.path().join("run"), &dataset, &device, None).unwrap();
     let info = trainer.info("ndarray", 1, "sentences".into());
     trainer.run(&info, &mut Observers::new(), &AtomicBool::new(false)).unwrap();
+    drop(trainer);
     Trained { dir, dataset }
 }
 
