@@ -137,6 +137,14 @@ pub enum DataError {
         /// What is wrong, and what would work.
         reason: String,
     },
+    /// A file that is no image, or a broken one.
+    #[error("cannot use the image {}: {reason}", path.display())]
+    BadImage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A chat template does not parse, or objects to a conversation.
     #[error("chat template {origin}: {reason}")]
     Template {

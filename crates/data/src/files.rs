@@ -92,14 +92,34 @@ fn format_of(path: &Path) -> (Format, Compression) {
     (format, compression)
 }
 
+/// Extensions of images.
+const IMAGES: [&str; 3] = [".png", ".jpg", ".jpeg"];
+
+fn ends_with_any(file: &Path, extensions: &[&str]) -> bool {
+    let name = file.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+    extensions.iter().any(|known| name.ends_with(known))
+}
+
+/// Whether a file's name is that of an image.
+pub(crate) fn is_image(file: &Path) -> bool {
+    ends_with_any(file, &IMAGES)
+}
+
+/// The images that a file, a folder or a glob names, sorted; none of a folder without any.
+pub(crate) fn image_files(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
+    let path = Path::new(pattern);
+    if path.is_dir() {
+        walk(path, is_image)
+    } else {
+        Ok(expand(pattern)?.into_iter().filter(|f| is_image(f)).collect())
+    }
+}
+
 fn expand(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     let path = Path::new(pattern);
     let nothing = |why: &str| Err(DataError::NothingMatches { pattern: pattern.to_owned(), why: why.to_owned() });
     if path.is_dir() {
-        let found = walk(path, |file| {
-            let name = file.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
-            KNOWN.iter().any(|known| name.ends_with(known))
-        })?;
+        let found = walk(path, |file| ends_with_any(file, &KNOWN))?;
         return if found.is_empty() { nothing("the folder holds no file of text") } else { Ok(found) };
     }
     // A file with brackets in its name is that file, not a glob.

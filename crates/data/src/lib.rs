@@ -48,6 +48,7 @@ mod config;
 mod error;
 mod files;
 mod hash;
+pub mod images;
 pub mod loader;
 mod minhash;
 mod parquet_file;

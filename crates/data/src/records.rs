@@ -82,18 +82,25 @@ pub fn read_records<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Record>, DataError
     let source = Source::new(paths.iter().map(|path| path.as_ref().to_owned()));
     let mut records = Vec::new();
     for file in list_files(&[source], "")? {
-        match file.format {
-            Format::Jsonl => jsonl(&file, &mut records)?,
-            Format::Parquet => parquet_rows(&file, &mut records)?,
-            Format::Plain => {
-                let why = "rows with fields are in .jsonl, .jsonl.gz, .jsonl.zst or .parquet files".to_owned();
-                return Err(DataError::NothingMatches { pattern: file.path.display().to_string(), why });
-            }
-        }
+        records.append(&mut records_of(&file)?);
     }
     if records.is_empty() {
         let given: Vec<&str> = paths.iter().map(AsRef::as_ref).collect();
         return Err(DataError::EmptyCorpus(format!("no row in {}", given.join(", "))));
+    }
+    Ok(records)
+}
+
+/// The rows of one file.
+pub(crate) fn records_of(file: &CorpusFile) -> Result<Vec<Record>, DataError> {
+    let mut records = Vec::new();
+    match file.format {
+        Format::Jsonl => jsonl(file, &mut records)?,
+        Format::Parquet => parquet_rows(file, &mut records)?,
+        Format::Plain => {
+            let why = "rows with fields are in .jsonl, .jsonl.gz, .jsonl.zst or .parquet files".to_owned();
+            return Err(DataError::NothingMatches { pattern: file.path.display().to_string(), why });
+        }
     }
     Ok(records)
 }
