@@ -60,10 +60,21 @@ impl Record {
         let value = self.field(name)?;
         value.as_str().ok_or_else(|| self.bad(format!("`{name}`: expected text, got {}", kind(value))))
     }
+
+    /// A field that holds a list.
+    ///
+    /// # Errors
+    /// [`DataError::BadRow`] where it does not.
+    pub fn list(&self, name: &str) -> Result<&[Value], DataError> {
+        let value = self.field(name)?;
+        let list =
+            value.as_array().ok_or_else(|| self.bad(format!("`{name}`: expected a list, got {}", kind(value))))?;
+        Ok(list)
+    }
 }
 
 /// What kind of JSON a value is, for errors.
-fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",

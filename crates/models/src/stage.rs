@@ -29,7 +29,7 @@ pub struct TokenBatch {
 /// What rows of a batch have besides tokens; what a model does not ask for is empty.
 #[derive(Clone, Debug, Default)]
 pub struct Extra {
-    /// The class of each row, `[B]`; negative where it has none.
+    /// The class of each row, `[B]`; negative where it has none. Of embeddings, which candidate belongs to an anchor, where the rows with negative labels are the candidates in their order.
     pub labels: Vec<i32>,
     /// The numbers that each row is to give, `[B, N]`.
     pub values: Vec<f32>,

@@ -22,6 +22,10 @@ pub enum Purpose {
     Dropout = 2,
     /// Sampling of generated tokens.
     Sampling = 3,
+    /// Which tokens of training text are masked, and by what.
+    Masking = 4,
+    /// The same of held-out text.
+    HeldOutMasking = 5,
 }
 
 /// A stream: the key of the generator and the upper half of its counter.

@@ -48,6 +48,7 @@ pub mod generate;
 pub mod import;
 mod init;
 pub mod lr_find;
+pub mod metrics;
 pub mod model_io;
 mod mup;
 mod noise;

@@ -21,6 +21,53 @@ pub struct Encoded {
     pub words: Vec<Option<u32>>,
 }
 
+impl Encoded {
+    /// At most `most` tokens: those that the tokenizer added stay, and of one text the end goes. Of two the longer one is cut first, as `longest_first` of Hugging Face's tokenizers does.
+    pub fn truncated(self, most: usize) -> Self {
+        if self.ids.len() <= most {
+            return self;
+        }
+        // Runs of text, between tokens that were added.
+        let mut texts: Vec<Range<usize>> = vec![];
+        for (i, word) in self.words.iter().enumerate() {
+            match texts.last_mut() {
+                _ if word.is_none() => {}
+                Some(text) if text.end == i => text.end += 1,
+                _ => texts.push(i..i + 1),
+            }
+        }
+        let added = self.ids.len() - texts.iter().map(Range::len).sum::<usize>();
+        let room = most.saturating_sub(added);
+        let mut keep: Vec<usize> = texts.iter().map(Range::len).collect();
+        match &mut keep[..] {
+            [first, second] => {
+                let (short, long) = if first <= second { (first, second) } else { (second, first) };
+                *long = if *short > room { *short } else { (*short).max(room - *short) };
+                if *short + *long > room {
+                    (*short, *long) = (room / 2, room / 2 + room % 2);
+                }
+            }
+            all => {
+                let mut left = room;
+                for n in all {
+                    *n = left.min(*n);
+                    left -= *n;
+                }
+            }
+        }
+        let mut stays = vec![true; self.ids.len()];
+        texts.iter().zip(&keep).for_each(|(text, keep)| stays[text.start + keep..text.end].fill(false));
+        // Of a row that has no room even for what was added, that goes, too.
+        let kept: Vec<usize> = (0..self.ids.len()).filter(|&i| stays[i]).take(most).collect();
+        Self {
+            ids: kept.iter().map(|&i| self.ids[i]).collect(),
+            types: kept.iter().map(|&i| self.types[i]).collect(),
+            offsets: kept.iter().map(|&i| self.offsets[i].clone()).collect(),
+            words: kept.iter().map(|&i| self.words[i]).collect(),
+        }
+    }
+}
+
 impl Tokenizer {
     /// The tokens of a text in which the names of special tokens stand for these tokens, as those of a rendered chat template do. Nothing is added.
     ///

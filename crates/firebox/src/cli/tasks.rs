@@ -1,11 +1,12 @@
 //! What commands do for each task: read its data, and make its trainer on every rank.
 
 use burn::tensor::Device;
-use firebox::data::Dataset;
+use firebox::data::{Dataset, Tokenizer};
 use firebox::models::transformer::Transformer;
 use firebox::train::Trainer;
 use firebox::train::observe::Summary;
-use firebox::train::task::{Task, TaskRecipe};
+use firebox::train::task::labelled::{ClassesRecipe, EmbeddingRecipe, Records, TokenClassesRecipe, ValuesRecipe};
+use firebox::train::task::{Labelled, Task, TaskRecipe};
 
 use super::CliError;
 use super::job::{Job, Start};
@@ -23,7 +24,32 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             job.described = described;
             job.run(ranks, OfText(dataset))
         }
+        TaskRecipe::Classes(ClassesRecipe { val, .. })
+        | TaskRecipe::TokenClasses(TokenClassesRecipe { val, .. })
+        | TaskRecipe::Values(ValuesRecipe { val, .. })
+        | TaskRecipe::Embedding(EmbeddingRecipe { val, .. }) => {
+            let paths = data.paths(&job.recipe.sources)?;
+            let records = Records::read(&paths, val.as_deref(), job.recipe.data.val_fraction)?;
+            let tokenizer = tokenizer(&job, || records.texts())?;
+            let task = Labelled::new(&job.recipe, &records, tokenizer)?;
+            job.recipe.model.head = Some(task.head());
+            job.described = format!("{}: {task}", paths.join(", "));
+            job.run(ranks, OnTransformer(task))
+        }
     }
+}
+
+/// The tokenizer of a task on rows: that of the checkpoint, or else what the recipe says, made from `texts` where it is to be trained.
+fn tokenizer(job: &Job, texts: impl FnOnce() -> Vec<String>) -> Result<Tokenizer, CliError> {
+    if let Some(checkpoint) = job.found.as_ref().filter(|found| found.contains("tokenizer.json")) {
+        return Ok(Tokenizer::load(checkpoint.file("tokenizer.json")?)?);
+    }
+    let config = &job.recipe.data;
+    Ok(match config.tokenizer.as_str() {
+        "bpe" => Tokenizer::train_bpe(&texts(), config.vocab_size)?,
+        "char" => Tokenizer::from_chars_of(texts().join("\n").as_bytes())?,
+        path => Tokenizer::load(path)?,
+    })
 }
 
 /// Language modelling.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
+use firebox_parallel::Communicator;
+use firebox_tensor::ops::collective::gather_tokens;
 use firebox_tensor::ops::{self, LossConfig, Pre};
 use firebox_tensor::random::{Counter, Purpose};
 use serde::{Deserialize, Serialize};
@@ -45,8 +47,8 @@ pub enum Head {
         /// How a row becomes one vector.
         pooler: Pooler,
     },
-    /// One vector per row. Rows come in pairs that belong together, and each pair's first is to find its second among the second of all pairs (InfoNCE, van den Oord et al.,
-    /// arXiv:1807.03748; with in-batch negatives, Henderson et al., arXiv:1705.00652, section 4).
+    /// One vector per row. Some rows are anchors, each of which is to find the row that belongs to it among all others (InfoNCE, van den Oord et al.,
+    /// arXiv:1807.03748; with in-batch negatives, Henderson et al., arXiv:1705.00652, section 4). Without labels, rows come in pairs, of which the first is the anchor.
     Embedding {
         /// How a row becomes one vector.
         pool: Pool,
@@ -213,6 +215,35 @@ fn rows_of(x: &Tensor<2>, at: Vec<i32>) -> Tensor<2> {
     rows_at(x.clone().unsqueeze_dim(0), at)
 }
 
+/// Each anchor is to find its own among the candidates of all `ranks`: see [`Extra::labels`](crate::Extra::labels).
+fn contrastive_loss(
+    vectors: Tensor<2>,
+    batch: &TokenBatch,
+    temperature: f64,
+    ranks: Option<&Communicator>,
+    loss: &LossConfig,
+) -> Tensor<1> {
+    let [rows, _] = vectors.dims();
+    let labels = batch.extra.as_ref().map_or(&[][..], |extra| &extra.labels);
+    let (anchors, candidates, mut own): (Vec<i32>, Vec<i32>, Vec<i32>) = if labels.is_empty() {
+        assert!(rows.is_multiple_of(2), "an embedding's rows come in pairs, got {rows}");
+        let every_second = |first: i32| (first..rows as i32).step_by(2).collect();
+        (every_second(0), every_second(1), (0..rows as i32 / 2).collect())
+    } else {
+        assert_eq!(labels.len(), rows, "an embedding's rows have a label each");
+        let (anchors, candidates): (Vec<i32>, Vec<i32>) = (0..rows as i32).partition(|&i| labels[i as usize] >= 0);
+        let own = anchors.iter().map(|&i| labels[i as usize]).collect();
+        (anchors, candidates, own)
+    };
+    let n = candidates.len();
+    let (anchors, mut candidates) = (rows_of(&vectors, anchors), rows_of(&vectors, candidates));
+    if let Some(ranks) = ranks {
+        candidates = gather_tokens(candidates.unsqueeze_dim(0), [1, n * ranks.size()], ranks).squeeze_dim(0);
+        own.iter_mut().for_each(|i| *i += (ranks.rank() * n) as i32);
+    }
+    ops::cross_entropy(anchors.matmul(candidates.transpose()) / temperature, &own, batch.loss_scale, loss)
+}
+
 impl Transformer {
     /// The last stage: the loss of the head, or, where there is none, hidden states.
     ///
@@ -249,12 +280,8 @@ impl Transformer {
                 (off.clone() * off).sum() * (scale / n as f64)
             }
             Head::Embedding { temperature, .. } => {
-                let vectors = self.pooled(normed(x), batch);
-                let [rows, _] = vectors.dims();
-                assert!(rows.is_multiple_of(2), "an embedding's rows come in pairs, got {rows}");
-                let [first, second] = [0, 1].map(|k| rows_of(&vectors, (k..rows as i32).step_by(2).collect()));
-                let pairs: Vec<i32> = (0..rows as i32 / 2).collect();
-                ops::cross_entropy(first.matmul(second.transpose()) / temperature, &pairs, scale, &loss)
+                let ranks = self.context.data.as_ref().filter(|_| step.is_some());
+                contrastive_loss(self.pooled(normed(x), batch), batch, temperature, ranks, &loss)
             }
         })
     }

@@ -69,6 +69,8 @@ pub(super) struct Context {
     parallel: Option<TensorParallel>,
     /// The ranks among which the tokens of each row are divided.
     rows: Option<ContextParallel>,
+    /// Those that compute other rows at the same time, where a loss compares rows.
+    pub(super) data: Option<Communicator>,
 }
 
 /// `x weight + bias`, or of low rank `x weight factor + bias`
@@ -297,6 +299,7 @@ impl Transformer {
                 loss: LossConfig::default(),
                 parallel,
                 rows: None,
+                data: None,
             },
         })
     }
@@ -322,6 +325,12 @@ impl Transformer {
     /// [parts](TokenBatch::part).
     pub fn with_context(mut self, rows: Option<ContextParallel>) -> Self {
         self.context.rows = rows;
+        self
+    }
+
+    /// The same parameters as one of the ranks that compute other rows at the same time: an embedding's loss in training compares with the rows of all, of which each must have as many.
+    pub fn with_data_ranks(mut self, ranks: Communicator) -> Self {
+        self.context.data = Some(ranks);
         self
     }
 

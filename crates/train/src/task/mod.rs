@@ -3,14 +3,17 @@
 //! The [`Trainer`](crate::Trainer) knows no more of either than these two traits say. So masked, contrastive and preference losses, images and labels have its layouts,
 //! checkpoints, memory options, observers and exact resume.
 
+pub mod labelled;
 mod language;
 mod model;
 mod recipe;
 
 use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::TokenBatch;
+use serde_json::{Map, Value};
 
 use crate::TrainError;
+pub use labelled::Labelled;
 pub use language::Language;
 pub use model::Model;
 pub(crate) use model::device_of;
@@ -45,6 +48,11 @@ pub trait Task<M>: Send + Sync {
     /// Other small files that go into checkpoints: name and contents (`preprocessor_config.json`, a chat template).
     fn files(&self) -> Vec<(String, Vec<u8>)> {
         vec![]
+    }
+
+    /// Keys of the `config.json` in checkpoints that are the task's and not the model's: names of classes.
+    fn config(&self) -> Map<String, Value> {
+        Map::new()
     }
 
     /// What an evaluation says besides the loss, by name: accuracy, recall. `limit` is how many held-out batches it may look at, all if `None`. The model is whole, and on a device

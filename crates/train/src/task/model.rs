@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use firebox_models::Staged;
 use firebox_models::transformer::hf::{Entry, Family};
-use firebox_models::transformer::{TensorParallel, Transformer};
+use firebox_models::transformer::{Head, TensorParallel, Transformer};
 use firebox_parallel::Communicator;
 use serde_json::Value;
 
@@ -145,6 +145,14 @@ impl Model for Transformer {
 
     fn map_transformer(self, change: impl FnOnce(Transformer) -> Transformer) -> Self {
         change(self)
+    }
+
+    fn couples_rows(&self) -> bool {
+        matches!(self.config().head, Head::Embedding { .. })
+    }
+
+    fn with_data_ranks(self, group: &Communicator) -> Self {
+        if self.couples_rows() { Transformer::with_data_ranks(self, group.clone()) } else { self }
     }
 
     fn sharded(&self, seed: u64, group: &Communicator, sequence_parallel: bool) -> Result<Self, TrainError> {

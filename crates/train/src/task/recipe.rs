@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
+
 /// What a model is trained for: `kind` says which, the other keys belong to it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -9,6 +11,14 @@ pub enum TaskRecipe {
     /// The next token of text.
     #[default]
     Language,
+    /// A class per row of text.
+    Classes(ClassesRecipe),
+    /// A class per word of a row.
+    TokenClasses(TokenClassesRecipe),
+    /// Numbers per row of text.
+    Values(ValuesRecipe),
+    /// A vector per text, near to that of what belongs to it.
+    Embedding(EmbeddingRecipe),
 }
 
 impl TaskRecipe {

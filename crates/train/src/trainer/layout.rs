@@ -88,7 +88,8 @@ impl<M: Model> Trainer<'_, M> {
         fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let copies = world.size() / (layout.pp * layout.tp * layout.cp);
-        if model.couples_rows() && (!micro_batches.is_multiple_of(copies) || train.batch_warmup.is_some()) {
+        let uneven = !micro_batches.is_multiple_of(copies) || !train.batch_rows.is_multiple_of(train.micro_rows());
+        if model.couples_rows() && copies > 1 && (uneven || train.batch_warmup.is_some()) {
             let expected = format!(
                 "micro-batches in multiples of the {copies} ranks with data of their own, whose rows the loss compares: set train.batch_rows higher or \
                  train.micro_batch_rows lower, without train.batch_warmup"
