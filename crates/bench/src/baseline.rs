@@ -89,7 +89,9 @@ impl Block {
             out: linear(c.n_heads * c.head_dim, d, residual_std),
             mlp_norm: Norm::new(c, device),
             input: match c.feed_forward {
-                FeedForward::Gelu | FeedForward::GeluExact => Input::Plain(linear(d, c.d_ff, std)),
+                FeedForward::Gelu | FeedForward::GeluExact | FeedForward::QuickGelu => {
+                    Input::Plain(linear(d, c.d_ff, std))
+                }
                 FeedForward::SwiGlu => {
                     let config = SwiGluConfig::new(d, c.d_ff).with_bias(c.bias).with_initializer(init(std));
                     Input::Gated(config.init(device))

@@ -35,7 +35,7 @@ pub struct Extra {
     pub values: Vec<f32>,
     /// The type of each token, `[B, T]`.
     pub token_types: Vec<i32>,
-    /// Normalized pixels of each row's image, `[B, C, size, size]`.
+    /// Normalized pixels of each row's image, `[B, C, size, size]`. Which of its patches a row has, its positions say: 0 is the class token, which comes first, and 1 + i patch i.
     pub pixels: Vec<f32>,
     /// The logarithm of each row's probability under a reference model, `[B]`; rows come in pairs, the preferred one first.
     pub reference: Vec<f32>,

@@ -53,12 +53,13 @@ type Pre = (&'static str, usize, fn(&[f64], &[Vec<f64>], usize) -> Vec<f64>);
 
 #[test]
 fn fused_linear() {
-    let pres: [Pre; 6] = [
+    let pres: [Pre; 7] = [
         ("nothing", 1, |x, _, _| x.to_vec()),
         ("layer norm", 1, |x, p, _| reference::norm(x, &p[0], Some(&p[1]), true, 1e-5)),
         ("rms norm", 1, |x, p, _| reference::norm(x, &p[0], None, false, 1e-6)),
         ("gelu", 1, |x, _, _| reference::gelu(x)),
         ("gelu exact", 1, |x, _, _| reference::gelu_exact(x)),
+        ("quick gelu", 1, |x, _, _| reference::quick_gelu(x)),
         ("swiglu", 2, |x, _, i| reference::swiglu(x, i)),
     ];
     for (n, i, o) in [(1, 2, 1), (3, 5, 7), (131, 17, 33)] {
@@ -84,6 +85,7 @@ fn fused_linear() {
                         "rms norm" => ops::Pre::RmsNorm { weight: t[4].clone(), eps: 1e-6 },
                         "gelu" => ops::Pre::Gelu,
                         "gelu exact" => ops::Pre::GeluExact,
+                        "quick gelu" => ops::Pre::QuickGelu,
                         _ => ops::Pre::SwiGlu,
                     };
                     let x = t[0].clone().reshape([n, width * i]);

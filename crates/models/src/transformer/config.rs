@@ -10,7 +10,7 @@ use super::reduction::Reduction;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransformerConfig {
-    /// V: number of tokens.
+    /// V: number of tokens; of images, values of a patch.
     pub vocab_size: usize,
     /// D: width of the residual stream.
     pub d_model: usize,
@@ -136,6 +136,76 @@ pub struct ImageConfig {
     pub patch: usize,
     /// Values of a pixel: 3, or 1 for grey.
     pub channels: usize,
+    /// Whether patches have a bias on their way into the model: ViT's have, CLIP's have not.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub bias: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+fn is_true(flag: &bool) -> bool {
+    *flag
+}
+
+impl ImageConfig {
+    /// How many patches an image has.
+    pub fn patches(&self) -> usize {
+        (self.size / self.patch.max(1)).pow(2)
+    }
+
+    /// How many values a patch has: rows of the embedding.
+    pub fn patch_values(&self) -> usize {
+        self.channels * self.patch * self.patch
+    }
+
+    /// Tokens of a row: the class token, and the patches.
+    pub fn tokens(&self) -> usize {
+        1 + self.patches()
+    }
+
+    /// How many values an image has.
+    pub fn values(&self) -> usize {
+        self.channels * self.size * self.size
+    }
+
+    fn validate(&self, config: &TransformerConfig) -> Result<(), ConfigError> {
+        let fail = |field, got: String, expected: String| Err(ConfigError { field, got, expected });
+        let ImageConfig { size, patch, channels, .. } = *self;
+        if !(1..=1 << 14).contains(&size) {
+            return fail("image.size", size.to_string(), "must be from 1 to 16384".into());
+        }
+        if patch == 0 || !size.is_multiple_of(patch) {
+            return fail("image.patch", patch.to_string(), format!("must divide image.size = {size}"));
+        }
+        if !matches!(channels, 1 | 3) {
+            return fail("image.channels", channels.to_string(), "must be 3, or 1 for grey".into());
+        }
+        if config.encoder.is_none_or(|encoder| encoder.token_types + encoder.position_offset > 0) {
+            let expected = "must be there with image, without token_types and position_offset";
+            return fail("encoder", format!("{:?}", config.encoder), expected.into());
+        }
+        let head = config.head;
+        if head.has_table() || matches!(head, Head::TokenClasses { .. } | Head::Embedding { .. }) {
+            return fail("head", format!("{head:?}"), "must be classes, values or hidden with image".into());
+        }
+        if config.positions != Positions::Learned {
+            return fail("positions", format!("{:?}", config.positions), "must be learned with image".into());
+        }
+        if config.reduction.embed_dim > 0 {
+            let expected = "must be 0 with image, whose patches are as wide as the model";
+            return fail("embed_dim", config.reduction.embed_dim.to_string(), expected.into());
+        }
+        for (field, got, expected) in
+            [("context", config.context, self.tokens()), ("vocab_size", config.vocab_size, self.patch_values())]
+        {
+            if got != expected {
+                let expected = format!("must be {expected} with image: its tokens, and the values of a patch");
+                return fail(field, got.to_string(), expected);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A normalization.
@@ -156,6 +226,8 @@ pub enum FeedForward {
     Gelu,
     /// Linear, GELU (exact form), linear.
     GeluExact,
+    /// Linear, `x sigmoid(1.702 x)`, linear (CLIP).
+    QuickGelu,
     /// `silu(x gate) * (x up)`, linear.
     SwiGlu,
 }
@@ -226,6 +298,9 @@ impl TransformerConfig {
         }
         self.reduction.validate(self)?;
         self.validate_encoder()?;
+        if let Some(image) = &self.image {
+            image.validate(self)?;
+        }
         self.head.validate(self)?;
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
@@ -306,7 +381,7 @@ impl TransformerConfig {
     /// Width of the first feed-forward projection: `[gate | up]` for SwiGLU.
     pub fn ff_in_width(&self) -> usize {
         match self.feed_forward {
-            FeedForward::Gelu | FeedForward::GeluExact => self.d_ff,
+            FeedForward::Gelu | FeedForward::GeluExact | FeedForward::QuickGelu => self.d_ff,
             FeedForward::SwiGlu => 2 * self.d_ff,
         }
     }
@@ -328,7 +403,8 @@ impl TransformerConfig {
         let positions = if self.positions == Positions::Learned { rows * width } else { 0 };
         let types = self.token_types() * self.embed_width();
         let embed_norm = if self.encoder.is_some_and(|e| e.embed_norm) { norm_of(self.embed_width()) } else { 0 };
-        let tables = embed + embed_proj + head_proj + if self.tied { 0 } else { head };
+        let patches = self.image.map_or(0, |image| d * (1 + usize::from(image.bias)));
+        let tables = embed + patches + embed_proj + head_proj + if self.tied { 0 } else { head };
         let task: usize = self.head_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let last = if self.norm_after() { 0 } else { norm };
         tables + positions + types + embed_norm + self.n_blocks() * block + self.n_layers * deltas + last + task
@@ -337,8 +413,10 @@ impl TransformerConfig {
     /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's; of a shared block, once in every
     /// layer), and 12 H E per layer and key that a query sees (Chowdhery et al., arXiv:2204.02311, appendix B): half of the tokens where attention is causal, fewer with a window, and all in an encoder.
     pub fn flops_per_token(&self) -> f64 {
-        let [_, embed_proj, head, head_proj] = self.tables();
-        self.n_layers as f64 * self.block_flops_per_token() + (6 * (embed_proj + head + head_proj)) as f64
+        let [embed, embed_proj, head, head_proj] = self.tables();
+        // Of tokens, rows are copied; of patches, there is a product.
+        let patches = if self.image.is_some() { embed } else { 0 };
+        self.n_layers as f64 * self.block_flops_per_token() + (6 * (patches + embed_proj + head + head_proj)) as f64
     }
 
     /// Those of one block.

@@ -69,7 +69,8 @@ impl Family {
         let full_heads = config.n_heads == config.n_kv_heads && config.n_heads * config.head_dim == config.d_model;
         let plain = !config.qk_norm && config.window.is_none() && config.experts.is_none();
         let gpt2 = config.norm == NormKind::LayerNorm
-            && config.feed_forward != FeedForward::SwiGlu
+            && matches!(config.feed_forward, FeedForward::Gelu | FeedForward::GeluExact)
+            && config.encoder.is_none()
             && config.positions == Positions::Learned
             && config.bias
             && config.window.is_none()
@@ -120,6 +121,12 @@ impl Family {
                 ["transformer.wpe.weight", "model.embed_positions.weight"],
             );
         }
+        if let Some(image) = &config.image {
+            for part in ["class", "bias"].into_iter().take(1 + usize::from(image.bias)) {
+                let name = format!("patches.{part}");
+                table.whole(&name, &[d], [&name, &name]);
+            }
+        }
         if config.token_types() > 0 {
             table.whole("token_types.weight", &[config.token_types(), e], ["", ""]);
         }
@@ -157,7 +164,7 @@ impl Family {
             }
             let input: &[_] = match config.feed_forward {
                 FeedForward::SwiGlu => &[("mlp.gate_proj", config.d_ff), ("mlp.up_proj", config.d_ff)],
-                FeedForward::Gelu | FeedForward::GeluExact => &[("mlp.up_proj", config.d_ff)],
+                FeedForward::Gelu | FeedForward::GeluExact | FeedForward::QuickGelu => &[("mlp.up_proj", config.d_ff)],
             };
             table.linear(name("mlp.input", "mlp.c_fc", ""), d, &llama, input, config.bias, rank_input);
             table.linear(

@@ -48,6 +48,7 @@ impl Layered for Transformer {
             rows(match self.config().feed_forward {
                 FeedForward::Gelu => ops::gelu(y.clone()),
                 FeedForward::GeluExact => ops::gelu_exact(y.clone()),
+                FeedForward::QuickGelu => ops::quick_gelu(y.clone()),
                 FeedForward::SwiGlu => ops::swiglu(y.clone()),
             }),
         );

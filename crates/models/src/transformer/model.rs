@@ -18,6 +18,7 @@ use super::context::ContextParallel;
 use super::experts::Experts;
 use super::fake_quant::Quantizer;
 use super::head::TaskHead;
+use super::image::Patches;
 use super::parallel::TensorParallel;
 use super::reduction::LayerDeltas;
 use super::tables::{Embedding, Projection};
@@ -33,6 +34,8 @@ pub struct Transformer {
     pub embed_proj: Option<Projection>,
     /// Position embedding, `[context, D]`, unless positions are rotary. An encoder's is as wide as its embedding.
     pub positions: Option<Embedding>,
+    /// What images have besides the embedding, whose rows are then the values of a patch.
+    pub patches: Option<Patches>,
     /// Token types, `[types, D]`, of an encoder that has such.
     pub token_types: Option<Embedding>,
     /// Norm after the embedding, of an encoder that has one.
@@ -56,7 +59,7 @@ pub struct Transformer {
 }
 
 /// The parameters of the first stage.
-const FIRST: [&str; 5] = ["embed.", "embed_proj.", "embed_norm.", "positions.", "token_types."];
+const FIRST: [&str; 6] = ["embed.", "embed_proj.", "embed_norm.", "patches.", "positions.", "token_types."];
 
 /// What every stage needs besides parameters.
 #[derive(Clone, Debug)]
@@ -188,6 +191,11 @@ impl Init<'_> {
         })
     }
 
+    /// A vector of random values that every rank has.
+    pub(super) fn vector(&self, name: &str, n: usize, std: f64) -> Param<Tensor<1>> {
+        self.placed(name, [n], std, Placement::replicated(), (0, 1))
+    }
+
     /// A vector of zeros of which this rank may have a part.
     pub(super) fn divided(&self, name: &str, n: usize) -> Param<Tensor<1>> {
         self.constant(self.config.placement(name, self.size).shape(&[n], self.rank, self.size)[0], 0.0)
@@ -276,6 +284,7 @@ impl Transformer {
             embed: init.embedding("embed", [v, e], std),
             embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d], config.embed_proj_bias())),
             positions: rope.is_none().then(|| init.embedding("positions", config.positions_shape(), std)),
+            patches: config.image.map(|image| init.patches(&image)),
             token_types: (types > 0).then(|| init.embedding("token_types", [types, e], std)),
             embed_norm: config.encoder.is_some_and(|encoder| encoder.embed_norm).then(|| init.norm(e)),
             blocks: (0..config.n_blocks()).map(|i| init.block(i, config)).collect(),
@@ -542,6 +551,7 @@ impl Mlp {
         match self.kind {
             FeedForward::Gelu => Pre::Gelu,
             FeedForward::GeluExact => Pre::GeluExact,
+            FeedForward::QuickGelu => Pre::QuickGelu,
             FeedForward::SwiGlu => Pre::SwiGlu,
         }
     }

@@ -151,6 +151,10 @@ impl Transformer {
     /// # Panics
     /// If the batch's sequence is causal and the model an encoder, or the reverse.
     pub(super) fn embed_batch(&self, batch: &TokenBatch) -> Tensor<3> {
+        if let (Some(image), Some(patches)) = (&self.config().image, &self.patches) {
+            let x = self.embed_patches(batch, image, patches);
+            return self.embedded(x, batch.sequence.positions(), None);
+        }
         let sequence = &batch.sequence;
         let encoder = self.config().encoder.is_some();
         assert_eq!(

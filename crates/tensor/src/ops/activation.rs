@@ -35,6 +35,14 @@ pub fn gelu_exact<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5
 }
 
+/// `x sigmoid(1.702 x)`, the form of GELU in CLIP (Radford et al., arXiv:2103.00020): `quick_gelu` in Hugging Face's configs.
+pub fn quick_gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if is_fused(&x.device()) {
+        return Tensor::from_dispatch(Dispatch::fused_gelu(x.into_dispatch(), Gelu(Form::Quick)));
+    }
+    x.clone() * burn::tensor::activation::sigmoid(x * 1.702)
+}
+
 /// SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) * up` for rows `[gate | up]`.
 ///
 /// # Shapes
@@ -85,7 +93,7 @@ pub fn dropout_of<const D: usize>(x: Tensor<D>, p: f64, counter: Counter, runs: 
     x.clone() * Tensor::from_data(TensorData::new(mask, dims.to_vec()), &x.device())
 }
 
-/// See [`gelu`] and [`gelu_exact`].
+/// See [`gelu`], [`gelu_exact`] and [`quick_gelu`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gelu(Form);
 /// See [`swiglu`].

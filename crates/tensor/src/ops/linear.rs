@@ -4,7 +4,7 @@ use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Device, Tensor};
 
-use super::activation::{self, gelu, gelu_exact, swiglu};
+use super::activation::{self, gelu, gelu_exact, quick_gelu, swiglu};
 use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::norm::{self, layer_norm, rms_norm};
@@ -43,6 +43,8 @@ pub enum Pre {
     Gelu,
     /// [`gelu_exact`]
     GeluExact,
+    /// [`quick_gelu`]
+    QuickGelu,
     /// [`swiglu`], from rows `[gate | up]` of `2 I` values.
     SwiGlu,
 }
@@ -99,6 +101,7 @@ pub fn fused_linear<const D: usize>(
         Pre::RmsNorm { weight, eps } => rms_norm(x, weight, eps),
         Pre::Gelu => gelu(x),
         Pre::GeluExact => gelu_exact(x),
+        Pre::QuickGelu => quick_gelu(x),
         Pre::SwiGlu => swiglu(x),
     };
     let y = compose(a, w, b);
@@ -195,6 +198,7 @@ impl Linear {
             }
             Pre::Gelu => PreOp::Gelu(activation::Form::Tanh),
             Pre::GeluExact => PreOp::Gelu(activation::Form::Exact),
+            Pre::QuickGelu => PreOp::Gelu(activation::Form::Quick),
             Pre::SwiGlu => PreOp::SwiGlu,
         };
         (Self { pre, transposed: false, compute: compute() }, norm_parameters)

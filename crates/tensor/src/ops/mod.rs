@@ -32,7 +32,7 @@ pub(crate) mod state;
 mod ulysses;
 mod vjp;
 
-pub use activation::{dropout, dropout_of, gelu, gelu_exact, swiglu};
+pub use activation::{dropout, dropout_of, gelu, gelu_exact, quick_gelu, swiglu};
 pub use attention::{AttentionConfig, attention};
 pub use compute::{Compute, with_compute};
 pub use cross_entropy::{LossConfig, cross_entropy, linear_cross_entropy, vocab_cross_entropy};

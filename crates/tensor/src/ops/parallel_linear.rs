@@ -69,7 +69,7 @@ fn run(
     let device = x.device();
     assert_host(&device);
     let norm = matches!(pre, Pre::LayerNorm { .. } | Pre::RmsNorm { .. });
-    let inner = matches!(pre, Pre::Gelu | Pre::GeluExact | Pre::SwiGlu);
+    let inner = matches!(pre, Pre::Gelu | Pre::GeluExact | Pre::QuickGelu | Pre::SwiGlu);
     assert!(if side == Side::Column { !inner } else { !norm }, "{side:?} linear: {pre:?} cannot come before it");
     let ([batch, rows, width], [inputs, outputs]) = (x.dims(), w.dims());
     let expected = if matches!(pre, Pre::SwiGlu) { 2 * inputs } else { inputs };

@@ -51,6 +51,11 @@ pub fn gelu_exact(x: &[f64]) -> Vec<f64> {
     x.iter().map(|&x| 0.5 * x * (1.0 + erf(x / 2f64.sqrt()))).collect()
 }
 
+/// `x sigmoid(1.702 x)`
+pub fn quick_gelu(x: &[f64]) -> Vec<f64> {
+    x.iter().map(|&x| x / (1.0 + (-1.702 * x).exp())).collect()
+}
+
 /// `silu(gate) * up`, rows `[gate | up]` of `2 f`.
 pub fn swiglu(x: &[f64], f: usize) -> Vec<f64> {
     x.chunks(2 * f).flat_map(|r| (0..f).map(|k| r[k] / (1.0 + (-r[k]).exp()) * r[f + k])).collect()

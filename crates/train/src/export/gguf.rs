@@ -95,8 +95,10 @@ fn architecture(source: &Source) -> Result<&'static str, ExportError> {
     if config.window.is_some_and(|window| window < config.context) {
         return refuse("sliding window (model.window) in llama's architecture");
     }
-    if config.feed_forward == FeedForward::GeluExact {
-        return refuse("exact GELU in gpt2's architecture");
+    match config.feed_forward {
+        FeedForward::GeluExact => return refuse("exact GELU in gpt2's architecture"),
+        FeedForward::QuickGelu => return refuse("quick GELU in gpt2's architecture"),
+        FeedForward::Gelu | FeedForward::SwiGlu => {}
     }
     if matches!(config.rope_scaling, Some(RopeScaling::Llama3 { .. })) {
         return refuse("word for llama3's stretched positions (model.rope_scaling) here");

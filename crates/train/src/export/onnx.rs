@@ -357,6 +357,11 @@ impl Net<'_> {
                 let inner = self.with("Mul", &x, std::f64::consts::FRAC_1_SQRT_2);
                 self.gate(&x, "Erf", &inner)
             }
+            FeedForward::QuickGelu => {
+                let inner = self.with("Mul", &x, 1.702);
+                let sigmoid = self.op("Sigmoid", &[&inner]);
+                self.op("Mul", &[&x, &sigmoid])
+            }
         };
         self.linear(&y, &format!("{block}.mlp.output"), [f, d])
     }

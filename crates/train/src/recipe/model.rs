@@ -141,11 +141,12 @@ impl ModelRecipe {
         };
         let d_model = self.d_model.unwrap_or(base.d_model);
         let n_heads = self.n_heads.unwrap_or(base.n_heads);
+        let image = self.image.or(base.image);
         // What is not given follows from what is: heads split the width, every query head has its keys, the inner width keeps its ratio.
         let reshaped = self.d_model.is_some() || self.n_heads.is_some();
         let same_groups = base.n_kv_heads == base.n_heads;
         Ok(TransformerConfig {
-            vocab_size: self.vocab_size.unwrap_or(tokens),
+            vocab_size: self.vocab_size.unwrap_or(image.map_or(tokens, |image| image.patch_values())),
             d_model,
             n_layers: self.n_layers.unwrap_or(base.n_layers),
             n_heads,
@@ -164,7 +165,7 @@ impl ModelRecipe {
             } else {
                 base.d_ff
             }),
-            context: self.context.unwrap_or(base.context),
+            context: self.context.unwrap_or(image.map_or(base.context, |image| image.tokens())),
             window: self.window.or(base.window),
             qk_norm: self.qk_norm.unwrap_or(base.qk_norm),
             attention_softcap: self.attention_softcap.unwrap_or(base.attention_softcap),
@@ -184,7 +185,7 @@ impl ModelRecipe {
             qkv_bias: self.qkv_bias.unwrap_or(base.qkv_bias),
             rope_scaling: self.rope_scaling.or(base.rope_scaling),
             encoder: self.encoder.or(base.encoder),
-            image: self.image.or(base.image),
+            image,
             head: self.head.unwrap_or(base.head),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
