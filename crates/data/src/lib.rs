@@ -71,5 +71,5 @@ pub use read::{PART_BYTES, Part, read_documents};
 pub use records::{Order, Record, hold_out, read_records};
 pub use shard::TokenStream;
 pub use stats::Stats;
-pub use template::{Chat, ChatTemplate};
+pub use template::{Answered, Chat, ChatTemplate, Example};
 pub use tokenizer::{END_OF_TEXT, Encoded, SMALLEST_BPE, Tokenizer};

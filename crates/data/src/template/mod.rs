@@ -5,11 +5,14 @@
 //! model says itself.
 
 mod dialect;
+mod example;
 
 use crate::error::DataError;
 use minijinja::{Environment, Value, context};
 use std::ops::Range;
 use std::path::Path;
+
+pub use example::{Answered, Example};
 
 /// The template where a model has none: ChatML, as OpenAI wrote it down.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}\
@@ -54,6 +57,7 @@ impl Chat {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     origin: String,
     /// Names of special tokens (`bos_token`) and their texts.
     special: Vec<(String, String)>,
@@ -72,10 +76,11 @@ impl ChatTemplate {
     /// [`DataError::Template`] when it does not parse.
     pub fn new(source: &str, origin: &str, special: Vec<(String, String)>) -> Result<Self, DataError> {
         let mut environment = dialect::environment();
-        let source = dialect::with_marks(source);
-        let marks_answers = source.contains(dialect::MARK);
-        environment.add_template_owned("chat", source).map_err(|e| failed(origin, &e))?;
-        Ok(Self { environment, origin: origin.to_owned(), special, marks_answers, is_default: false })
+        let marked = dialect::with_marks(source);
+        let marks_answers = marked.contains(dialect::MARK);
+        environment.add_template_owned("chat", marked).map_err(|e| failed(origin, &e))?;
+        let (source, origin) = (source.to_owned(), origin.to_owned());
+        Ok(Self { environment, source, origin, special, marks_answers, is_default: false })
     }
 
     /// [`CHATML`].
@@ -91,35 +96,57 @@ impl ChatTemplate {
     /// # Errors
     /// [`DataError`] when a file cannot be read or the template does not parse.
     pub fn load(folder: &Path) -> Result<Self, DataError> {
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(DataError::io("open", path));
-        let config = folder.join("tokenizer_config.json");
-        let settings: serde_json::Value = if config.is_file() {
-            let wrong = |e: serde_json::Error| DataError::Template {
-                origin: config.display().to_string(),
-                reason: format!("not JSON: {e}"),
-            };
-            serde_json::from_str(&read(&config)?).map_err(wrong)?
-        } else {
-            serde_json::Value::Null
+        let read = |name: &str| {
+            let path = folder.join(name);
+            let text = || std::fs::read_to_string(&path).map_err(DataError::io("open", &path));
+            path.is_file().then(text).transpose()
         };
+        let (config, template) = (read("tokenizer_config.json")?, read("chat_template.jinja")?);
+        Self::of_files(config.as_deref(), template.as_deref(), &folder.display().to_string())
+    }
+
+    /// The same of the texts of `tokenizer_config.json` and `chat_template.jinja`, as far as they are there, of what `origin` names.
+    ///
+    /// # Errors
+    /// [`DataError::Template`] where one does not parse.
+    pub fn of_files(config: Option<&str>, template: Option<&str>, origin: &str) -> Result<Self, DataError> {
+        let of_config = format!("{origin}/tokenizer_config.json");
+        let wrong =
+            |e: serde_json::Error| DataError::Template { origin: of_config.clone(), reason: format!("not JSON: {e}") };
+        let settings: serde_json::Value =
+            config.map_or(Ok(serde_json::Value::Null), serde_json::from_str).map_err(wrong)?;
         let special = special_tokens(&settings);
-        let file = folder.join("chat_template.jinja");
-        if file.is_file() {
-            return Self::new(&read(&file)?, &file.display().to_string(), special);
-        }
-        match in_settings(&settings["chat_template"]) {
-            Some(source) => Self::new(source, &config.display().to_string(), special),
-            None => Ok(Self { special, ..Self::chatml()? }),
+        match (template, in_settings(&settings["chat_template"])) {
+            (Some(source), _) => Self::new(source, &format!("{origin}/chat_template.jinja"), special),
+            (None, Some(source)) => Self::new(source, &of_config, special),
+            (None, None) => Ok(Self { special, ..Self::chatml()? }),
         }
     }
 
-    /// A template's own file.
+    /// A template's own file; special tokens are those of `tokenizer_config.json`'s text, where there is one.
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub fn load_file(path: &Path) -> Result<Self, DataError> {
+    pub fn load_file(path: &Path, config: Option<&str>) -> Result<Self, DataError> {
         let source = std::fs::read_to_string(path).map_err(DataError::io("open", path))?;
-        Self::new(&source, &path.display().to_string(), vec![])
+        let special = Self::of_files(config, None, &path.display().to_string())?.special;
+        Self::new(&source, &path.display().to_string(), special)
+    }
+
+    /// Its text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// What follows the words of an answer: the names of the tokens that end it, mostly one; none where nothing does.
+    ///
+    /// # Errors
+    /// As [`answers`](Self::answers).
+    pub fn end_of_answer(&self) -> Result<String, DataError> {
+        const WORD: &str = "word";
+        let (text, answers) = self.answers(&Chat::new([("user", WORD), ("assistant", WORD)]))?;
+        let answer = answers.first().map_or("", |range| &text[range.clone()]);
+        Ok(answer.rfind(WORD).map_or("", |at| &answer[at + WORD.len()..]).trim().to_owned())
     }
 
     /// The same with what `strftime_now` gives: Unix seconds, so that what a run is trained on does not depend on when that was.
@@ -173,7 +200,7 @@ impl ChatTemplate {
             let until = self.render(&chat.first(i + 1), false)?;
             if !(text.starts_with(&until) && until.starts_with(&before)) {
                 let reason = "it writes the beginning of a conversation in another way than the whole, so that where answers stand is not known: \
-                              mark them in it with {% generation %} and {% endgeneration %}, or set task.loss_on = \"all\"";
+                              mark them in it with {% generation %} and {% endgeneration %}, or set task.train_on = \"all\"";
                 return Err(wrong(reason));
             }
             let end = before.len() + until[before.len()..].trim_end().len();
@@ -263,6 +290,7 @@ mod tests {
             text,
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         );
+        assert_eq!(template.end_of_answer().unwrap(), "<|im_end|>");
         assert_eq!(said(&template), ["Hello!<|im_end|>", "4<|im_end|>"]);
         let marked = "{%- for m in messages -%}{%- if m.role == 'assistant' -%}A: {% generation -%} {{ m.content }}</s> {%- endgeneration %}\n{% else %}{{ m.role }}: {{ m.content }}\n\
                       {% endif %}{%- endfor -%}";

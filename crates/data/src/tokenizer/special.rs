@@ -2,6 +2,7 @@
 
 use super::Tokenizer;
 use crate::error::DataError;
+use serde_json::Value;
 use std::ops::Range;
 use std::sync::OnceLock;
 use tokenizers::EncodeInput;
@@ -107,7 +108,9 @@ impl Tokenizer {
             return Ok(library);
         }
         let failed = |reason: String| DataError::Tokenizer { operation: "load", reason };
-        let mut library = tokenizers::Tokenizer::from_bytes(self.json.as_bytes()).map_err(|e| failed(e.to_string()))?;
+        let mut json: Value = serde_json::from_str(&self.json).map_err(|e| failed(e.to_string()))?;
+        json.get_mut("post_processor").map(keep_offsets);
+        let mut library = tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| failed(e.to_string()))?;
         // How long a row may be is the caller's to say.
         library.with_truncation(None).map_err(|e| failed(e.to_string()))?;
         library.with_padding(None);
@@ -123,5 +126,17 @@ impl Tokenizer {
             offsets: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect(),
             words: encoding.get_word_ids().to_vec(),
         })
+    }
+}
+
+/// A post-processor of byte-level tokens may take the spaces out of their offsets: without that, tokens tile the text.
+fn keep_offsets(processor: &mut Value) {
+    if processor["type"] == "ByteLevel"
+        && let Some(trim) = processor.get_mut("trim_offsets")
+    {
+        *trim = false.into();
+    }
+    for part in processor.get_mut("processors").and_then(Value::as_array_mut).into_iter().flatten() {
+        keep_offsets(part);
     }
 }
