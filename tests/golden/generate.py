@@ -31,6 +31,7 @@ import experts
 import imported
 import lsq
 import optimizers
+import preference
 import torch_schedules
 import vision
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -387,6 +388,7 @@ def generate(out_dir):
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)
     distillation.fixture(save, out_dir)
+    preference.fixture(save, in_float64, out_dir)
     compress.fixture(save, out_dir)
     schedule_fixture(out_dir)
     vision.fixture(out_dir)

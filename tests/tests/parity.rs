@@ -15,6 +15,9 @@ use firebox::train::model_io::{load, parameters, to_host};
 use firebox_tests::golden;
 use safetensors::tensor::{Dtype, TensorView};
 
+#[path = "parity/preference.rs"]
+mod preference;
+
 /// f32 rounding through three layers, relative to the largest logit (transformers itself, in f32, is about 1e-6 off).
 const LOGITS: f64 = 1e-5;
 /// The same through backward.

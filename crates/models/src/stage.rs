@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use firebox_tensor::ops::{Sequence, zigzag_part};
+use firebox_tensor::ops::{Preference, Sequence, zigzag_part};
 
 use crate::lesson::Lesson;
 use crate::placement::Placement;
@@ -37,8 +37,8 @@ pub struct Extra {
     pub token_types: Vec<i32>,
     /// Normalized pixels of each row's image, `[B, C, size, size]`. Which of its patches a row has, its positions say: 0 is the class token, which comes first, and 1 + i patch i.
     pub pixels: Vec<f32>,
-    /// The logarithm of each row's probability under a reference model, `[B]`; rows come in pairs, the preferred one first.
-    pub reference: Vec<f32>,
+    /// Rows come in pairs, the preferred one first: what the model's probabilities of their targets are compared with.
+    pub preference: Option<Arc<Preference>>,
 }
 
 impl TokenBatch {
@@ -49,11 +49,20 @@ impl TokenBatch {
         Self { inputs: inputs.into(), targets: targets.into(), sequence, loss_scale, lesson: None, extra: None }
     }
 
-    /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss. Where rows have labels, these are the targets.
+    /// This batch's share of the targets of the batch of which it is a part, times whatever else scales the loss. Where rows have labels, these are the targets, and where they come in pairs,
+    /// the pairs.
     pub fn share(&self) -> f64 {
+        if let Some(pairs) = self.preference() {
+            return (pairs.reference.len() / 2) as f64 * self.loss_scale;
+        }
         let labels = self.extra.as_ref().map_or(&[][..], |extra| &extra.labels);
         let targets = if labels.is_empty() { &self.targets } else { labels };
         targets.iter().filter(|&&target| target >= 0).count() as f64 * self.loss_scale
+    }
+
+    /// What its pairs of rows are compared with, if they are pairs.
+    pub fn preference(&self) -> Option<&Arc<Preference>> {
+        self.extra.as_ref()?.preference.as_ref()
     }
 
     /// Rows of one segment each, at positions `0..tokens`.

@@ -33,6 +33,7 @@
 //! ```
 
 mod batch_warmup;
+pub mod chat;
 pub mod checkpoint;
 pub mod compress;
 mod cooldown;
@@ -65,6 +66,7 @@ pub mod task;
 pub mod timeline;
 mod trainer;
 mod watch;
+mod words;
 
 pub use batch_warmup::BatchWarmup;
 pub use cooldown::Cooldown;
@@ -78,3 +80,4 @@ pub use ranks::{Layout, Zero};
 pub use recipe::Recipe;
 pub use trainer::{Held, LastEval, State, Trainer, prompt_ids};
 pub use watch::{OnSpike, Watch, WatchRecipe};
+pub use words::{Ends, Words};

@@ -16,6 +16,7 @@ use firebox_tensor::ops::to_f32;
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
 use crate::quantized::Quantization;
+use crate::words::Words;
 
 /// A model and the tokenizer it was trained with.
 #[derive(Debug)]
@@ -84,7 +85,11 @@ impl Folder {
             false => None,
         };
         let config = checkpoint.read_json("config.json")?;
-        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer, sides: BTreeMap::new() })
+        let mut sides = BTreeMap::new();
+        for name in SIDES.into_iter().filter(|name| checkpoint.contains(name)) {
+            sides.insert(name, String::from_utf8_lossy(&checkpoint.bytes(name)?).into_owned());
+        }
+        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer, sides })
     }
 }
 
@@ -141,6 +146,17 @@ fn not_json(reason: &str) -> HfError {
 pub(crate) fn load_parameters(model: Transformer, file: TensorFile) -> Result<Transformer, TrainError> {
     let entries = entries(&model);
     from_entries(model, entries, file)
+}
+
+/// Loads what [`load`] loads, with what it needs to read and write text.
+///
+/// # Errors
+/// As [`load`]; [`TrainError::Input`] for a model without a tokenizer.
+pub fn load_with_words(path: &Path, device: &Device) -> Result<(Transformer, Words), TrainError> {
+    let Folder { config, file, tokenizer, sides } = Folder::open(path)?;
+    let tokenizer = tokenizer.ok_or_else(|| Words::missing(path))?;
+    let words = Words::new(tokenizer, sides, &config, path.display().to_string());
+    Ok((from_file(&config, file, device)?, words))
 }
 
 fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Result<Transformer, TrainError> {

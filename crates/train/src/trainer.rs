@@ -555,8 +555,11 @@ impl Pace {
     }
 }
 
-/// What a batch's loss is a sum over: tokens to be predicted, or where there are none, rows.
+/// What a batch's loss is a sum over: pairs of rows, tokens to be predicted, or where there are neither, rows.
 fn targets(batch: &TokenBatch) -> usize {
+    if batch.preference().is_some() {
+        return batch.sequence.batch() / 2;
+    }
     match batch.targets.iter().filter(|&&target| target >= 0).count() {
         0 => batch.sequence.batch(),
         tokens => tokens,

@@ -66,7 +66,9 @@ impl Example {
         let has = |name: &str| record.fields.get(name).is_some_and(|value| !value.is_null());
         if has("messages") {
             if !with_template {
-                return Err(record.bad("`messages` need a chat template: task.template = \"none\" is for `prompt` and `completion`"));
+                return Err(record.bad(
+                    "`messages` need a chat template: task.template = \"none\" is for `prompt` and `completion`",
+                ));
             }
             return conversation(record, messages(record, "messages", "user")?, 0);
         }
@@ -88,7 +90,10 @@ impl Example {
         }
         let there = record.fields.get("prompt").is_some_and(|prompt| !prompt.is_null());
         if there || record.field("chosen")?.is_string() {
-            return Ok([Self::of_fields(record, "chosen", with_template)?, Self::of_fields(record, "rejected", with_template)?]);
+            return Ok([
+                Self::of_fields(record, "chosen", with_template)?,
+                Self::of_fields(record, "rejected", with_template)?,
+            ]);
         }
         if !with_template {
             return Err(record.bad("conversations need a chat template: task.template = \"none\" is for texts"));

@@ -10,6 +10,10 @@ use super::train::{self, TrainArgs};
 
 /// Examples:
 ///   firebox finetune --from smollm2 --data book.txt              the next token of other text
+///   firebox finetune --from smollm2 --task chat --data tasks.jsonl --set data.val_fraction=0.1
+///                                                                answers in conversations
+///   firebox finetune --from tuned --task preference --data pairs.jsonl --set optimizer.lr=1e-6
+///                                                                better answers over worse ones
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct FinetuneArgs {

@@ -1,5 +1,6 @@
 //! Flags, and one library call per command.
 
+mod chat;
 mod compress;
 mod distill;
 mod export;
@@ -58,6 +59,8 @@ enum Command {
     Eval(text::EvalArgs),
     /// Continue a prompt.
     Generate(text::GenerateArgs),
+    /// Talk with a model in the terminal.
+    Chat(chat::ChatArgs),
     /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`), to compare with other implementations.
     Logits(text::LogitsArgs),
     /// Make a folder of a model that others trained: of Hugging Face's folders, GGUF files, and the hub's repositories.
@@ -173,6 +176,7 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => prepare::run(args),
         Command::Eval(args) => text::eval(args),
         Command::Generate(args) => text::generate(args),
+        Command::Chat(args) => chat::run(args),
         Command::Logits(args) => text::logits(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),

@@ -6,7 +6,7 @@ use firebox::models::transformer::Transformer;
 use firebox::train::Trainer;
 use firebox::train::observe::Summary;
 use firebox::train::task::labelled::{ClassesRecipe, EmbeddingRecipe, Records, TokenClassesRecipe, ValuesRecipe};
-use firebox::train::task::{Labelled, Task, TaskRecipe};
+use firebox::train::task::{Conversations, Labelled, Preferences, Task, TaskRecipe};
 
 use super::CliError;
 use super::job::{Job, Start};
@@ -35,6 +35,25 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             job.recipe.model.head = Some(task.head());
             job.described = format!("{}: {task}", paths.join(", "));
             job.run(ranks, OnTransformer(task))
+        }
+        TaskRecipe::Chat(task) => {
+            let paths = data.paths(&job.recipe.sources)?;
+            let (conversations, read) = Conversations::read(&job.recipe, &task, &paths)?;
+            if speaks() {
+                println!("{read}");
+            }
+            job.described = read.to_string();
+            job.run(ranks, OnTransformer(conversations))
+        }
+        TaskRecipe::Preference(task) => {
+            let paths = data.paths(&job.recipe.sources)?;
+            let (preferences, read) = Preferences::read(&job.recipe, &task, &paths)?;
+            if speaks() {
+                println!("{read}");
+            }
+            job.described = read.to_string();
+            let preferences = preferences.with_reference(&job.recipe, &job.dir, &job.backend.device()?)?;
+            job.run(ranks, OnTransformer(preferences))
         }
     }
 }

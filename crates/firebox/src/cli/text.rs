@@ -128,6 +128,13 @@ pub struct GenerateArgs {
     /// Tokens to write at most.
     #[arg(long, default_value_t = 256)]
     max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+/// How the next token is chosen.
+#[derive(Args)]
+pub struct SamplingArgs {
     /// 0 takes the most likely token each time.
     #[arg(long, default_value_t = 0.8)]
     temperature: f64,
@@ -145,17 +152,18 @@ pub struct GenerateArgs {
     seed: u64,
 }
 
+impl SamplingArgs {
+    pub fn sampling(&self) -> Sampling {
+        let &Self { temperature, top_k, top_p, repetition_penalty, seed } = self;
+        Sampling { temperature, top_k, top_p, repetition_penalty, seed }
+    }
+}
+
 pub fn generate(args: GenerateArgs) -> Result<(), CliError> {
     let (model, tokenizer) = args.model.load_with_tokenizer()?;
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
-    };
+    let sampling = args.sampling.sampling();
     let prompt = prompt_ids(&tokenizer, args.prompt.as_bytes())?;
-    let mut out = Stream { out: std::io::stdout().lock(), pending: vec![], error: None };
+    let mut out = Stream::new(std::io::stdout().lock());
     out.push(args.prompt.as_bytes());
     let stop = tokenizer.eot().map(|id| id as i32);
     continue_text(&model, &prompt, args.max_tokens, &sampling, stop, |id| out.push(&tokenizer.decode(&[id as u32])))?;
@@ -163,14 +171,19 @@ pub fn generate(args: GenerateArgs) -> Result<(), CliError> {
 }
 
 /// Writes bytes as they come, but never half a character.
-struct Stream<W: Write + IsTerminal> {
+pub struct Stream<W: Write + IsTerminal> {
     out: W,
     pending: Vec<u8>,
     error: Option<std::io::Error>,
 }
 
 impl<W: Write + IsTerminal> Stream<W> {
-    fn push(&mut self, bytes: &[u8]) -> bool {
+    pub fn new(out: W) -> Self {
+        Self { out, pending: vec![], error: None }
+    }
+
+    /// False once it cannot be written.
+    pub fn push(&mut self, bytes: &[u8]) -> bool {
         self.pending.extend_from_slice(bytes);
         let whole = match std::str::from_utf8(&self.pending) {
             Ok(text) => text.len(),
@@ -193,7 +206,8 @@ impl<W: Write + IsTerminal> Stream<W> {
         text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }).collect()
     }
 
-    fn finish(mut self) -> std::io::Result<()> {
+    /// A half character at the end, and a line break.
+    pub fn finish(mut self) -> std::io::Result<()> {
         if let Some(error) = self.error.take() {
             return Err(error);
         }

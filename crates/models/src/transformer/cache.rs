@@ -24,6 +24,27 @@ impl KvCache {
         self.tokens
     }
 
+    /// Goes back to the first `tokens` tokens of the sequence, so that others can follow them; false, and nothing changes, where a window has let go of what the next one would see of them.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub fn truncate(&mut self, tokens: usize) -> bool {
+        assert!(tokens <= self.tokens, "a cache of {} tokens has no first {tokens}", self.tokens);
+        let later = self.tokens - tokens;
+        let stored = self.layers.iter().flatten().map(|[key, _]| key.dims()[2]).min().unwrap_or(0);
+        if later == 0 {
+            return true;
+        }
+        if stored < self.tokens {
+            return false;
+        }
+        for layer in &mut self.layers {
+            *layer = layer.take().filter(|_| tokens > 0).map(|kept| kept.map(|x| x.narrow(2, 0, tokens)));
+        }
+        self.tokens = tokens;
+        true
+    }
+
     /// Whether it has none.
     pub fn is_empty(&self) -> bool {
         self.tokens == 0
@@ -103,6 +124,28 @@ mod tests {
     use super::*;
     use crate::stage::TokenBatch;
     use crate::transformer::{TransformerConfig, presets};
+
+    #[test]
+    fn other_tokens_follow_a_beginning() {
+        let device = Backend::NdArray.device().unwrap();
+        let of = |window| {
+            let config = TransformerConfig { context: 16, window, ..presets::depth(2, 31) };
+            Transformer::new(&config, 3, &device).unwrap()
+        };
+        let model = of(None);
+        let mut cache = KvCache::new(&model);
+        model.forward_cached(&[1, 2, 3, 4, 5], &mut cache);
+        assert!(cache.truncate(2) && cache.len() == 2);
+        let again = model.forward_cached(&[7, 8], &mut cache);
+        let whole = model.forward_cached(&[1, 2, 7, 8], &mut KvCache::new(&model));
+        let difference: f32 = (again - whole).abs().max().into_scalar();
+        assert!(difference < 1e-5, "{difference}");
+        assert!(cache.truncate(0) && cache.is_empty());
+        let model = of(Some(3));
+        let mut cache = KvCache::new(&model);
+        model.forward_cached(&[1, 2, 3, 4, 5], &mut cache);
+        assert!(!cache.truncate(2) && cache.len() == 5, "a window has let go of the first tokens");
+    }
 
     #[test]
     fn a_window_is_the_same_with_and_without_the_cache() {

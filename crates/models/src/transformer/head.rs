@@ -293,6 +293,9 @@ impl Transformer {
         let [b, t, d] = x.dims();
         let x = self.before_head(self.final_norm(x).reshape([b * t, d]));
         let (targets, scale, cap) = (batch.targets.clone(), batch.loss_scale, self.config().logit_softcap);
+        if let Some(pairs) = batch.preference() {
+            return self.preference_loss(x, batch, pairs);
+        }
         if let Some(head) = &self.head_table().packed {
             return ops::packed_cross_entropy(x, head, &targets, scale, cap);
         }

@@ -12,6 +12,7 @@ mod layered;
 mod model;
 pub mod packed;
 mod parallel;
+mod preference;
 pub mod presets;
 mod reduction;
 mod rope;

@@ -293,6 +293,9 @@ impl TensorParallel {
         let x = if self.sequence { x } else { copy_to(x, &self.group) };
         let TransformerConfig { logit_softcap: cap, vocab_size: vocab, .. } = *model.config();
         let scale = batch.loss_scale;
+        if let Some(pairs) = batch.preference() {
+            return ops::linear_preference(x, head, targets, scale, cap, pairs.clone(), Some((vocab, &self.group)));
+        }
         match batch.lesson.as_ref().and_then(|lesson| lesson.taught().soft.as_ref()) {
             Some(soft) => {
                 ops::linear_distillation(x, head, targets, scale, cap, loss, soft, Some((vocab, &self.group)))

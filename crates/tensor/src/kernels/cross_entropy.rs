@@ -69,7 +69,7 @@ pub(crate) fn linear_cross_entropy(
 ) -> f32 {
     let (v, with_gradient) = (weight.rows(), gradients.is_some());
     let losses = |_: Range<usize>, logits: &mut [f32], targets: &[i32]| match shard {
-        Some(shard) => sharded_losses(logits, targets, loss, shard, with_gradient),
+        Some(shard) => sharded_losses(logits, targets, &|_| loss, shard, with_gradient),
         None => logits
             .par_chunks_exact_mut(v)
             .zip(targets.par_iter())
@@ -133,7 +133,7 @@ vectorized! {
     ///
     /// With l the logarithm of softmax's denominator and e the smoothing, the loss is `l - (1 - e) x_t - e mean(x) + z l^2`, and its gradient
     /// `softmax(x) (1 + 2 z l) - (1 - e) onehot - e / V`. With a cap c, x is `c tanh(logit / c)`, whose slope is `1 - (x / c)^2`.
-    fn row_loss(row: &mut [f32], target: i32, loss: Loss, with_gradient: bool) -> f32 {
+    pub(super) fn row_loss(row: &mut [f32], target: i32, loss: Loss, with_gradient: bool) -> f32 {
         if target < 0 {
             row.fill(0.0);
             return 0.0;
@@ -177,7 +177,14 @@ vectorized! {
 type Part = [f32; 4];
 
 /// The losses of the rows of `logits`, `[n, v]` of this rank's vocabulary, as [`row_loss`] has them of the whole one. One exchange of [`Part`]s.
-fn sharded_losses(logits: &mut [f32], targets: &[i32], loss: Loss, shard: &Shard<'_>, with_gradient: bool) -> Vec<f32> {
+/// `of_row` gives that of each row of the chunk.
+pub(super) fn sharded_losses(
+    logits: &mut [f32],
+    targets: &[i32],
+    of_row: &(dyn Fn(usize) -> Loss + Sync),
+    shard: &Shard<'_>,
+    with_gradient: bool,
+) -> Vec<f32> {
     let v = (logits.len() / targets.len().max(1)).max(1);
     // The target's place in this rank's rows, if it has it.
     let (first, vocab) = (shard.first, shard.vocab);
@@ -185,7 +192,8 @@ fn sharded_losses(logits: &mut [f32], targets: &[i32], loss: Loss, shard: &Shard
     let mine: Vec<Part> = logits
         .par_chunks_exact_mut(v)
         .zip(targets.par_iter())
-        .map(|(row, &target)| row_part(row, place(target), loss))
+        .enumerate()
+        .map(|(i, (row, &target))| row_part(row, place(target), of_row(i)))
         .collect();
     let all = (shard.exchange)(mine.as_flattened());
     let of_ranks: Vec<&[Part]> = all.as_chunks::<4>().0.chunks_exact(targets.len()).collect();
@@ -198,7 +206,7 @@ fn sharded_losses(logits: &mut [f32], targets: &[i32], loss: Loss, shard: &Shard
                 row.fill(0.0);
                 return 0.0;
             }
-            let parts = || of_ranks.iter().map(|parts| parts[i]);
+            let (loss, parts) = (of_row(i), || of_ranks.iter().map(|parts| parts[i]));
             let top = parts().fold(f32::NEG_INFINITY, |top, [max, ..]| top.max(max));
             let denominator: f32 = parts().map(|[max, sum, ..]| sum * exp(max - top)).sum();
             let sum: f32 = parts().map(|[_, _, sum, _]| sum).sum();

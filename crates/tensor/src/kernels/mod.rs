@@ -22,6 +22,7 @@ pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod panel;
+pub(crate) mod preference;
 pub(crate) mod quantized;
 pub(crate) mod relations;
 pub(crate) mod scratch;

@@ -15,6 +15,7 @@ use super::collective::{all_gather, assert_host, part};
 use super::compute::{compute, multiply};
 use super::extension::FusedOps;
 use super::linear::Weight;
+use super::preference::Preference;
 use super::softcap::{assert_cap, soft_cap};
 use super::vjp::{Tracked, dims};
 use crate::adapter::HostBackend;
@@ -22,6 +23,7 @@ use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::cross_entropy as kernel;
 use crate::kernels::matmul::{Compute, Mat};
+use crate::kernels::preference::{Pairs, linear_preference};
 
 /// What a language model's loss is besides the cross-entropy; the default is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -54,7 +56,7 @@ pub fn linear_cross_entropy(
     check(&hidden, &targets, weight.dims()[0], softcap, loss);
     if is_fused(&hidden.device()) {
         let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
-        let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard: None };
+        let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard: None, pairs: None };
         return Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op));
     }
     let logits = soft_cap(multiply(hidden, weight.transpose()), softcap);
@@ -130,21 +132,22 @@ pub fn vocab_cross_entropy(
     let (rows, mine) = (weight.dims()[0], part(vocab, group.rank(), group.size()).len());
     assert_eq!(rows, mine, "cross-entropy: this rank's part of a vocabulary of {vocab} is {mine}, got {rows} rows");
     let shard = Some((vocab, group.clone()));
-    let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard };
+    let op = CrossEntropy { targets, scale, softcap, loss: *loss, compute: compute(), shard, pairs: None };
     let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(Dispatch::fused_linear_cross_entropy(hidden, weight, op))
 }
 
-/// See [`linear_cross_entropy`].
+/// See [`linear_cross_entropy`], and with pairs [`linear_preference`](super::linear_preference).
 #[derive(Clone, Debug)]
 pub(crate) struct CrossEntropy {
-    targets: Arc<[i32]>,
-    scale: f64,
-    softcap: f64,
-    loss: LossConfig,
-    compute: Compute,
+    pub(super) targets: Arc<[i32]>,
+    pub(super) scale: f64,
+    pub(super) softcap: f64,
+    pub(super) loss: LossConfig,
+    pub(super) compute: Compute,
     /// The whole vocabulary, and the ranks among which it is divided.
-    shard: Option<(usize, Communicator)>,
+    pub(super) shard: Option<(usize, Communicator)>,
+    pub(super) pairs: Option<Arc<Preference>>,
 }
 
 impl CrossEntropy {
@@ -156,16 +159,21 @@ impl CrossEntropy {
             compute: self.compute,
             softcap: self.softcap as f32,
         };
-        let Some((vocab, group)) = &self.shard else {
-            return kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, None, gradients);
+        let run = |shard: Option<&kernel::Shard<'_>>| match &self.pairs {
+            None => kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, shard, gradients),
+            Some(pairs) => {
+                let &Preference { ref reference, beta, label_smoothing } = &**pairs;
+                let pairs = Pairs { reference, beta, label_smoothing };
+                linear_preference(hidden, weight, &self.targets, loss, pairs, shard, gradients)
+            }
         };
-        let shard = kernel::Shard {
+        let Some((vocab, group)) = &self.shard else { return run(None) };
+        run(Some(&kernel::Shard {
             first: part(*vocab, group.rank(), group.size()).start,
             vocab: *vocab,
             largest: vocab.div_ceil(group.size()),
             exchange: &|mine| all_gather(group, mine, group.size(), mine.len()),
-        };
-        kernel::linear_cross_entropy(hidden, weight, &self.targets, loss, Some(&shard), gradients)
+        }))
     }
 }
 

@@ -59,7 +59,7 @@ impl Contents {
         (k, temperature, samples): (usize, f64, u64),
     ) -> Result<Self, TrainError> {
         let corpus = dataset.dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok(Self { teacher: hash(teacher)?, corpus, seed, context, vocab, k, temperature, samples })
+        Ok(Self { teacher: hash_model(teacher)?, corpus, seed, context, vocab, k, temperature, samples })
     }
 
     /// Bytes of a sample.
@@ -84,10 +84,12 @@ impl Contents {
 }
 
 /// SHA-256 of a model's files; a checkpoint's manifest has those of all.
-fn hash(model: &Path) -> Result<String, TrainError> {
+pub(crate) fn hash_model(model: &Path) -> Result<String, TrainError> {
     let manifest = model.join(crate::checkpoint::MANIFEST);
     let mut files = vec![manifest.clone()];
-    if !manifest.is_file() {
+    if model.is_file() {
+        files = vec![model.to_path_buf()];
+    } else if !manifest.is_file() {
         let found = fs::read_dir(model).map_err(TrainError::io("read", model))?;
         let named = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors" || end == "json");
         files = found.filter_map(|entry| Some(entry.ok()?.path())).filter(named).collect();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::RecipeError;
 
+pub(crate) use cache::hash_model;
 pub(crate) use init::from_teacher;
 pub(crate) use teacher::Teacher;
 

@@ -3,20 +3,25 @@
 //! The [`Trainer`](crate::Trainer) knows no more of either than these two traits say. So masked, contrastive and preference losses, images and labels have its layouts,
 //! checkpoints, memory options, observers and exact resume.
 
+mod chat;
 pub mod labelled;
 mod language;
 mod model;
+mod preference;
 mod recipe;
+mod rows;
 
 use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::TokenBatch;
 use serde_json::{Map, Value};
 
 use crate::TrainError;
+pub use chat::{ChatRecipe, Conversations, Read, TrainOn};
 pub use labelled::Labelled;
 pub use language::Language;
 pub use model::Model;
 pub(crate) use model::device_of;
+pub use preference::{PairsRead, PreferenceRecipe, Preferences};
 pub use recipe::TaskRecipe;
 
 /// What a model of type `M` is trained on.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
+use super::{ChatRecipe, PreferenceRecipe};
 
 /// What a model is trained for: `kind` says which, the other keys belong to it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -19,6 +20,10 @@ pub enum TaskRecipe {
     Values(ValuesRecipe),
     /// A vector per text, near to that of what belongs to it.
     Embedding(EmbeddingRecipe),
+    /// The model's answers in conversations, or what follows prompts.
+    Chat(ChatRecipe),
+    /// Better answers over worse ones.
+    Preference(PreferenceRecipe),
 }
 
 impl TaskRecipe {

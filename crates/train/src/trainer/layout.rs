@@ -17,7 +17,7 @@ use crate::fault;
 use crate::model_io::{Later, later, set_later};
 use crate::ranks::{Layout, Ranks, Shards, Zero};
 use crate::recipe::Recipe;
-use crate::task::{Model, device_of};
+use crate::task::{Model, TaskRecipe, device_of};
 use crate::watch::OnSpike;
 
 impl<M: Model> Trainer<'_, M> {
@@ -51,6 +51,9 @@ impl<M: Model> Trainer<'_, M> {
                 "cp 1: it draws targets from whole rows",
                 format!("cp {}", layout.cp),
             );
+        }
+        if layout.cp > 1 && matches!(self.recipe.task, TaskRecipe::Preference(_)) {
+            return fail("cp", "1 with preferences: each rank needs whole rows", layout.cp.to_string());
         }
         if layout.pp > 1 && layout.zero == Zero::Parameters {
             let expected = "0, 1 or 2 with pp: a pipeline uses its stages for one micro-batch after the other, and would bring each together for \
