@@ -27,6 +27,7 @@ from transformers.models.llama import modeling_llama
 import bounded
 import compress
 import distillation
+import encoders
 import experts
 import imported
 import lsq
@@ -384,6 +385,7 @@ def generate(out_dir):
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     imported.fixture(out_dir)
+    encoders.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

@@ -55,9 +55,14 @@ impl Recipe {
         let Some(path) = &self.init else { return Ok(None) };
         let device = device.clone().autodiff();
         let mut model = model_io::load(path, &device)?.model;
-        let wanted = self.model.resolve(model.config().vocab_size)?;
+        let mut wanted = self.model.resolve(model.config().vocab_size)?;
         if model.config().head != wanted.head {
-            let with_head = TransformerConfig { head: wanted.head, ..model.config().clone() };
+            // Names of classes that the other head had.
+            if wanted.labels == model.config().labels {
+                wanted.labels.clear();
+            }
+            let (head, labels) = (wanted.head, wanted.labels.clone());
+            let with_head = TransformerConfig { head, labels, ..model.config().clone() };
             model = model_io::load_with_head(path, &with_head, self.seed, &device)?;
         }
         let dropout = self.model.dropout.unwrap_or(model.config().dropout);

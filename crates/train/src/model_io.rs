@@ -8,7 +8,7 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebox_data::Tokenizer;
-use firebox_models::transformer::hf::{Entry, Family, HfError, parse_config};
+use firebox_models::transformer::hf::{Entry, Family, HfError, is_passenger, parse_config};
 use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
@@ -61,6 +61,19 @@ pub(crate) const SIDES: [&str; 5] = [
 impl Folder {
     /// Opens what [`load`] opens.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
+        let folder = Self::as_it_is(path)?;
+        let (family, config) = parse_config(&folder.config)?;
+        Ok(folder.canonical(family, &config))
+    }
+
+    /// With the tensors under the names of the family's class with the head of `config`.
+    fn canonical(self, family: Family, config: &TransformerConfig) -> Self {
+        let names = family.canonical(config, self.file.names());
+        Self { file: self.file.renamed(|name| names.get(name).cloned()), ..self }
+    }
+
+    /// With the tensors under the names of the file.
+    fn as_it_is(path: &Path) -> Result<Self, TrainError> {
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file() {
             return crate::import::gguf::open(path);
         }
@@ -71,8 +84,7 @@ impl Folder {
         let config_path = path.join("config.json");
         let text = fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
         let config = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
-        let (family, _) = parse_config(&config)?;
-        let file = with_prefix(family, TensorFile::open(path)?);
+        let file = TensorFile::open(path)?;
         let tokenizer = path.join("tokenizer.json");
         let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
         let side = |name: &'static str| Some((name, fs::read_to_string(path.join(name)).ok()?));
@@ -98,12 +110,14 @@ impl Folder {
 /// # Errors
 /// As [`load`].
 pub fn load_checkpoint(checkpoint: &Checkpoint, device: &Device) -> Result<Loaded, TrainError> {
-    let Folder { config, file, tokenizer, .. } = Folder::of_checkpoint(checkpoint)?;
+    let folder = Folder::of_checkpoint(checkpoint)?;
+    let (family, shape) = parse_config(&folder.config)?;
+    let Folder { config, file, tokenizer, .. } = folder.canonical(family, &shape);
     Ok(Loaded { model: from_file(&config, file, device)?, tokenizer })
 }
 
-/// Loads what [`load`] loads as a model of this shape, which differs in its head: parameters of the head that the file has not are initial ones of `seed`, and what it has of another head is
-/// left.
+/// Loads what [`load`] loads as a model of this shape, which differs in its head: what the file has not of the new head is initial, of `seed`, and what it has of another head is left. Where
+/// the family's class with the new head would find a tensor in the file, as a classifier finds BERT's pooler, it is taken.
 ///
 /// # Errors
 /// As [`load`].
@@ -113,26 +127,30 @@ pub(crate) fn load_with_head(
     seed: u64,
     device: &Device,
 ) -> Result<Transformer, TrainError> {
-    let folder = Folder::open(path)?;
+    let folder = Folder::as_it_is(path)?;
     let (family, of_file) = parse_config(&folder.config)?;
+    let folder = folder.canonical(family, config);
     let model = Transformer::new(config, seed, device)?;
-    let shapes: HashMap<String, Vec<usize>> =
-        firebox_optim::parameters(&model)?.into_iter().map(|info| (info.name, info.shape)).collect();
-    let (kept, left): (Vec<Entry>, Vec<Entry>) =
-        family.entries(&of_file).into_iter().partition(|entry| shapes.get(&entry.param) == Some(&entry.shape));
-    let there = |spec: &TensorSpec| folder.file.names().any(|name| name == spec.name);
-    let left: Vec<TensorSpec> = left.iter().flat_map(specs).filter(there).collect();
+    let there = |spec: &TensorSpec| folder.file.shape(&spec.name).is_ok_and(|shape| shape == spec.shape);
+    let entries = family.entries(config);
+    // A body that is not whole is an error; a head may be new. Our own names of heads' parts say not of which head.
+    let same_head = std::mem::discriminant(&config.head) == std::mem::discriminant(&of_file.head);
+    let kept = |entry: &Entry| match entry.param.split('.').next() {
+        Some("task_head") if family == Family::Firebox && !same_head => false,
+        Some("task_head" | "head" | "head_proj") => specs(entry).iter().all(there),
+        _ => true,
+    };
+    let kept: Vec<Entry> = entries.into_iter().filter(kept).collect();
+    let known = |name: &str| kept.iter().any(|entry| entry.pieces.iter().any(|piece| piece.name == name));
+    let before: Vec<String> = family.entries(&of_file).iter().flat_map(specs).map(|spec| spec.name).collect();
+    let before = family.canonical(config, before.iter().map(String::as_str));
+    let left: Vec<TensorSpec> = before
+        .into_values()
+        .filter(|name| !known(name))
+        .filter_map(|name| Some(TensorSpec::f32(&name, folder.file.shape(&name).ok()?)))
+        .collect();
     check_shapes(&kept, &left, &folder.file)?;
     filled(model, kept, Arc::new(folder.file))
-}
-
-/// The tensors under the names that the family's class with a head writes. One without a head, which many of the hub's files come from, writes them without a prefix.
-fn with_prefix(family: Family, file: TensorFile) -> TensorFile {
-    let Some(prefix) = family.prefix() else { return file };
-    if file.names().any(|name| name.starts_with(prefix)) {
-        return file;
-    }
-    file.renamed(|name| if name.starts_with("lm_head.") { name.to_owned() } else { format!("{prefix}{name}") })
 }
 
 fn not_json(reason: &str) -> HfError {
@@ -210,15 +228,12 @@ pub(crate) fn check_tensors(entries: &[Entry], file: &TensorFile) -> Result<(), 
     entries.iter().flat_map(|entry| &entry.pieces).try_for_each(|piece| file.check_floats(&piece.name))
 }
 
-/// Everything missing, unused and misshapen at once, of parameters and other tensors. Buffers that GPT-2's files, and older ones of Llama, carry besides parameters are no surprise.
+/// Everything missing, unused and misshapen at once, of parameters and other tensors. Parts of classes that no part of ours is are no surprise.
 pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &TensorFile) -> Result<(), CheckpointError> {
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
     let others = others.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice()));
     let mut report = LoadReport::compare(expected.chain(others), file);
-    report.unused.retain(|name| {
-        let buffers = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
-        !(buffers.iter().any(|end| name.ends_with(end)) || name == "lm_head.weight")
-    });
+    report.unused.retain(|name| !is_passenger(name));
     report.into_result(file.path())
 }
 

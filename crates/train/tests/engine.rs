@@ -32,6 +32,7 @@ fn gpt2(tied: bool, dropout: f64) -> TransformerConfig {
         logit_softcap: 0.0,
         qkv_bias: false,
         rope_scaling: None,
+        labels: vec![],
         encoder: None,
         image: None,
         head: Head::default(),

@@ -36,6 +36,7 @@ fn config(blocks: usize, tied: bool) -> TransformerConfig {
         logit_softcap: 0.0,
         qkv_bias: false,
         rope_scaling: None,
+        labels: vec![],
         encoder: None,
         image: None,
         head: Head::default(),

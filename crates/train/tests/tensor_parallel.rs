@@ -28,6 +28,7 @@ fn llama(n_kv_heads: usize, tied: bool) -> TransformerConfig {
         logit_softcap: 0.0,
         qkv_bias: false,
         rope_scaling: None,
+        labels: vec![],
         encoder: None,
         image: None,
         head: Head::default(),

@@ -69,6 +69,9 @@ pub struct TransformerConfig {
     /// What follows the last block.
     #[serde(default, skip_serializing_if = "Head::is_language")]
     pub head: Head,
+    /// Names of the head's classes in order, where they have some.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<String>,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
     /// Probability of dropping an element after the embedding and before each residual addition.

@@ -93,6 +93,14 @@ impl Head {
         matches!(self, Head::Language | Head::Masked)
     }
 
+    /// How many classes or values it gives, of a row or token.
+    pub fn outputs(&self) -> Option<usize> {
+        match *self {
+            Head::Classes { n, .. } | Head::TokenClasses { n } | Head::Values { n, .. } => Some(n),
+            _ => None,
+        }
+    }
+
     pub(super) fn validate(&self, config: &TransformerConfig) -> Result<(), ConfigError> {
         let fail = |field, got: String, expected: &str| Err(ConfigError { field, got, expected: expected.into() });
         let (encoder, name) = (config.encoder.is_some(), format!("{self:?}"));
@@ -140,6 +148,10 @@ impl Head {
                 );
             }
             _ => {}
+        }
+        if !config.labels.is_empty() && self.outputs() != Some(config.labels.len()) {
+            let got = format!("{} names", config.labels.len());
+            return fail("labels", got, "must name each class of the head, or none");
         }
         if config.logit_softcap != 0.0 && !self.has_table() {
             return fail("logit_softcap", config.logit_softcap.to_string(), "must be 0 without a head of tokens");

@@ -249,9 +249,9 @@ impl TensorFile {
         Self { path: path.to_owned(), shards: vec![], index, values: Some(values) }
     }
 
-    /// The same tensors under other names.
-    pub(crate) fn renamed(self, name: impl Fn(&str) -> String) -> Self {
-        Self { index: self.index.into_iter().map(|(old, place)| (name(&old), place)).collect(), ..self }
+    /// The tensors that have another name, under that.
+    pub(crate) fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Self {
+        Self { index: self.index.into_iter().filter_map(|(old, place)| Some((name(&old)?, place))).collect(), ..self }
     }
 
     fn sharded(path: &Path) -> Result<Self, CheckpointError> {

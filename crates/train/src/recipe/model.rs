@@ -111,6 +111,9 @@ pub struct ModelRecipe {
     /// What follows the last block.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head: Option<Head>,
+    /// Names of the head's classes in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<String>,
     /// Head tied to the embedding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tied: Option<bool>,
@@ -187,6 +190,7 @@ impl ModelRecipe {
             encoder: self.encoder.or(base.encoder),
             image,
             head: self.head.unwrap_or(base.head),
+            labels: self.labels.clone(),
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
             init_std: match (&self.preset, self.mup_base_width) {
@@ -268,6 +272,7 @@ impl ModelRecipe {
             encoder: config.encoder,
             image: config.image,
             head: (config.head != Head::Language).then_some(config.head),
+            labels: config.labels.clone(),
             tied: Some(config.tied),
             dropout: Some(config.dropout),
             init_std: Some(config.init_std),

@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
+use super::HfError;
+use super::keys::Keys;
 use super::pieces::{Entry, Piece};
-use super::{Family, HfError, Keys};
 use crate::transformer::config::TransformerConfig;
 use crate::transformer::experts::ExpertsConfig;
 
@@ -17,11 +18,16 @@ pub(super) fn have_a_class(config: &TransformerConfig) -> bool {
     })
 }
 
-/// The experts of block `i`.
-pub(super) fn entries(family: Family, config: &TransformerConfig, experts: &ExpertsConfig, i: usize) -> Vec<Entry> {
+/// The experts of block `i`: with what stands before all names, or under our own.
+pub(super) fn entries(
+    prefix: Option<&str>,
+    config: &TransformerConfig,
+    experts: &ExpertsConfig,
+    i: usize,
+) -> Vec<Entry> {
     let (n, d, f) = (experts.n_experts, config.d_model, config.d_ff);
     let ours = |part: &str| format!("blocks.{i}.experts.{part}");
-    if family != Family::Llama {
+    let Some(prefix) = prefix else {
         let mut entries = vec![
             Entry::whole(&ours("router.weight"), &[d, n], &ours("router.weight")),
             Entry::whole(&ours("input.weight"), &[n, d, 2 * f], &ours("input.weight")),
@@ -31,10 +37,10 @@ pub(super) fn entries(family: Family, config: &TransformerConfig, experts: &Expe
             entries.push(Entry::whole(&ours("bias"), &[n], &ours("bias")));
         }
         return entries;
-    }
+    };
     let (layer, [gate, up, down]) = match config.qk_norm {
-        true => (format!("model.layers.{i}.mlp"), ["gate_proj", "up_proj", "down_proj"]),
-        false => (format!("model.layers.{i}.block_sparse_moe"), ["w1", "w3", "w2"]),
+        true => (format!("{prefix}layers.{i}.mlp"), ["gate_proj", "up_proj", "down_proj"]),
+        false => (format!("{prefix}layers.{i}.block_sparse_moe"), ["w1", "w3", "w2"]),
     };
     let piece = |name: String, rows: (usize, usize), columns: (usize, usize)| {
         let name = format!("{layer}.{name}.weight");
@@ -51,24 +57,24 @@ pub(super) fn entries(family: Family, config: &TransformerConfig, experts: &Expe
     ]
 }
 
-/// The experts in a `config.json` of the dense model.
-pub(super) fn write(config: &TransformerConfig, experts: &ExpertsConfig, json: &mut Value) {
+/// The experts in a `config.json` of the dense model. Returns how the names of its classes begin.
+pub(super) fn write(config: &TransformerConfig, experts: &ExpertsConfig, json: &mut Value) -> &'static str {
     json["num_experts_per_tok"] = experts.experts_per_token.into();
     json["router_aux_loss_coef"] = experts.router_aux_loss.into();
     json["output_router_logits"] = (experts.router_aux_loss > 0.0).into();
     if config.qk_norm {
-        json["architectures"] = json!(["Qwen3MoeForCausalLM"]);
         json["model_type"] = "qwen3_moe".into();
         json["num_experts"] = experts.n_experts.into();
         json["moe_intermediate_size"] = config.d_ff.into();
         json["norm_topk_prob"] = (experts.experts_per_token > 1).into();
         json["decoder_sparse_step"] = 1.into();
         json["mlp_only_layers"] = json!([]);
+        "Qwen3Moe"
     } else {
-        json["architectures"] = json!(["MixtralForCausalLM"]);
         json["model_type"] = "mixtral".into();
         json["num_local_experts"] = experts.n_experts.into();
         json["sliding_window"] = config.window.map_or(Value::Null, Value::from);
+        "Mixtral"
     }
 }
 
@@ -117,7 +123,7 @@ impl Keys<'_> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::parse_config;
+    use super::super::{Family, parse_config};
     use super::*;
     use crate::transformer::presets;
 

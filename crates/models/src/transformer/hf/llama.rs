@@ -1,60 +1,131 @@
-//! `config.json` of Llama and its relatives Mistral, Qwen 2 and Qwen 3.
+//! Llama (Touvron et al., arXiv:2302.13971) and its relatives Mistral, Qwen 2 and Qwen 3.
 
 use serde_json::{Map, Value, json};
 
-use super::{HfError, Keys, experts};
+use super::keys::Keys;
+use super::names::Names;
+use super::{Classes, HfError, experts};
 use crate::transformer::config::{FeedForward, NormKind, Positions, RopeScaling, TransformerConfig};
-use crate::transformer::head::Head;
+use crate::transformer::head::{Head, Pooler};
 use crate::transformer::reduction::Reduction;
 
-/// The `config.json` of a shape that one of these classes has.
-pub(super) fn write(config: &TransformerConfig) -> Value {
-    let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
-    let (class, model_type) = match (config.qk_norm, config.window, config.qkv_bias) {
-        (true, ..) => ("Qwen3ForCausalLM", "qwen3"),
-        (false, Some(_), _) => ("MistralForCausalLM", "mistral"),
-        (false, None, true) => ("Qwen2ForCausalLM", "qwen2"),
-        (false, None, false) => ("LlamaForCausalLM", "llama"),
-    };
-    let mut json = json!({
-        "architectures": [class],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": theta,
-        "hidden_act": "silu",
-        "attention_bias": config.bias,
-        "mlp_bias": config.bias,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.init_std,
-        "torch_dtype": "float32",
-    });
-    if let Some(scaling) = config.rope_scaling {
-        json["rope_scaling"] = match scaling {
-            RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low_freq_factor,
-                "high_freq_factor": high_freq_factor,
-                "original_max_position_embeddings": original_context,
-            }),
+const NAMES: Names = Names {
+    base: "model.",
+    transposed: true,
+    body: &[
+        ("embed", &["embed_tokens"]),
+        ("blocks.#.attn_norm", &["layers.#.input_layernorm"]),
+        ("blocks.#.attn.qkv", &["layers.#.self_attn.q_proj", "layers.#.self_attn.k_proj", "layers.#.self_attn.v_proj"]),
+        ("blocks.#.attn.q_norm", &["layers.#.self_attn.q_norm"]),
+        ("blocks.#.attn.k_norm", &["layers.#.self_attn.k_norm"]),
+        ("blocks.#.attn.out", &["layers.#.self_attn.o_proj"]),
+        ("blocks.#.mlp_norm", &["layers.#.post_attention_layernorm"]),
+        ("blocks.#.mlp.input", &["layers.#.mlp.gate_proj", "layers.#.mlp.up_proj"]),
+        ("blocks.#.mlp.output", &["layers.#.mlp.down_proj"]),
+        ("norm", &["norm"]),
+        ("head", &["lm_head"]),
+    ],
+    head: &[("task_head.output", &["score"])],
+    heads: &["lm_head.", "score."],
+    copies: &[],
+    buffers: &[".rotary_emb.inv_freq"],
+};
+
+pub(super) struct Llama;
+
+impl Classes for Llama {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+    }
+
+    fn cover(&self, config: &TransformerConfig) -> bool {
+        let plain = !config.qk_norm && config.window.is_none() && config.experts.is_none();
+        config.norm == NormKind::RmsNorm
+            && config.feed_forward == FeedForward::SwiGlu
+            && matches!(config.positions, Positions::Rotary { .. })
+            && (plain || !config.has_qkv_bias())
+            && experts::have_a_class(config)
+            && !(config.qk_norm && config.window.is_some())
+            // Gemma 2 has soft-caps, but also norms after each part.
+            && config.attention_softcap == 0.0
+            && config.logit_softcap == 0.0
+            && config.reduction.is_none()
+            && config.encoder.is_none()
+            && config.image.is_none()
+            && config.head.is_of_a_decoder()
+    }
+
+    fn names(&self, _: &TransformerConfig) -> Names {
+        NAMES
+    }
+
+    fn pooler(&self) -> Pooler {
+        Pooler::Last
+    }
+
+    fn read(&self, model_type: &str, keys: &Keys<'_>) -> Result<TransformerConfig, HfError> {
+        match model_type {
+            "mistral" => {
+                // Where the file says nothing, transformers takes 4096.
+                let said = keys.0.contains_key("sliding_window");
+                let window = if said { keys.count_or("sliding_window")? } else { Some(4096) };
+                Ok(TransformerConfig { window, ..keys.llama()? })
+            }
+            "qwen2" => keys.qwen2(),
+            "qwen3" => keys.qwen3(),
+            "mixtral" => keys.mixtral(),
+            "qwen3_moe" => keys.qwen3_moe(),
+            _ => keys.llama(),
+        }
+    }
+
+    fn write(&self, config: &TransformerConfig) -> (&'static str, Value) {
+        let Positions::Rotary { theta } = config.positions else { unreachable!("Llama has rotary positions") };
+        let (mut stem, model_type) = match (config.qk_norm, config.window, config.qkv_bias) {
+            (true, ..) => ("Qwen3", "qwen3"),
+            (false, Some(_), _) => ("Mistral", "mistral"),
+            (false, None, true) => ("Qwen2", "qwen2"),
+            (false, None, false) => ("Llama", "llama"),
         };
+        let mut json = json!({
+            "model_type": model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.d_model,
+            "intermediate_size": config.d_ff,
+            "num_hidden_layers": config.n_layers,
+            "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.n_kv_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": config.context,
+            "rms_norm_eps": config.norm_eps,
+            "rope_theta": theta,
+            "hidden_act": "silu",
+            "attention_bias": config.bias,
+            "mlp_bias": config.bias,
+            "tie_word_embeddings": config.tied,
+            "initializer_range": config.init_std,
+            "torch_dtype": "float32",
+        });
+        if let Some(scaling) = config.rope_scaling {
+            json["rope_scaling"] = match scaling {
+                RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": low_freq_factor,
+                    "high_freq_factor": high_freq_factor,
+                    "original_max_position_embeddings": original_context,
+                }),
+            };
+        }
+        if let Some(window) = config.window {
+            json["sliding_window"] = window.into();
+        }
+        if let Some(experts) = &config.experts {
+            stem = experts::write(config, experts, &mut json);
+        }
+        (stem, json)
     }
-    if let Some(window) = config.window {
-        json["sliding_window"] = window.into();
-    }
-    if let Some(experts) = &config.experts {
-        experts::write(config, experts, &mut json);
-    }
-    json
 }
 
 impl Keys<'_> {
@@ -86,6 +157,7 @@ impl Keys<'_> {
             encoder: None,
             image: None,
             head: Head::default(),
+            labels: vec![],
             experts: None,
             reduction: Reduction::default(),
             norm: NormKind::RmsNorm,
