@@ -62,6 +62,7 @@ pub mod quantized;
 mod ranks;
 pub mod recipe;
 pub mod reshape;
+mod sentences;
 pub mod task;
 pub mod timeline;
 mod trainer;

@@ -16,6 +16,7 @@ use firebox_tensor::ops::to_f32;
 use crate::TrainError;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
 use crate::quantized::Quantization;
+use crate::sentences;
 use crate::words::Words;
 
 /// A model and the tokenizer it was trained with.
@@ -49,8 +50,12 @@ pub(crate) struct Folder {
     pub sides: BTreeMap<&'static str, String>,
 }
 
-/// Files beside a model of Hugging Face that go where it goes: its chat template, special tokens, how text is generated.
-pub(crate) const SIDES: [&str; 5] = [
+/// Files beside a model of Hugging Face that go where it goes: its chat template, special tokens, how text is generated, and what sentence-transformers makes of its hidden states.
+pub(crate) const SIDES: [&str; 9] = [
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -83,10 +88,10 @@ impl Folder {
         }
         let config_path = path.join("config.json");
         let text = fs::read(&config_path).map_err(TrainError::io("read", &config_path))?;
-        let config = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
+        let mut config = serde_json::from_slice(&text).map_err(|e| not_json(&e.to_string()))?;
+        sentences::read_head(path, &mut config)?;
         let file = TensorFile::open(path)?;
-        let tokenizer = path.join("tokenizer.json");
-        let tokenizer = if tokenizer.is_file() { Some(Tokenizer::load(tokenizer)?) } else { None };
+        let tokenizer = tokenizer_of(path)?;
         let side = |name: &'static str| Some((name, fs::read_to_string(path.join(name)).ok()?));
         Ok(Self { config, file, tokenizer, sides: SIDES.into_iter().filter_map(side).collect() })
     }
@@ -151,6 +156,25 @@ pub(crate) fn load_with_head(
         .collect();
     check_shapes(&kept, &left, &folder.file)?;
     filled(model, kept, Arc::new(folder.file))
+}
+
+/// The tokenizer in a folder of Hugging Face. Old ones of BERT have a list of its tokens alone.
+fn tokenizer_of(path: &Path) -> Result<Option<Tokenizer>, TrainError> {
+    let [whole, list, config] = ["tokenizer.json", "vocab.txt", "tokenizer_config.json"].map(|name| path.join(name));
+    if whole.is_file() {
+        return Ok(Some(Tokenizer::load(whole)?));
+    }
+    if !list.is_file() {
+        return Ok(None);
+    }
+    let read = |path: &Path| fs::read_to_string(path).map_err(TrainError::io("read", path));
+    let config: serde_json::Value = match config.is_file() {
+        true => serde_json::from_str(&read(&config)?).unwrap_or_default(),
+        false => serde_json::Value::Null,
+    };
+    let flag = |key: &str| config[key].as_bool();
+    let lowercase = flag("do_lower_case").unwrap_or(true);
+    Ok(Some(Tokenizer::from_word_pieces(&read(&list)?, lowercase, flag("strip_accents"))?))
 }
 
 fn not_json(reason: &str) -> HfError {

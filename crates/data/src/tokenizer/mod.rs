@@ -17,6 +17,7 @@ mod chars;
 mod gpt2;
 mod special;
 mod train;
+mod word_pieces;
 
 pub(crate) use chars::CharSet;
 pub use special::Encoded;

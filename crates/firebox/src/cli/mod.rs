@@ -61,7 +61,7 @@ enum Command {
     Generate(text::GenerateArgs),
     /// Talk with a model in the terminal.
     Chat(chat::ChatArgs),
-    /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`), to compare with other implementations.
+    /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`; of a model without a head `hidden`), to compare with other implementations.
     Logits(text::LogitsArgs),
     /// Make a folder of a model that others trained: of Hugging Face's folders, GGUF files, and the hub's repositories.
     Import(import::ImportArgs),

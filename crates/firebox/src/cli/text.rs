@@ -3,10 +3,13 @@
 use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use firebox::data::{DataConfig, Source, Tokenizer, ValBatches};
-use firebox::models::TokenBatch;
+use firebox::models::transformer::Head;
+use firebox::models::{Extra, TokenBatch};
+use firebox::tensor::ops::Sequence;
 use firebox::train::evaluate::evaluate;
 use firebox::train::generate::{Sampling, check_ids, generate as continue_text};
 use firebox::train::model_io::{Loaded, load, to_host};
@@ -33,7 +36,8 @@ impl ModelArgs {
         match tokenizer {
             Some(tokenizer) => Ok((model, tokenizer)),
             None => {
-                let expected = "a tokenizer.json beside the model".into();
+                let expected =
+                    "a tokenizer.json beside the model (save_pretrained of transformers' tokenizer writes one)".into();
                 let got = format!("none in {}", self.checkpoint.display());
                 Err(TrainError::Input { what: "checkpoint", expected, got }.into())
             }
@@ -221,39 +225,81 @@ pub struct LogitsArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Token ids, separated by commas.
-    #[arg(long, value_delimiter = ',', required = true)]
+    #[arg(long, value_delimiter = ',', required_unless_present = "text")]
     ids: Vec<i32>,
+    /// In place of ids a text, with the special tokens that the model's tokenizer puts around it.
+    #[arg(long, conflicts_with = "ids")]
+    text: Option<String>,
+    /// A second text.
+    #[arg(long, requires = "text")]
+    second: Option<String>,
+    /// Types of the tokens, separated by commas, of an encoder that has such; all 0 if not given.
+    #[arg(long, value_delimiter = ',', conflicts_with = "text")]
+    types: Vec<i32>,
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
 
+/// What the model's head says of the tokens: logits of the next token, of masked ones, of classes, or values, `[T, V]`, `[T, N]` or `[N]`; without such, hidden states `[T, D]`, and the
+/// `embedding` `[D]` where there is one.
 pub fn logits(args: LogitsArgs) -> Result<(), CliError> {
-    let model = args.model.load()?.model;
-    check_ids(&model, &args.ids)?;
-    let (n, context) = (args.ids.len(), model.config().context);
-    if n > context {
-        let expected = format!("at most the context of {context} tokens");
-        return Err(TrainError::Input { what: "--ids", expected, got: n.to_string() }.into());
+    let (model, ids, types) = match &args.text {
+        None => (args.model.load()?.model, args.ids, args.types),
+        Some(text) => {
+            let (model, tokenizer) = args.model.load_with_tokenizer()?;
+            let encoded = tokenizer.encode_whole(text, args.second.as_deref())?;
+            let ints = |values: Vec<u32>| values.into_iter().map(|value| value as i32).collect();
+            let types = model.config().encoder.is_some_and(|encoder| encoder.token_types > 1);
+            (model, ints(encoded.ids), if types { ints(encoded.types) } else { vec![] })
+        }
+    };
+    check_ids(&model, &ids)?;
+    let (n, config) = (ids.len(), model.config().clone());
+    let wrong = |what, expected, got| Err(TrainError::Input { what, expected, got }.into());
+    if n > config.context {
+        return wrong("--ids", format!("at most the context of {} tokens", config.context), n.to_string());
     }
-    let v = model.config().vocab_size;
-    let batch = TokenBatch::plain(1, n, args.ids, vec![-100; n]);
-    let values = to_host(model.logits(&batch));
-    write_tensor(&args.out, &values, vec![n, v])?;
-    println!("{}: logits [{n}, {v}]", args.out.display());
+    let kinds = config.encoder.map_or(0, |encoder| encoder.token_types as i32);
+    if !types.is_empty() && types.len() != n || types.iter().any(|kind| !(0..kinds).contains(kind)) {
+        return wrong("--types", format!("one for each of {n} tokens, of {kinds} types"), format!("{types:?}"));
+    }
+    let sequence = match config.encoder {
+        Some(_) => Sequence::padded(n, &[n]),
+        None => Sequence::plain(1, n),
+    };
+    let mut batch = TokenBatch::new(ids, vec![-100; n], sequence);
+    batch.extra = Some(Arc::new(Extra { token_types: types, ..Extra::default() }));
+    let (v, d) = (config.vocab_size, config.d_model);
+    let mut tensors = match config.head {
+        Head::Language => vec![("logits", to_host(model.logits(&batch)), vec![n, v])],
+        Head::Masked => vec![("logits", to_host(model.token_logits(&batch)), vec![n, v])],
+        Head::TokenClasses { n: classes } => vec![("logits", to_host(model.token_logits(&batch)), vec![n, classes])],
+        Head::Classes { n: outputs, .. } | Head::Values { n: outputs, .. } => {
+            vec![("logits", to_host(model.row_logits(&batch)), vec![outputs])]
+        }
+        Head::Hidden | Head::Embedding { .. } => vec![("hidden", to_host(model.hidden(&batch)), vec![n, d])],
+    };
+    if let Head::Embedding { .. } = config.head {
+        tensors.push(("embedding", to_host(model.embed(&batch)), vec![d]));
+    }
+    write_tensors(&args.out, &tensors)?;
+    let said = tensors.iter().map(|(name, _, shape)| format!("{name} {shape:?}"));
+    println!("{}: {}", args.out.display(), said.collect::<Vec<_>>().join(", "));
     Ok(())
 }
 
-fn write_tensor(path: &Path, values: &[f32], shape: Vec<usize>) -> Result<(), CliError> {
+fn write_tensors(path: &Path, tensors: &[(&str, Vec<f32>, Vec<usize>)]) -> Result<(), CliError> {
     let io = |operation| move |source| TrainError::Io { operation, path: path.into(), source };
-    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let invalid = |e: safetensors::SafeTensorError| std::io::Error::other(e.to_string());
-    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &bytes)
-        .map_err(invalid)
-        .map_err(io("write"))?;
-    let file = safetensors::serialize(HashMap::from([("logits".to_string(), view)]), None)
-        .map_err(invalid)
-        .map_err(io("write"))?;
+    let bytes: Vec<Vec<u8>> =
+        tensors.iter().map(|(_, values, _)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let mut views = HashMap::new();
+    for ((name, _, shape), bytes) in tensors.iter().zip(&bytes) {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        views.insert((*name).to_string(), view.map_err(invalid).map_err(io("write"))?);
+    }
+    let file = safetensors::serialize(views, None).map_err(invalid).map_err(io("write"))?;
     let aside = path.with_extension("tmp");
     std::fs::write(&aside, file).and_then(|()| std::fs::rename(&aside, path)).map_err(io("write"))?;
     Ok(())

@@ -1,4 +1,4 @@
-//! A folder that Hugging Face's `transformers` loads with `AutoModelForCausalLM` and `AutoTokenizer`.
+//! A folder that Hugging Face's `transformers` loads with `AutoModelForCausalLM`, or the class of an encoder's head, and `AutoTokenizer`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,11 +9,20 @@ use serde_json::{Value, json};
 
 use super::source::{Source, Vocabulary};
 use super::write_json;
-use crate::TrainError;
 use crate::checkpoint::{Dtype, PieceWriter, TensorPlan, TensorSpec, encode_f32};
+use crate::{TrainError, sentences};
 
 /// A file of weights has no more bytes than this, unless a single tensor has: what `save_pretrained` takes.
 const SHARD: usize = 5_000_000_000;
+
+/// What encoders' tokenizers call their special tokens.
+const ENCODERS: [(&str, [&str; 2]); 5] = [
+    ("pad_token", ["[PAD]", "<pad>"]),
+    ("unk_token", ["[UNK]", "<unk>"]),
+    ("cls_token", ["[CLS]", "<s>"]),
+    ("sep_token", ["[SEP]", "</s>"]),
+    ("mask_token", ["[MASK]", "<mask>"]),
+];
 
 /// Writes the folder's files.
 pub fn write(source: &Source, dtype: Option<Dtype>, dir: &Path) -> Result<(), TrainError> {
@@ -37,16 +46,21 @@ pub fn side_files(source: &Source, mut config: Value, dir: &Path) -> Result<(), 
     // Without a tokenizer, and with one without a separator, no token ends a text. The classes' own defaults would be tokens of other vocabularies.
     let separator = source.tokenizer.as_ref().and_then(|vocabulary| vocabulary.separator);
     let tokens = json!({ "bos_token_id": separator, "eos_token_id": separator });
-    if config.get("eos_token_id").is_none() {
+    if source.config.encoder.is_none() && config.get("eos_token_id").is_none() {
         for key in ["bos_token_id", "eos_token_id"] {
             config[key] = tokens[key].clone();
         }
     }
     write_json(dir.join("config.json"), &config)?;
-    for (name, text) in &source.sides {
-        fs::write(dir.join(name), text).map_err(TrainError::io("write", dir.join(name)))?;
+    let sentences = if source.sides.contains_key("modules.json") { vec![] } else { sentences::files(&source.config) };
+    let sentences = sentences.into_iter().map(|(name, value)| (name, format!("{value:#}\n")));
+    for (name, text) in source.sides.clone().into_iter().chain(sentences) {
+        let path = dir.join(name);
+        let folder = path.parent().unwrap_or(dir);
+        fs::create_dir_all(folder).map_err(TrainError::io("create", folder))?;
+        fs::write(&path, text).map_err(TrainError::io("write", &path))?;
     }
-    if !source.sides.contains_key("generation_config.json") {
+    if source.config.encoder.is_none() && !source.sides.contains_key("generation_config.json") {
         let tokens = json!({ "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"] });
         write_json(dir.join("generation_config.json"), &tokens)?;
     }
@@ -56,7 +70,17 @@ pub fn side_files(source: &Source, mut config: Value, dir: &Path) -> Result<(), 
     if source.sides.contains_key("tokenizer_config.json") {
         return Ok(());
     }
-    write_json(dir.join("tokenizer_config.json"), &tokenizer_config(vocabulary, source.config.context))
+    let mut json = tokenizer_config(vocabulary, source.config.context);
+    if source.config.encoder.is_some() {
+        let known =
+            |name: &str| vocabulary.json["added_tokens"].as_array()?.iter().find(|token| token["content"] == name);
+        for (key, names) in ENCODERS {
+            if let Some(name) = names.into_iter().find(|name| known(name).is_some()) {
+                json[key] = name.into();
+            }
+        }
+    }
+    write_json(dir.join("tokenizer_config.json"), &json)
 }
 
 fn tokenizer_config(vocabulary: &Vocabulary, context: usize) -> Value {
@@ -81,7 +105,7 @@ fn weights(source: &Source, dtype: Option<Dtype>, dir: &Path, most: usize) -> Re
     let spec = |piece: &Piece| spec(source, dtype, piece);
     let mut files: Vec<(usize, Vec<Part<'_>>)> = vec![];
     // Wide types before narrow ones, as they must lie in a file.
-    let mut parts: Vec<Part<'_>> = source.pieces().collect();
+    let mut parts: Vec<Part<'_>> = source.pieces().chain(source.passengers()).collect();
     parts.sort_by_key(|(_, piece)| spec(piece).dtype != Dtype::F32);
     for part in parts {
         let bytes = spec(part.1).n_bytes().unwrap_or(usize::MAX);

@@ -17,6 +17,8 @@ use firebox_compress::blocks::BlockType;
 use firebox_compress::gguf::GgufError;
 use firebox_compress::onnx::OnnxError;
 
+use firebox_models::transformer::hf::Family;
+
 use crate::checkpoint::Dtype;
 use crate::{TrainError, reshape};
 use source::Source;
@@ -122,6 +124,16 @@ pub enum ExportError {
         /// What the model has.
         feature: String,
     },
+    /// The format is for models that go on with text.
+    #[error(
+        "cannot export to {format}: it is for causal decoders here, and this is {model}; export it with --format hf"
+    )]
+    NoDecoder {
+        /// The format.
+        format: &'static str,
+        /// What the model is.
+        model: String,
+    },
     /// The tokenizer is of a kind that the format has no word for.
     #[error("cannot export the tokenizer to {format}: expected {expected}, got {got}")]
     Tokenizer {
@@ -161,10 +173,20 @@ pub fn export(path: impl AsRef<Path>, target: Target, out: impl AsRef<Path>) -> 
     if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         fs::create_dir_all(parent).map_err(TrainError::io("create", parent))?;
     }
-    // No other program has words for layers that share parameters, or for products of them.
+    match target {
+        Target::Gguf(_) => source.is_a_decoder("GGUF")?,
+        Target::Onnx(_) => source.is_a_decoder("ONNX")?,
+        Target::Hf(_) => {}
+    }
+    // No other program has words for layers that share parameters, or for products of them; but ALBERT is such a model.
     let folder_in = |parent: &Path| tempfile::Builder::new().prefix(".firebox-expand-").tempdir_in(parent);
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let aside = (!source.config.reduction.is_none()).then(|| folder_in(parent)).transpose();
+    let expanding = source.family == Family::Firebox && !source.config.reduction.is_none();
+    if expanding && source.config.encoder.is_some() && source.config.reduction.embed_dim > 0 {
+        // Its positions are as narrow as its tokens.
+        source.in_a_class("Hugging Face's format")?;
+    }
+    let aside = expanding.then(|| folder_in(parent)).transpose();
     let aside = aside.map_err(TrainError::io("create a folder in", parent))?;
     if let Some(aside) = &aside {
         let expanded = aside.path().join("model");

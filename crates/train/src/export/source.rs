@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use firebox_models::transformer::hf::{Entry, Family, Piece, parse_config};
-use firebox_models::transformer::{FeedForward, NormKind, Positions, TransformerConfig};
+use firebox_models::transformer::hf::{Entry, Family, Piece, is_passenger, parse_config};
+use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, TransformerConfig};
 use serde_json::Value;
 
 use super::ExportError;
 use crate::TrainError;
-use crate::checkpoint::{Dtype, TensorFile};
+use crate::checkpoint::{CheckpointError, Dtype, TensorFile};
 use crate::model_io;
 use crate::quantized::{Numbers, Quantization};
 
@@ -24,6 +24,8 @@ pub struct Source {
     /// What lies beside the model: see [`SIDES`](model_io::SIDES).
     pub sides: BTreeMap<&'static str, String>,
     entries: Vec<Entry>,
+    /// Parts of the class that no parameter is: see [`is_passenger`].
+    passengers: Vec<Entry>,
     file: TensorFile,
     quantized: Option<Numbers>,
     /// The last quantized parameter that a part of was asked for.
@@ -57,6 +59,11 @@ impl Source {
                 None
             }
         };
+        let unknown = |name: &&str| !entries.iter().any(|entry| entry.pieces.iter().any(|piece| piece.name == *name));
+        let passengers = file.names().filter(|name| is_passenger(name)).filter(unknown);
+        let whole = |name| Ok(Entry::whole(name, file.shape(name)?, name));
+        let passengers = passengers.map(whole).collect::<Result<Vec<_>, CheckpointError>>()?;
+        passengers.iter().try_for_each(|entry| file.check_floats(&entry.param))?;
         let tokenizer = tokenizer.map(|tokenizer| {
             let text = tokenizer.json().to_owned();
             // It has been parsed before.
@@ -69,12 +76,28 @@ impl Source {
             });
             Vocabulary { text, json, separator, separator_text }
         });
-        Ok(Self { family, config, tokenizer, json, sides, entries, file, quantized, last: RefCell::new(None) })
+        Ok(Self {
+            family,
+            config,
+            tokenizer,
+            json,
+            sides,
+            entries,
+            passengers,
+            file,
+            quantized,
+            last: RefCell::new(None),
+        })
     }
 
     /// Every tensor of Hugging Face, with the parameter that it is or that it is a part of.
     pub fn pieces(&self) -> impl Iterator<Item = (&Entry, &Piece)> {
         self.entries.iter().flat_map(|entry| entry.pieces.iter().map(move |piece| (entry, piece)))
+    }
+
+    /// Tensors of the class that are no parameters of ours.
+    pub fn passengers(&self) -> impl Iterator<Item = (&Entry, &Piece)> {
+        self.passengers.iter().flat_map(|entry| entry.pieces.iter().map(move |piece| (entry, piece)))
     }
 
     /// How a tensor of Hugging Face is stored: quantized ones and those of GGUF's blocks are f32.
@@ -137,6 +160,16 @@ impl Source {
         }
     }
 
+    /// Refuses a model that does not go on with text.
+    pub fn is_a_decoder(&self, format: &'static str) -> Result<(), ExportError> {
+        let model = match (self.config.encoder, self.config.head) {
+            (None, Head::Language) => return Ok(()),
+            (None, head) => format!("a decoder with another head, {head:?}"),
+            (Some(_), _) => "an encoder".into(),
+        };
+        Err(ExportError::NoDecoder { format, model })
+    }
+
     /// Refuses a model whose shape Hugging Face has no class for, naming what is in the way.
     pub fn in_a_class(&self, format: &'static str) -> Result<(), ExportError> {
         match self.family {
@@ -148,6 +181,9 @@ impl Source {
 
 /// What a decoder has that its closest class of Hugging Face has not.
 fn oddities(config: &TransformerConfig) -> String {
+    if config.encoder.is_some() {
+        return "encoder of this shape: none of BERT, RoBERTa, DistilBERT, ALBERT is like it".into();
+    }
     let learned = config.positions == Positions::Learned;
     let (class, norm, mlp) = match learned {
         true => ("GPT-2", NormKind::LayerNorm, config.feed_forward != FeedForward::SwiGlu),
