@@ -118,8 +118,7 @@ fn transformers_loads_every_head() {
         assert_eq!(answer[name]["unexpected"], json!([]), "{name}");
         // Poolers, which a class without a head makes anew, and what an encoder's language model has from before are not ours.
         let missing = answer[name]["missing"].as_array().unwrap();
-        let missing: Vec<&Value> =
-            missing.iter().filter(|key| !key.as_str().unwrap().starts_with("pooler.")).collect();
+        let missing: Vec<&Value> = missing.iter().filter(|key| !key.as_str().unwrap().starts_with("pooler.")).collect();
         assert!(missing.is_empty(), "{name}: {missing:?}");
     }
 }

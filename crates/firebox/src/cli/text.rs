@@ -11,7 +11,7 @@ use firebox::models::transformer::Head;
 use firebox::models::{Extra, TokenBatch};
 use firebox::tensor::ops::Sequence;
 use firebox::train::evaluate::evaluate;
-use firebox::train::generate::{Sampling, check_ids, generate as continue_text};
+use firebox::train::generate::{Sampling, check_ids, check_language, generate as continue_text};
 use firebox::train::model_io::{Loaded, load, to_host};
 use firebox::train::{TrainError, prompt_ids};
 
@@ -68,6 +68,7 @@ pub struct EvalArgs {
 
 pub fn eval(args: EvalArgs) -> Result<(), CliError> {
     let (model, tokenizer) = args.model.load_with_tokenizer()?;
+    check_language(&model)?;
     let scratch = Scratch::new()?;
     let tokenizer_path = scratch.0.join("tokenizer.json");
     tokenizer.save(&tokenizer_path)?;
