@@ -9,6 +9,7 @@ use crate::TrainError;
 use crate::checkpoint::resolve;
 use crate::model_io;
 use crate::recipe::{ModelRecipe, Recipe};
+use crate::task::is_clip;
 
 impl Recipe {
     /// The same recipe for a run that starts from the parameters of the model in `path`: a run, a checkpoint, or a folder in Hugging Face's form. The model's
@@ -17,6 +18,11 @@ impl Recipe {
     /// # Errors
     /// As [`model_io::load`]; [`TrainError::Input`] for a quantized model.
     pub fn starting_from(self, path: &Path) -> Result<Self, TrainError> {
+        if is_clip(path) {
+            // Its shape is the model's own, and no recipe's.
+            let init = Some(std::path::absolute(path).map_err(TrainError::io("find", path))?);
+            return Ok(Self { init, ..self });
+        }
         let loaded = model_io::load(path, &Device::default())?;
         if loaded.model.is_packed() {
             let got = format!("the quantized one in {}", path.display());

@@ -177,7 +177,7 @@ fn tokenizer_of(path: &Path) -> Result<Option<Tokenizer>, TrainError> {
     Ok(Some(Tokenizer::from_word_pieces(&read(&list)?, lowercase, flag("strip_accents"))?))
 }
 
-fn not_json(reason: &str) -> HfError {
+pub(crate) fn not_json(reason: &str) -> HfError {
     HfError::Key { key: "(file)".into(), expected: "JSON", got: reason.into() }
 }
 

@@ -34,6 +34,8 @@ pub const BUILT_IN: &[(&str, &str)] = &[
     ("shakespeare-speedrun", include_str!("../recipes/shakespeare-speedrun.toml")),
     ("gpt2-124m", include_str!("../recipes/gpt2-124m.toml")),
     ("finetune", include_str!("../recipes/finetune.toml")),
+    ("image-classes", include_str!("../recipes/image-classes.toml")),
+    ("image-text", include_str!("../recipes/image-text.toml")),
 ];
 
 /// Everything that determines a run.

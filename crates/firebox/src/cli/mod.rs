@@ -5,6 +5,7 @@ mod compress;
 mod distill;
 mod export;
 mod finetune;
+mod images;
 mod import;
 mod job;
 mod launch;

@@ -205,6 +205,24 @@ impl ModelRecipe {
         })
     }
 
+    /// The same with the values of another where nothing is given. What follows from width and heads is not taken where these are given.
+    pub(crate) fn or(&self, other: &Self) -> Self {
+        let table = |recipe: &Self| toml::Table::try_from(recipe).unwrap_or_default();
+        let (mut all, own) = (table(other), table(self));
+        if own.contains_key("d_model") || own.contains_key("n_heads") {
+            all.remove("n_kv_heads");
+            all.remove("head_dim");
+        }
+        if own.contains_key("d_model") {
+            let ratio = |width: usize| other.d_ff.zip(other.d_model).map(|(f, d)| f * width / d.max(1));
+            all.remove("d_ff");
+            all.extend(self.d_model.and_then(ratio).map(|d_ff| ("d_ff".to_owned(), (d_ff as i64).into())));
+        }
+        all.extend(own);
+        // PANIC: each value is one of a recipe.
+        all.try_into().expect("values of recipes make a recipe")
+    }
+
     /// The experts, from those of the preset.
     fn experts(&self, base: Option<ExpertsConfig>) -> Result<Option<ExpertsConfig>, RecipeError> {
         let Some(n_experts) = self.n_experts.or(base.map(|base| base.n_experts)).filter(|n| *n > 0) else {

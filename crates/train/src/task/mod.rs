@@ -4,6 +4,8 @@
 //! checkpoints, memory options, observers and exact resume.
 
 mod chat;
+mod clip;
+pub mod images;
 pub mod labelled;
 mod language;
 mod model;
@@ -17,6 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::TrainError;
 pub use chat::{ChatRecipe, Conversations, Read, TrainOn};
+pub use clip::{LoadedClip, is_clip, load_clip};
 pub use labelled::Labelled;
 pub use language::Language;
 pub use model::Model;

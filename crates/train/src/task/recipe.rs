@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::images::{ImageClassesRecipe, ImageTextRecipe};
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
 use super::{ChatRecipe, PreferenceRecipe};
 
@@ -24,6 +25,10 @@ pub enum TaskRecipe {
     Chat(ChatRecipe),
     /// Better answers over worse ones.
     Preference(PreferenceRecipe),
+    /// A class per image.
+    ImageClasses(ImageClassesRecipe),
+    /// Images and texts that belong together.
+    ImageText(Box<ImageTextRecipe>),
 }
 
 impl TaskRecipe {

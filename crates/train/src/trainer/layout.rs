@@ -88,6 +88,10 @@ impl<M: Model> Trainer<'_, M> {
                 return fail("optimizer.kind = \"sophia\"", whole, got);
             }
         }
+        if model.couples_rows() && layout.pp > 1 {
+            let expected = "1 with a loss that compares the rows of ranks, which a pipeline has at different times";
+            return fail("pp", expected, layout.pp.to_string());
+        }
         fault::check()?;
         let micro_batches = train.batch_rows.div_ceil(train.micro_rows());
         let copies = world.size() / (layout.pp * layout.tp * layout.cp);

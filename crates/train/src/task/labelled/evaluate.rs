@@ -20,7 +20,7 @@ fn named(metrics: &[(&str, f64)]) -> Metrics {
 }
 
 /// The number of the largest value of each `n`.
-fn largest(logits: &[f32], n: usize) -> Vec<usize> {
+pub(in crate::task) fn largest(logits: &[f32], n: usize) -> Vec<usize> {
     let at = |row: &[f32]| (0..n).fold(0, |best, i| if row[i] > row[best] { i } else { best });
     logits.chunks_exact(n).map(at).collect()
 }

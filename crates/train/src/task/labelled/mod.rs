@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use super::{HeldOut, Task, TaskRecipe};
 use crate::TrainError;
 use crate::recipe::Recipe;
+pub(super) use evaluate::largest;
 use names::Names;
 pub use recipe::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
 use rows::{Reader, Row, Target, Text};
@@ -250,10 +251,7 @@ impl Task<Transformer> for Labelled {
             Kind::Values(n) => (0..*n).map(|i| format!("LABEL_{i}")).collect(),
             Kind::Embedding => return Map::new(),
         };
-        let id2label: Map<String, Value> = (0..).zip(&names).map(|(i, name)| (i.to_string(), json!(name))).collect();
-        let label2id: Map<String, Value> =
-            names.iter().zip(0..).map(|(name, i): (_, i64)| (name.clone(), json!(i))).collect();
-        let mut config = Map::from_iter([("id2label".into(), id2label.into()), ("label2id".into(), label2id.into())]);
+        let mut config = names_of_classes(&names);
         if let Kind::Values(_) = self.0.kind {
             config.insert("problem_type".into(), "regression".into());
         }
@@ -267,6 +265,14 @@ impl Task<Transformer> for Labelled {
     fn has_metrics(&self) -> bool {
         true
     }
+}
+
+/// The keys of a `config.json` for the names of classes, in their order.
+pub(super) fn names_of_classes(names: &[String]) -> Map<String, Value> {
+    let id2label: Map<String, Value> = (0..).zip(names).map(|(i, name)| (i.to_string(), json!(name))).collect();
+    let label2id: Map<String, Value> =
+        names.iter().zip(0..).map(|(name, i): (_, i64)| (name.clone(), json!(i))).collect();
+    Map::from_iter([("id2label".into(), id2label.into()), ("label2id".into(), label2id.into())])
 }
 
 /// What it is made of, in a few words.
