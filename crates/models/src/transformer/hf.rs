@@ -1,4 +1,4 @@
-//! Names, layouts and configs of Hugging Face: of GPT-2, Llama and its relatives, and of the encoders BERT, RoBERTa, DistilBERT and ALBERT.
+//! Names, layouts and configs of Hugging Face: of GPT-2, Llama and its relatives, and of the encoders BERT, RoBERTa, DistilBERT, ALBERT and ViT.
 //!
 //! A family of classes is a file with a [table of names](names), and the `config.json` in both directions. A parameter of ours is one tensor of their files or several that stand side by
 //! side (q, k, v); linear weights are transposed, but for GPT-2's. This module only maps values in memory: files belong to whoever reads and writes them.
@@ -14,6 +14,7 @@ mod llama;
 mod names;
 mod pieces;
 mod roberta;
+mod vit;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -44,6 +45,8 @@ pub enum Family {
     DistilBert,
     /// `AlbertForMaskedLM`
     Albert,
+    /// `ViTForImageClassification`
+    Vit,
     /// None of them: Firebox's own names and config, for combinations that Hugging Face has no class for.
     Firebox,
 }
@@ -117,7 +120,8 @@ fn known() -> String {
 
 impl Family {
     /// All that have classes.
-    const ALL: [Self; 6] = [Self::Gpt2, Self::Llama, Self::Bert, Self::Roberta, Self::DistilBert, Self::Albert];
+    const ALL: [Self; 7] =
+        [Self::Gpt2, Self::Llama, Self::Bert, Self::Roberta, Self::DistilBert, Self::Albert, Self::Vit];
 
     fn classes(self) -> Option<&'static dyn Classes> {
         Some(match self {
@@ -127,6 +131,7 @@ impl Family {
             Self::Roberta => &roberta::Roberta,
             Self::DistilBert => &distilbert::DistilBert,
             Self::Albert => &albert::Albert,
+            Self::Vit => &vit::Vit,
             Self::Firebox => return None,
         })
     }
@@ -213,6 +218,11 @@ pub fn is_passenger(name: &str) -> bool {
 
 /// Whether blocks are those of the first transformers (Vaswani et al., arXiv:1706.03762) but for their activation: LayerNorm, whole heads, GELU, biases everywhere, and nothing more.
 fn is_vaswani(config: &TransformerConfig) -> bool {
+    has_blocks_of_vaswani(config) && config.image.is_none()
+}
+
+/// The same of tokens or images.
+fn has_blocks_of_vaswani(config: &TransformerConfig) -> bool {
     config.norm == NormKind::LayerNorm
         && matches!(config.feed_forward, FeedForward::Gelu | FeedForward::GeluExact)
         && config.bias
@@ -220,7 +230,6 @@ fn is_vaswani(config: &TransformerConfig) -> bool {
         && config.n_heads * config.head_dim == config.d_model
         && config.window.is_none()
         && config.experts.is_none()
-        && config.image.is_none()
         && !config.qk_norm
         && config.attention_softcap == 0.0
         && config.logit_softcap == 0.0

@@ -8,12 +8,13 @@ use crate::transformer::config::TransformerConfig;
 use crate::transformer::head::{Head, Pooler};
 
 /// What the names of classes end with: of the models that are read, and are written with heads like these.
-const ENDINGS: [&str; 7] = [
+const ENDINGS: [&str; 8] = [
     "ForCausalLM",
     "LMHeadModel",
     "ForMaskedLM",
     "ForPreTraining",
     "ForSequenceClassification",
+    "ForImageClassification",
     "ForTokenClassification",
     "Model",
 ];
@@ -45,6 +46,7 @@ pub(super) fn write(json: &mut Value, stem: &str, config: &TransformerConfig) {
         Head::Language => "ForCausalLM",
         Head::Hidden | Head::Embedding { .. } => "Model",
         Head::Masked => "ForMaskedLM",
+        Head::Classes { .. } | Head::Values { .. } if config.image.is_some() => "ForImageClassification",
         Head::Classes { .. } | Head::Values { .. } => "ForSequenceClassification",
         Head::TokenClasses { .. } => "ForTokenClassification",
     };
@@ -98,7 +100,7 @@ impl Keys<'_> {
             Some("Model") => Head::Hidden,
             Some("ForMaskedLM" | "ForPreTraining") if encoder => Head::Masked,
             Some("ForCausalLM" | "LMHeadModel") if !encoder => Head::Language,
-            Some("ForSequenceClassification") => {
+            Some("ForSequenceClassification" | "ForImageClassification") => {
                 let (n, labels) = self.labels()?;
                 let regression = match self.get("problem_type", "a text", |v| v.as_str().map(String::from))? {
                     None => n == 1,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::pieces::{Entry, Piece};
-use super::{Family, experts};
+use super::{Family, experts, vit};
 use crate::transformer::config::{FeedForward, NormKind, Positions, TransformerConfig};
 
 /// A part of the model and what a family calls it, both without `.weight` and `.bias`; or a parameter that has no such end, and its tensor. `#` stands for a block's number. Where theirs
@@ -168,15 +168,15 @@ pub(super) fn entries(family: Family, config: &TransformerConfig) -> Vec<Entry> 
     let names = family.names(config);
     let norm_bias = config.bias && config.norm == NormKind::LayerNorm;
     let mut entries = vec![];
-    let named = |fill: &dyn Fn(&mut Parameters)| {
+    let filled = |fill: &dyn Fn(&mut Parameters)| {
         let mut parameters = Parameters::default();
         fill(&mut parameters);
         let entry = |parameter| entry(names.as_ref(), config, parameter);
         parameters.0.into_iter().map(entry).collect::<Vec<Entry>>()
     };
-    entries.extend(named(&|to| to.tables(config, norm_bias)));
+    entries.extend(filled(&|to| to.tables(config, norm_bias)));
     for i in 0..config.n_blocks() {
-        entries.extend(named(&|to| to.block(config, i, norm_bias)));
+        entries.extend(filled(&|to| to.block(config, i, norm_bias)));
         if let Some(of_block) = &config.experts {
             let prefix = names.filter(|_| family == Family::Llama).map(|names| names.prefix(config));
             entries.extend(experts::entries(prefix, config, of_block, i));
@@ -186,13 +186,21 @@ pub(super) fn entries(family: Family, config: &TransformerConfig) -> Vec<Entry> 
         entries.push(Entry::whole(&name, &shape, &name));
     }
     if !config.norm_after() {
-        entries.extend(named(&|to| to.norm("norm", config.d_model, norm_bias)));
+        entries.extend(filled(&|to| to.norm("norm", config.d_model, norm_bias)));
     }
-    entries.extend(named(&|to| to.heads(config)));
+    entries.extend(filled(&|to| to.heads(config)));
     entries
 }
 
 fn entry(names: Option<&Names>, config: &TransformerConfig, parameter: Parameter) -> Entry {
+    let entry = named(names, config, parameter);
+    match (names, &config.image) {
+        (Some(_), Some(image)) => vit::of_images(entry, image),
+        _ => entry,
+    }
+}
+
+fn named(names: Option<&Names>, config: &TransformerConfig, parameter: Parameter) -> Entry {
     let Parameter { name, shape, matrix, widths } = parameter;
     let Some((names, theirs)) = names.and_then(|names| Some((names, names.of(config, &name)?))) else {
         return Entry::whole(&name, &shape, &name);
