@@ -34,6 +34,9 @@ pub const BUILT_IN: &[(&str, &str)] = &[
     ("shakespeare-speedrun", include_str!("../recipes/shakespeare-speedrun.toml")),
     ("gpt2-124m", include_str!("../recipes/gpt2-124m.toml")),
     ("finetune", include_str!("../recipes/finetune.toml")),
+    ("masked-image", include_str!("../recipes/masked-image.toml")),
+    ("image-tokens", include_str!("../recipes/image-tokens.toml")),
+    ("text-to-image", include_str!("../recipes/text-to-image.toml")),
 ];
 
 /// Everything that determines a run.

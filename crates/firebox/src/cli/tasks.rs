@@ -8,10 +8,10 @@ use firebox::train::observe::Summary;
 use firebox::train::task::labelled::{ClassesRecipe, EmbeddingRecipe, Records, TokenClassesRecipe, ValuesRecipe};
 use firebox::train::task::{Conversations, Labelled, Preferences, Task, TaskRecipe};
 
-use super::CliError;
 use super::job::{Job, Start};
 use super::prepare::DataArgs;
 use super::ranks::{RankArgs, speaks};
+use super::{CliError, draw};
 
 /// Reads the data of the recipe's task, and trains.
 pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, CliError> {
@@ -55,11 +55,14 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             let preferences = preferences.with_reference(&job.recipe, &job.dir, &job.backend.device()?)?;
             job.run(ranks, OnTransformer(preferences))
         }
+        TaskRecipe::ImageTokens(task) => draw::image_tokens(job, data, ranks, &task),
+        TaskRecipe::MaskedImage(task) => draw::masked_image(job, data, ranks, &task),
+        TaskRecipe::TextToImage(task) => draw::text_to_image(job, data, ranks, &task),
     }
 }
 
 /// The tokenizer of a task on rows: that of the checkpoint, or else what the recipe says, made from `texts` where it is to be trained.
-fn tokenizer(job: &Job, texts: impl FnOnce() -> Vec<String>) -> Result<Tokenizer, CliError> {
+pub fn tokenizer(job: &Job, texts: impl FnOnce() -> Vec<String>) -> Result<Tokenizer, CliError> {
     if let Some(checkpoint) = job.found.as_ref().filter(|found| found.contains("tokenizer.json")) {
         return Ok(Tokenizer::load(checkpoint.file("tokenizer.json")?)?);
     }

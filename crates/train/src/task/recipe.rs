@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::image_tokens::ImageTokensRecipe;
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
+use super::masked_image::MaskedImageRecipe;
+use super::text_to_image::TextToImageRecipe;
 use super::{ChatRecipe, PreferenceRecipe};
 
 /// What a model is trained for: `kind` says which, the other keys belong to it.
@@ -24,6 +27,12 @@ pub enum TaskRecipe {
     Chat(ChatRecipe),
     /// Better answers over worse ones.
     Preference(PreferenceRecipe),
+    /// Images from their codes: a quantizer.
+    ImageTokens(ImageTokensRecipe),
+    /// Masked patches of images.
+    MaskedImage(MaskedImageRecipe),
+    /// Images from text, by their codes.
+    TextToImage(TextToImageRecipe),
 }
 
 impl TaskRecipe {
