@@ -31,6 +31,7 @@ import encoders
 import experts
 import imported
 import lsq
+import mae
 import optimizers
 import preference
 import torch_schedules
@@ -394,6 +395,7 @@ def generate(out_dir):
     compress.fixture(save, out_dir)
     schedule_fixture(out_dir)
     vision.fixture(out_dir)
+    mae.fixture(out_dir)
 
 
 if __name__ == "__main__":

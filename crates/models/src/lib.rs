@@ -5,6 +5,8 @@
 //!
 //! - [`transformer`]: one configurable transformer that covers GPT-2 and Llama, from 1M to 70B parameters, with its KV cache and the names and
 //!   layouts under which Hugging Face stores it.
+//! - [`mae`]: a masked autoencoder of images, whose encoder is the transformer.
+//! - [`vq`]: a vector quantizer of images: pictures as short rows of codes, which the transformer can write.
 //!
 //! ```
 //! use firebox_models::transformer::{Transformer, TransformerConfig, presets};
@@ -22,11 +24,14 @@
 //! ```
 
 pub mod clip;
+mod image;
 mod layered;
 mod lesson;
+pub mod mae;
 mod placement;
 mod stage;
 pub mod transformer;
+pub mod vq;
 
 pub use layered::{Layered, Scaled};
 pub use lesson::{Hints, Lesson, Taught};

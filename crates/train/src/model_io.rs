@@ -252,12 +252,15 @@ pub(crate) fn check_tensors(entries: &[Entry], file: &TensorFile) -> Result<(), 
     entries.iter().flat_map(|entry| &entry.pieces).try_for_each(|piece| file.check_floats(&piece.name))
 }
 
+/// What the decoder's tensors begin with in checkpoints of masked autoencoders, which load as their encoder.
+pub(crate) const MAE: &str = "mae.";
+
 /// Everything missing, unused and misshapen at once, of parameters and other tensors. Parts of classes that no part of ours is are no surprise.
 pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &TensorFile) -> Result<(), CheckpointError> {
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
     let others = others.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice()));
     let mut report = LoadReport::compare(expected.chain(others), file);
-    report.unused.retain(|name| !is_passenger(name));
+    report.unused.retain(|name| !(is_passenger(name) || name.starts_with(MAE)));
     report.into_result(file.path())
 }
 
@@ -278,6 +281,29 @@ pub(crate) fn entries(model: &Transformer) -> Vec<Entry> {
         }
     }
     entries
+}
+
+/// The parameters of a model whose files have its own names.
+pub(crate) fn own_entries<M: Module>(model: &M) -> Vec<Entry> {
+    struct Visitor {
+        path: Vec<String>,
+        entries: Vec<Entry>,
+    }
+    impl ModuleVisitor for Visitor {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let name = self.path.join(".");
+            self.entries.push(Entry::whole(&name, &param.lazy_shape(), &name));
+        }
+    }
+    let mut visitor = Visitor { path: vec![], entries: vec![] };
+    model.visit(&mut visitor);
+    visitor.entries
 }
 
 /// Names and shapes of the tensors that a parameter becomes.

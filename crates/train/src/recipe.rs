@@ -36,6 +36,9 @@ pub const BUILT_IN: &[(&str, &str)] = &[
     ("finetune", include_str!("../recipes/finetune.toml")),
     ("image-classes", include_str!("../recipes/image-classes.toml")),
     ("image-text", include_str!("../recipes/image-text.toml")),
+    ("masked-image", include_str!("../recipes/masked-image.toml")),
+    ("image-tokens", include_str!("../recipes/image-tokens.toml")),
+    ("text-to-image", include_str!("../recipes/text-to-image.toml")),
 ];
 
 /// Everything that determines a run.

@@ -8,9 +8,11 @@ mod decode;
 mod preprocess;
 mod resize;
 mod rows;
+mod write;
 
 pub use classes::{Classes, classes_of};
 pub use decode::{MAX_SIDE, decode};
 pub use preprocess::{Fit, Preprocess};
 pub use resize::{Filter, Raster};
 pub use rows::{ImageRow, read_images};
+pub use write::png;

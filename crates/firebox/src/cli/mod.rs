@@ -3,6 +3,7 @@
 mod chat;
 mod compress;
 mod distill;
+mod draw;
 mod export;
 mod finetune;
 mod images;
@@ -62,6 +63,8 @@ enum Command {
     Generate(text::GenerateArgs),
     /// Talk with a model in the terminal.
     Chat(chat::ChatArgs),
+    /// Draw what a prompt says, with a model that was trained for it.
+    Draw(draw::DrawArgs),
     /// Write the logits of given tokens to a safetensors file (all positions, f32, tensor `logits`; of a model without a head `hidden`), to compare with other implementations.
     Logits(text::LogitsArgs),
     /// Make a folder of a model that others trained: of Hugging Face's folders, GGUF files, and the hub's repositories.
@@ -178,6 +181,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => text::eval(args),
         Command::Generate(args) => text::generate(args),
         Command::Chat(args) => chat::run(args),
+        Command::Draw(args) => draw::draw(&args),
         Command::Logits(args) => text::logits(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),

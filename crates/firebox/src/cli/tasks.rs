@@ -11,7 +11,7 @@ use firebox::train::task::{Conversations, Labelled, Preferences, Task, TaskRecip
 use super::job::{Job, Start};
 use super::prepare::DataArgs;
 use super::ranks::{RankArgs, speaks};
-use super::{CliError, images};
+use super::{CliError, draw, images};
 
 /// Reads the data of the recipe's task, and trains.
 pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, CliError> {
@@ -57,6 +57,9 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
         }
         TaskRecipe::ImageClasses(task) => images::classes(job, &task, data, ranks),
         TaskRecipe::ImageText(task) => images::text(job, &task, data, ranks),
+        TaskRecipe::ImageTokens(task) => draw::image_tokens(job, data, ranks, &task),
+        TaskRecipe::MaskedImage(task) => draw::masked_image(job, data, ranks, &task),
+        TaskRecipe::TextToImage(task) => draw::text_to_image(job, data, ranks, &task),
     }
 }
 

@@ -18,6 +18,7 @@ mod reduction;
 mod rope;
 mod tables;
 mod teach;
+mod trunk;
 
 pub use cache::KvCache;
 pub use config::{
@@ -33,3 +34,5 @@ pub use parallel::{TensorParallel, TensorParallelError};
 pub use reduction::{Delta, Layer, LayerDeltas, LowRank, Product, Reduction, Source};
 pub use tables::{Embedding, Projection};
 pub use teach::Observed;
+pub(crate) use trunk::Parts;
+pub use trunk::{Trunk, TrunkShape};

@@ -156,6 +156,13 @@ pub(super) struct Init<'a> {
     pub(super) experts: Option<&'a Communicator>,
 }
 
+impl<'a> Init<'a> {
+    /// Of a part of another model, whole on this rank.
+    pub(super) fn whole(config: &'a TransformerConfig, counter: Counter, device: &'a Device) -> Self {
+        Self { counter, device, config, rank: 0, size: 1, experts: None }
+    }
+}
+
 impl Init<'_> {
     /// A parameter whose values are made when they are first used: never, where a checkpoint replaces them.
     pub(super) fn param<const D: usize>(
@@ -231,7 +238,7 @@ impl Init<'_> {
         Norm { weight: self.constant(config.head_dim, 1.0), bias: None, kind: NormKind::RmsNorm, eps: config.norm_eps }
     }
 
-    fn block(&self, i: usize, config: &TransformerConfig) -> Block {
+    pub(super) fn block(&self, i: usize, config: &TransformerConfig) -> Block {
         let TransformerConfig { init_std: std, bias, .. } = *config;
         let residual_std = std / (2.0 * config.n_layers as f64).sqrt();
         let name = |part: &str| format!("blocks.{i}.{part}");

@@ -338,8 +338,8 @@ impl Init<'_> {
 pub struct Layer<'a> {
     /// Its parameters, which other layers may use as well.
     pub block: &'a Block,
-    deltas: Option<&'a LayerDeltas>,
-    norm_after: bool,
+    pub(super) deltas: Option<&'a LayerDeltas>,
+    pub(super) norm_after: bool,
 }
 
 impl Transformer {

@@ -56,6 +56,7 @@ impl Observer for RunFiles {
             Event::Sampled { step, text } => {
                 replace(&self.dir.join("samples").join(format!("step-{step}.txt")), text.as_bytes())
             }
+            Event::Pictured { step, png } => replace(&self.dir.join("samples").join(format!("step-{step}.png")), png),
             Event::Timeline { step, ranks } => {
                 let mut text = vec![];
                 let path = self.dir.join("timeline.json");

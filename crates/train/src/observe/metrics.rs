@@ -171,7 +171,9 @@ impl Observer for MetricsWriter {
                 }
                 Ok(())
             }
-            Event::Sampled { .. } | Event::Timeline { .. } | Event::CheckpointSaved { .. } => Ok(()),
+            Event::Sampled { .. } | Event::Pictured { .. } | Event::Timeline { .. } | Event::CheckpointSaved { .. } => {
+                Ok(())
+            }
         }
     }
 }

@@ -82,6 +82,13 @@ pub enum Event<'a> {
         /// What the model wrote.
         text: &'a str,
     },
+    /// The model made a picture.
+    Pictured {
+        /// Steps done so far.
+        step: u64,
+        /// A PNG file.
+        png: &'a [u8],
+    },
     /// What each rank did in the step that was to be shown.
     Timeline {
         /// The step.

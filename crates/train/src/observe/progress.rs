@@ -269,6 +269,7 @@ impl Observer for Progress {
             Event::Sampled { step, text } => {
                 self.say(&format!("step {}: a sample\n{}", count(*step), sample_block(text)));
             }
+            Event::Pictured { step, .. } => self.say(&format!("step {}: samples/step-{step}.png", count(*step))),
             Event::Timeline { step, .. } => self.say(&format!("step {}: timeline.json", count(*step))),
             Event::CheckpointSaved { step, path } => {
                 self.say(&format!("step {}: checkpoint {}", count(*step), path.display()));

@@ -87,7 +87,9 @@ impl Observer for TensorBoard {
                 self.open = None;
                 Ok(())
             }
-            Event::Timeline { .. } | Event::CheckpointSaved { .. } | Event::Skipped { .. } => Ok(()),
+            Event::Pictured { .. } | Event::Timeline { .. } | Event::CheckpointSaved { .. } | Event::Skipped { .. } => {
+                Ok(())
+            }
         }
     }
 }

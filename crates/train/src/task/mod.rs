@@ -6,12 +6,16 @@
 mod chat;
 mod clip;
 pub mod images;
+mod image_tokens;
 pub mod labelled;
 mod language;
+mod masked_image;
 mod model;
+mod pictures;
 mod preference;
 mod recipe;
 mod rows;
+mod text_to_image;
 
 use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::TokenBatch;
@@ -20,12 +24,18 @@ use serde_json::{Map, Value};
 use crate::TrainError;
 pub use chat::{ChatRecipe, Conversations, Read, TrainOn};
 pub use clip::{LoadedClip, is_clip, load_clip};
+pub(crate) use image_tokens::MODEL_TYPE;
+pub use image_tokens::{ImageTokens, ImageTokensRecipe};
 pub use labelled::Labelled;
 pub use language::Language;
+pub use masked_image::{MaskedImage, MaskedImageRecipe};
 pub use model::Model;
 pub(crate) use model::device_of;
+pub use pictures::{PictureRows, Pictures};
 pub use preference::{PairsRead, PreferenceRecipe, Preferences};
 pub use recipe::TaskRecipe;
+pub use text_to_image::{CaptionLayout, TextToImage, TextToImageRecipe};
+pub(crate) use text_to_image::{IMAGE_TOKENS, LAYOUT};
 
 /// What a model of type `M` is trained on.
 ///
@@ -87,6 +97,19 @@ pub trait Task<M>: Send + Sync {
 
     /// Whether [`sample`](Self::sample) gives anything.
     fn has_samples(&self) -> bool {
+        false
+    }
+
+    /// A picture, as a PNG file, that the model makes after an evaluation, to be shown; called where [`metrics`](Self::metrics) is.
+    ///
+    /// # Errors
+    /// [`TrainError`].
+    fn picture(&self, _model: &M) -> Result<Option<Vec<u8>>, TrainError> {
+        Ok(None)
+    }
+
+    /// Whether [`picture`](Self::picture) gives anything.
+    fn has_pictures(&self) -> bool {
         false
     }
 

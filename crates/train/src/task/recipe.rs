@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::images::{ImageClassesRecipe, ImageTextRecipe};
+use super::image_tokens::ImageTokensRecipe;
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
+use super::masked_image::MaskedImageRecipe;
+use super::text_to_image::TextToImageRecipe;
 use super::{ChatRecipe, PreferenceRecipe};
 
 /// What a model is trained for: `kind` says which, the other keys belong to it.
@@ -29,6 +32,12 @@ pub enum TaskRecipe {
     ImageClasses(ImageClassesRecipe),
     /// Images and texts that belong together.
     ImageText(Box<ImageTextRecipe>),
+    /// Images from their codes: a quantizer.
+    ImageTokens(ImageTokensRecipe),
+    /// Masked patches of images.
+    MaskedImage(MaskedImageRecipe),
+    /// Images from text, by their codes.
+    TextToImage(TextToImageRecipe),
 }
 
 impl TaskRecipe {

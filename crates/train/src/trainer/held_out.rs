@@ -33,8 +33,9 @@ impl<M: Model> Trainer<'_, M> {
             (Some(average), None) => Some(self.evaluated(&average.apply(self.model().clone()).valid(), None, limit)?),
             (None, _) => None,
         };
-        let (samples, metrics) = (self.task.has_samples() && loss.is_finite(), self.task.has_metrics());
-        let whole = if samples || metrics { self.whole(model)?.map(|model| model.valid()) } else { None };
+        let (samples, pictures, metrics) = (self.task.has_samples(), self.task.has_pictures(), self.task.has_metrics());
+        let (samples, pictures) = (samples && loss.is_finite(), pictures && loss.is_finite());
+        let whole = if samples || pictures || metrics { self.whole(model)?.map(|model| model.valid()) } else { None };
         let found = match &whole {
             Some(model) if metrics => self.task.metrics(model, limit)?,
             _ => vec![],
@@ -58,10 +59,12 @@ impl<M: Model> Trainer<'_, M> {
         } else {
             self.state.evals_without_gain += 1;
         }
-        if let Some(model) = whole.filter(|_| samples)
-            && let Some(text) = self.task.sample(&model)?
-        {
+        let Some(model) = whole else { return Ok(()) };
+        if samples && let Some(text) = self.task.sample(&model)? {
             observer.on_event(&Event::Sampled { step: self.state.step, text: &text })?;
+        }
+        if pictures && let Some(png) = self.task.picture(&model)? {
+            observer.on_event(&Event::Pictured { step: self.state.step, png: &png })?;
         }
         Ok(())
     }
