@@ -1,4 +1,7 @@
-//! Loss and bits per byte on held-out text.
+//! Loss and bits per byte on held-out text, and choices between answers.
+
+pub mod choices;
+mod likelihood;
 
 use firebox_data::Batch;
 use firebox_models::transformer::Transformer;
@@ -8,6 +11,8 @@ use serde::Serialize;
 
 use crate::model_io::to_host;
 use crate::task::HeldOut;
+
+pub use likelihood::Scorer;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
