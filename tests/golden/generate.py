@@ -28,6 +28,7 @@ import bounded
 import compress
 import distillation
 import experts
+import gguf_files
 import harness
 import imported
 import lsq
@@ -356,6 +357,9 @@ def compare(fresh, stored):
                 np.testing.assert_allclose(new_row, old_row, rtol=1e-6, atol=1e-4)
         assert new == old, f"{stored.name} has other values"
         return
+    if fresh.suffix == ".gguf":
+        assert fresh.read_bytes() == stored.read_bytes(), f"{stored.name} has other bytes"
+        return
     new, old = (safetensors.torch.load_file(path) for path in (fresh, stored))
     assert new.keys() == old.keys(), f"{stored.name} has other tensors: {sorted(new.keys() ^ old.keys())}"
     for name, tensor in new.items():
@@ -392,6 +396,7 @@ def generate(out_dir):
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     imported.fixture(out_dir)
     harness.fixture(out_dir)
+    gguf_files.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

@@ -80,6 +80,50 @@ fn text_is_measured() {
     assert!(ended.stdout.starts_with("loss ") && ended.stdout.contains("nats per token"), "{}", ended.stdout);
 }
 
+/// Rows whose class is in their words.
+fn reviews(n: usize) -> String {
+    let row = |i: usize| {
+        let (label, word) = [("good", "shines"), ("bad", "leaks"), ("old", "rusts")][i % 3];
+        json!({ "sentence": format!("The boiler {i} {word}"), "label": label })
+    };
+    lines(&(0..n).map(row).collect::<Vec<_>>())
+}
+
+#[test]
+fn labels_are_compared() {
+    let lab = Lab::new(4);
+    lab.write("rows.jsonl", reviews(30));
+    lab.write("val.jsonl", reviews(12));
+    let recipe = lab.write("small.toml", common::SMALL);
+    let task = r#"task={ kind = "classes", text = "sentence", val = "val.jsonl" }"#;
+    let args = ["train", recipe.to_str().unwrap(), "--data", "rows.jsonl", "--out", "run", "--set", task];
+    lab.call(&[&args[..], &["--set", "train.steps=20"]].concat()).succeeded();
+    let run = lab.run("run");
+    let last = run.metrics().into_iter().rfind(|line| line["metrics"].is_object()).unwrap();
+    let eval = |args: &[&str]| lab.call(&[&["eval", "run", "--data", "val.jsonl"], args].concat());
+    // Which field holds the text says the run's recipe.
+    let found: Value = serde_json::from_str(&eval(&["--json"]).succeeded().stdout).unwrap();
+    assert_eq!((&found["task"], &found["rows"]), (&json!("classes"), &json!(12)));
+    for (name, want) in last["metrics"].as_object().unwrap() {
+        assert_eq!(&found[name], want, "{name}");
+    }
+    let (loss, want) = (found["loss"].as_f64().unwrap(), last["val_loss"].as_f64().unwrap());
+    assert!((loss - want).abs() < 1e-5, "{loss} {want}");
+    assert!(last["metrics"].get("accuracy").is_some());
+    // Rows of one class alone are still of three.
+    lab.write("one.jsonl", lines(&[json!({ "sentence": "The boiler leaks", "label": "bad" })]));
+    let ended = lab.call(&["eval", "run", "--data", "one.jsonl"]).succeeded();
+    assert!(ended.stdout.contains("f1 bad") && ended.stdout.contains("f1 old"), "{}", ended.stdout);
+    lab.write("new.jsonl", lines(&[json!({ "sentence": "The boiler sings", "label": "loud" })]));
+    lab.call(&["eval", "run", "--data", "new.jsonl"]).failed(2, &["new.jsonl:1", "loud", "bad, good, old"]);
+    lab.write("number.jsonl", lines(&[json!({ "sentence": "The boiler sings", "label": 3 })]));
+    lab.call(&["eval", "run", "--data", "number.jsonl"]).failed(2, &["number.jsonl:1", "0 to 2"]);
+    eval(&["--set", "task.text=words"]).failed(2, &["no field `words`"]);
+    eval(&["--set", "task.texts=words"]).failed(2, &["texts"]);
+    eval(&["--set", "task.kind=values"]).failed(2, &["task.kind"]);
+    eval(&["--task", "arc"]).failed(2, &["predicts the next token"]);
+}
+
 #[test]
 fn bad_rows() {
     let lab = lab();

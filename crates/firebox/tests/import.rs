@@ -74,6 +74,8 @@ fn bad_folders() {
         ),
         &good,
     );
+    folder("endless", &CONFIG.replace("\"num_hidden_layers\": 1", "\"num_hidden_layers\": 2000000000"), &good);
+    folder("long", &CONFIG.replace("\"max_position_embeddings\": 8", "\"max_position_embeddings\": 2000000000"), &good);
     let mut wrong = tensors();
     wrong[0].1 = vec![8, 4];
     wrong[1].0 = "model.layers.0.self_attn.query.weight".into();
@@ -99,6 +101,8 @@ fn bad_folders() {
         ("huge-tensor", &["model.safetensors"]),
         ("unknown", &[&["mamba"][..], &known].concat()),
         ("yarn", &["yarn", "default, linear or llama3"]),
+        ("endless", &["n_layers", "2000000000", "at most 16384"]),
+        ("long", &["context", "2000000000", "at most"]),
         ("wrong", &["1 missing", "q_proj", "query", "1 of another shape", "[7, 4]", "[8, 4]"]),
         ("untied", &["1 missing: `lm_head.weight`"]),
         ("no-tensors", &["model.safetensors or model.safetensors.index.json"]),

@@ -21,7 +21,10 @@ fn tensors() -> Vec<(String, Vec<usize>)> {
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![VOCAB, WIDTH])];
     for i in 0..LAYERS {
         let layer = |name: &str| format!("model.layers.{i}.{name}.weight");
-        all.extend(["q_proj", "k_proj", "v_proj", "o_proj"].map(|name| (layer(&format!("self_attn.{name}")), vec![WIDTH, WIDTH])));
+        all.extend(
+            ["q_proj", "k_proj", "v_proj", "o_proj"]
+                .map(|name| (layer(&format!("self_attn.{name}")), vec![WIDTH, WIDTH])),
+        );
         all.extend(["input_layernorm", "post_attention_layernorm"].map(|name| (layer(name), vec![WIDTH])));
         all.extend(["gate_proj", "up_proj"].map(|name| (layer(&format!("mlp.{name}")), vec![INNER, WIDTH])));
         all.push((layer("mlp.down_proj"), vec![WIDTH, INNER]));

@@ -1,6 +1,7 @@
-//! Loss and bits per byte on held-out text, and choices between answers.
+//! Loss and bits per byte on held-out text, choices between answers, and what labels say.
 
 pub mod choices;
+mod labelled;
 mod likelihood;
 
 use firebox_data::Batch;
@@ -12,6 +13,7 @@ use serde::Serialize;
 use crate::model_io::to_host;
 use crate::task::HeldOut;
 
+pub use labelled::{OfRows, head_of, on_rows};
 pub use likelihood::Scorer;
 
 /// What an evaluation found.

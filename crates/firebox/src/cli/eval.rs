@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use firebox::data::{DataConfig, Source, Tokenizer, ValBatches, read_records};
-use firebox::models::transformer::Transformer;
+use firebox::models::transformer::{Head, Transformer};
 use firebox::train::TrainError;
 use firebox::train::evaluate::choices::{Choice, Form, Question, log_likelihoods, score, with_shots};
-use firebox::train::evaluate::{Scorer, evaluate};
+use firebox::train::evaluate::{Evaluation, OfRows, Scorer, evaluate, head_of, on_rows};
 use serde_json::{Value, json};
 
 use super::text::ModelArgs;
@@ -20,7 +20,7 @@ use super::{CliError, prepare};
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text, or .jsonl or .parquet rows of questions: file, folder or glob; may be given several times.
+    /// Text, or .jsonl or .parquet rows of questions, or with labels, where the checkpoint has a head for them: file, folder or glob; may be given several times.
     #[arg(long = "data", value_name = "PATH", required = true)]
     data: Vec<String>,
     /// What the rows are; found out from the first one of a .jsonl file, if not given.
@@ -32,6 +32,9 @@ pub struct EvalArgs {
     /// Rows from which examples are taken, the first ones; those of --data, if not given.
     #[arg(long, value_name = "PATH")]
     shots_from: Vec<String>,
+    /// Of rows with labels: which fields hold what, as task.text=sentence; as in the checkpoint's run, if not given.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Field of .jsonl lines or column of .parquet files that holds the text.
     #[arg(long, default_value = "text")]
     text_field: String,
@@ -73,13 +76,19 @@ impl EvalTask {
 }
 
 pub fn run(args: EvalArgs) -> Result<(), CliError> {
+    let head = head_of(args.model.path())?;
     let form = match args.task {
         Some(task) => task.form(),
         None => args.data.first().and_then(|path| form_of(Path::new(path), &args.text_field)),
     };
-    let found = match form {
-        Some(form) => multiple_choice(&args, form)?,
-        None => text(&args)?,
+    let found = match (head, form) {
+        (Head::Language, Some(form)) => multiple_choice(&args, form)?,
+        (Head::Language, None) => text(&args)?,
+        (_, Some(_)) if args.task.is_some() => {
+            let expected = "a model that predicts the next token".into();
+            return Err(TrainError::Input { what: "checkpoint", expected, got: format!("one with {head:?}") }.into());
+        }
+        _ => labelled(&args)?,
     };
     if let Some(path) = &args.out {
         let io = |source| TrainError::Io { operation: "write", path: path.clone(), source };
@@ -174,6 +183,18 @@ fn multiple_choice(args: &EvalArgs, form: Form) -> Result<Found, CliError> {
     Ok(Found { json, all, table })
 }
 
+/// Rows with labels, of checkpoints that have a head for them.
+fn labelled(args: &EvalArgs) -> Result<Found, CliError> {
+    let found = on_rows(args.model.path(), &args.data, &args.set, args.rows.max(1), &args.model.device()?)?;
+    let OfRows { task, rows, evaluation, metrics } = found;
+    let mut json = json!({ "task": task, "rows": rows, "loss": evaluation.loss });
+    merge(&mut json, metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect());
+    let line = |name: &str, value: f64| cells([task, &rows.to_string(), name, &format!("{value:.4}")]);
+    let mut table = vec![cells(["task", "rows", "score", "value"]), line("loss", evaluation.loss)];
+    table.extend(metrics.iter().map(|(name, value)| line(name, *value)));
+    Ok(Found { all: json.clone(), json, table })
+}
+
 fn merge(into: &mut Value, from: Value) {
     if let (Value::Object(into), Value::Object(from)) = (into, from) {
         into.extend(from);
@@ -199,11 +220,7 @@ fn text(args: &EvalArgs) -> Result<Found, CliError> {
     Ok(Found { all: json.clone(), json, table })
 }
 
-fn evaluated(
-    args: &EvalArgs,
-    model: &Transformer,
-    tokenizer: &Tokenizer,
-) -> Result<firebox::train::evaluate::Evaluation, CliError> {
+fn evaluated(args: &EvalArgs, model: &Transformer, tokenizer: &Tokenizer) -> Result<Evaluation, CliError> {
     let scratch = Scratch::new()?;
     let tokenizer_path = scratch.0.join("tokenizer.json");
     tokenizer.save(&tokenizer_path)?;
