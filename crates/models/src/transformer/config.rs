@@ -295,7 +295,11 @@ impl TransformerConfig {
         let turns = matches!(self.positions, Positions::Rotary { .. });
         if turns && self.context.saturating_mul(self.head_dim) > MAX_TURNS {
             let most = (MAX_TURNS / self.head_dim).max(1);
-            return fail("context", self.context.to_string(), format!("must be at most {most} with heads of {}", self.head_dim));
+            return fail(
+                "context",
+                self.context.to_string(),
+                format!("must be at most {most} with heads of {}", self.head_dim),
+            );
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             return fail("n_kv_heads", self.n_kv_heads.to_string(), format!("must divide n_heads = {}", self.n_heads));
