@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterConfig;
 use super::experts::ExpertsConfig;
 use super::head::Head;
 use super::reduction::Reduction;
@@ -69,6 +70,9 @@ pub struct TransformerConfig {
     /// What follows the last block.
     #[serde(default, skip_serializing_if = "Head::is_language")]
     pub head: Head,
+    /// Adapters, which are trained in place of everything else; by default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterConfig>,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
     /// Probability of dropping an element after the embedding and before each residual addition.
@@ -302,6 +306,7 @@ impl TransformerConfig {
             image.validate(self)?;
         }
         self.head.validate(self)?;
+        self.validate_adapter()?;
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -407,7 +412,8 @@ impl TransformerConfig {
         let tables = embed + patches + embed_proj + head_proj + if self.tied { 0 } else { head };
         let task: usize = self.head_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let last = if self.norm_after() { 0 } else { norm };
-        tables + positions + types + embed_norm + self.n_blocks() * block + self.n_layers * deltas + last + task
+        let blocks = self.n_blocks() * block + self.n_layers * deltas + self.adapter_params();
+        tables + positions + types + embed_norm + blocks + last + task
     }
 
     /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's; of a shared block, once in every

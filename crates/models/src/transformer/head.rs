@@ -93,6 +93,11 @@ impl Head {
         matches!(self, Head::Language | Head::Masked)
     }
 
+    /// Whether it makes classes or values, of which the model that a run starts from need not know.
+    pub fn has_outputs(&self) -> bool {
+        matches!(self, Head::Classes { .. } | Head::TokenClasses { .. } | Head::Values { .. })
+    }
+
     pub(super) fn validate(&self, config: &TransformerConfig) -> Result<(), ConfigError> {
         let fail = |field, got: String, expected: &str| Err(ConfigError { field, got, expected: expected.into() });
         let (encoder, name) = (config.encoder.is_some(), format!("{self:?}"));

@@ -4,6 +4,7 @@
 //! A parameter of the decoder is one tensor of their files or several that stand side by side (q, k, v); linear weights of Llama are transposed. This module
 //! only maps values in memory: files belong to whoever reads and writes them.
 
+pub mod adapter;
 mod experts;
 mod llama;
 mod pieces;
@@ -191,11 +192,21 @@ impl Family {
         for (name, shape) in config.head_shapes() {
             table.whole(name, &shape, [name, name]);
         }
+        let adapters: Vec<Entry> = table.entries.iter().flat_map(|weight| adapter::entries(config, weight)).collect();
+        table.entries.extend(adapters);
         table.entries
     }
 
     /// The `config.json` of `config`.
     pub fn config_json(self, config: &TransformerConfig) -> Value {
+        let mut json = self.plain_json(config);
+        if let (Some(adapter), true) = (&config.adapter, self != Family::Firebox) {
+            json[adapter::KEY] = json!(adapter);
+        }
+        json
+    }
+
+    fn plain_json(self, config: &TransformerConfig) -> Value {
         match self {
             Family::Gpt2 => json!({
                 "architectures": ["GPT2LMHeadModel"],
@@ -260,6 +271,7 @@ pub fn parse_config(json: &Value) -> Result<(Family, TransformerConfig), HfError
         }
         other => return Err(HfError::Architecture { got: other.to_string() }),
     };
+    let config = adapter::read(&keys, config)?;
     config.validate()?;
     Ok((family, config))
 }
@@ -351,6 +363,7 @@ impl Keys<'_> {
             },
             positions: Positions::Learned,
             bias: true,
+            adapter: None,
             tied: self.flag_or("tie_word_embeddings", true)?,
             dropout: self.number_or("resid_pdrop", 0.1)?,
             init_std: self.number_or("initializer_range", 0.02)?,

@@ -1,5 +1,6 @@
 //! A transformer, by configuration a causal decoder, GPT-2 (Radford et al., 2019) or Llama (Touvron et al., arXiv:2302.13971), or an encoder, BERT (Devlin et al., arXiv:1810.04805).
 
+mod adapter;
 mod cache;
 mod config;
 mod context;
@@ -19,6 +20,7 @@ mod rope;
 mod tables;
 mod teach;
 
+pub use adapter::{Adapted, Adapter, AdapterConfig, AdapterKind, Target, Targets, UnknownTarget, freeze};
 pub use cache::KvCache;
 pub use config::{
     ConfigError, EncoderConfig, FeedForward, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,

@@ -187,6 +187,7 @@ impl ModelRecipe {
             encoder: self.encoder.or(base.encoder),
             image,
             head: self.head.unwrap_or(base.head),
+            adapter: None,
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
             init_std: match (&self.preset, self.mup_base_width) {
