@@ -404,30 +404,53 @@ impl Adapter {
             None => y,
         }
     }
+}
 
-    /// What is to be added to a weight `[in, out]`, or of DoRA what it becomes: the weight of a layer that computes the same alone.
-    fn merged(&self, weight: Tensor<2>) -> Tensor<2> {
-        let (down, up) = (self.down.val().detach(), self.up.val().detach());
-        let gains = self.magnitude.as_ref().map(|m| m.val().detach() / self.squares(weight.clone()).sqrt());
-        let (rank, rows, mut first, mut whole) = (up.dims()[0], weight.dims()[0], 0, weight);
-        for (i, piece) in self.pieces.iter().enumerate() {
-            let a = down.clone().narrow(1, i * rank, rank);
-            let b = up.clone().narrow(1, first, piece.len());
-            let mut sum = whole.clone().narrow(1, piece.start, piece.len()) + a.matmul(b) * self.scale;
-            if let Some(gains) = &gains {
-                sum = sum * gains.clone().narrow(0, first, piece.len()).unsqueeze::<2>();
+/// Puts an adapter into the weight of its layer, `[in, out]`: afterwards the layer computes the same alone. `values` are those of its parameters, in the order of
+/// [`Adapted::shapes`].
+///
+/// # Panics
+/// If a length does not fit.
+pub fn merge(weight: &mut [f32], adapted: &Adapted, values: &[Vec<f32>], scale: f64) {
+    let ([(_, of_down), (_, of_up), ..], [down, up, magnitude @ ..]) = (&adapted.shapes[..], values) else {
+        panic!("an adapter has two products")
+    };
+    let (width, rank, columns) = (of_down[1], of_up[0], of_up[1]);
+    assert_eq!((down.len(), up.len()), (of_down[0] * width, rank * columns), "adapter: values of another shape");
+    let (inputs, scale) = (of_down[0], scale as f32);
+    assert!(weight.len().is_multiple_of(inputs), "adapter: a weight of {} values for {inputs} inputs", weight.len());
+    let outputs = weight.len() / inputs;
+    let mut first = 0;
+    for (i, piece) in adapted.pieces.iter().enumerate() {
+        weight.chunks_exact_mut(outputs).zip(down.chunks_exact(width)).for_each(|(row, a)| {
+            let row = &mut row[piece.clone()];
+            for (r, a) in a[i * rank..(i + 1) * rank].iter().enumerate() {
+                let b = &up[r * columns + first..][..row.len()];
+                row.iter_mut().zip(b).for_each(|(w, b)| *w += scale * a * b);
             }
-            whole = whole.slice_assign([0..rows, piece.clone()], sum);
-            first += piece.len();
+        });
+        if let [magnitude] = magnitude {
+            let mut squares = vec![0f64; piece.len()];
+            for row in weight.chunks_exact(outputs) {
+                squares.iter_mut().zip(&row[piece.clone()]).for_each(|(sum, w)| *sum += f64::from(*w) * f64::from(*w));
+            }
+            let lengths = squares.iter().zip(&magnitude[first..]);
+            let gains: Vec<f32> = lengths.map(|(sum, m)| (f64::from(*m) / sum.sqrt()) as f32).collect();
+            weight.chunks_exact_mut(outputs).for_each(|row| {
+                row[piece.clone()].iter_mut().zip(&gains).for_each(|(w, gain)| *w *= gain);
+            });
         }
-        whole
+        first += piece.len();
     }
 }
 
 impl Linear {
     /// Its weight as it is, in f32, without a gradient.
     pub(super) fn plain_weight(&self) -> Tensor<2> {
-        plain(&self.weight)
+        let Some(packed) = &self.packed else { return plain(&self.weight) };
+        let [outputs, inputs] = packed.shape();
+        let values = TensorData::new(packed.dequantized(), [outputs, inputs]);
+        Tensor::<2>::from_data(values, &self.weight.lazy_device()).transpose()
     }
 }
 
@@ -512,12 +535,21 @@ impl Transformer {
             return self;
         }
         let config = TransformerConfig { adapter: None, ..self.config().clone() };
-        self.linear_layers().for_each(|(_, linear)| {
-            let Some(adapter) = linear.adapter.take() else { return };
-            let weight = adapter.merged(linear.plain_weight().detach());
-            let (id, trainable) = (linear.weight.id, weight.device().is_autodiff());
+        let of_adapter = self.config().clone();
+        let scale = of_adapter.adapter.map_or(0.0, |adapter| adapter.scale());
+        self.linear_layers().for_each(|(name, linear)| {
+            let Some((adapter, adapted)) = linear.adapter.take().zip(of_adapter.adapter_of(&name)) else { return };
+            let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
+            let magnitude = adapter.magnitude.map(|m| m.val().into_data().iter::<f32>().collect());
+            let values: Vec<Vec<f32>> =
+                [host(adapter.down.val()), host(adapter.up.val())].into_iter().chain(magnitude).collect();
+            let weight = linear.plain_weight();
+            let (shape, device) = (weight.dims(), weight.device());
+            let mut whole = host(weight);
+            merge(&mut whole, &adapted, &values, scale);
+            let weight = Tensor::from_data(TensorData::new(whole, shape), &device);
             linear.packed = None;
-            linear.weight = Param::initialized(id, weight.set_require_grad(trainable));
+            linear.weight = Param::initialized(linear.weight.id, weight.set_require_grad(device.is_autodiff()));
         });
         self.set_config(config);
         self

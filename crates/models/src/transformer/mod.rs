@@ -20,7 +20,9 @@ mod rope;
 mod tables;
 mod teach;
 
-pub use adapter::{Adapted, Adapter, AdapterConfig, AdapterKind, Target, Targets, UnknownTarget, freeze};
+pub use adapter::{
+    Adapted, Adapter, AdapterConfig, AdapterKind, Target, Targets, UnknownTarget, freeze, merge as merge_adapter,
+};
 pub use cache::KvCache;
 pub use config::{
     ConfigError, EncoderConfig, FeedForward, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,
