@@ -36,6 +36,7 @@ import lsq
 import mae
 import optimizers
 import preference
+import peft_adapters
 import torch_schedules
 import vision
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -400,6 +401,7 @@ def generate(out_dir):
     encoders.fixture(out_dir)
     harness.fixture(out_dir)
     gguf_files.fixture(out_dir)
+    peft_adapters.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

@@ -43,6 +43,7 @@ fn models() -> [(&'static str, Transformer); 2] {
         feed_forward: FeedForward::SwiGlu,
         positions: Positions::Rotary { theta: 10_000.0 },
         bias: false,
+        adapter: None,
         tied: false,
         dropout: 0.0,
         init_std: 0.3,

@@ -1,5 +1,6 @@
 //! Parameter groups: which parameters have their own learning rate, decay or algorithm.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use burn::module::Module;
@@ -52,6 +53,33 @@ impl GroupConfig {
     }
 }
 
+/// Patterns of parameters' names, with `*` for anything, `?` for one character, `{a,b}` for either.
+#[derive(Debug, Clone)]
+pub struct Patterns(GlobSet);
+
+impl Patterns {
+    /// From texts.
+    ///
+    /// # Errors
+    /// [`OptimError::Pattern`] for one that is none.
+    pub fn new(patterns: &[String]) -> Result<Self, OptimError> {
+        let mut set = GlobSetBuilder::new();
+        let error = |pattern: &str, e: &globset::Error| OptimError::Pattern {
+            pattern: pattern.to_owned(),
+            reason: e.kind().to_string(),
+        };
+        for pattern in patterns {
+            set.add(Glob::new(pattern).map_err(|e| error(pattern, &e))?);
+        }
+        set.build().map(Self).map_err(|e| error(&patterns.join(" "), &e))
+    }
+
+    /// Whether one of them fits the whole name.
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.is_match(name)
+    }
+}
+
 /// The groups of an optimizer, ready to say what a parameter is trained with.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
@@ -59,7 +87,9 @@ pub(crate) struct Rules {
     decay: DecayRule,
     /// Of the parameters in no group, and of groups that have none of their own.
     clip: Clip,
-    groups: Vec<(GroupConfig, GlobSet)>,
+    groups: Vec<(GroupConfig, Patterns)>,
+    /// What the learning rates of parameters are multiplied by besides, by name; of those that are not in it, by 1.
+    lr_scales: BTreeMap<String, f64>,
 }
 
 /// What a parameter is trained with.
@@ -90,19 +120,19 @@ impl Rules {
             if let Some(decay) = config.weight_decay {
                 check("weight_decay", decay, (0.0..=1e6).contains(&decay), "0 <= weight_decay <= 1e6")?;
             }
-            let mut set = GlobSetBuilder::new();
-            for pattern in &config.params {
-                let error =
-                    |e: globset::Error| OptimError::Pattern { pattern: pattern.clone(), reason: e.kind().to_string() };
-                set.add(Glob::new(pattern).map_err(error)?);
-            }
-            let error =
-                |e: globset::Error| OptimError::Pattern { pattern: config.describe(), reason: e.kind().to_string() };
-            let set = set.build().map_err(error)?;
+            let set = Patterns::new(&config.params)?;
             Ok((config, set))
         };
         let clip = Clip::default();
-        Ok(Self { algorithm, decay, clip, groups: groups.into_iter().map(compile).collect::<Result<_, OptimError>>()? })
+        let groups = groups.into_iter().map(compile).collect::<Result<_, OptimError>>()?;
+        Ok(Self { algorithm, decay, clip, groups, lr_scales: BTreeMap::new() })
+    }
+
+    pub fn with_lr_scales(self, lr_scales: BTreeMap<String, f64>) -> Result<Self, OptimError> {
+        for &scale in lr_scales.values() {
+            check("lr_scale", scale, (0.0..=1e6).contains(&scale), "0 <= lr_scale <= 1e6")?;
+        }
+        Ok(Self { lr_scales, ..self })
     }
 
     pub fn with_clip(self, clip: Clip) -> Result<Self, OptimError> {
@@ -127,8 +157,8 @@ impl Rules {
 
     pub fn assign(&self, info: &ParamInfo) -> Assigned {
         let kind = ParamKind::of(&info.name, &info.shape);
-        let fits = |(config, names): &(GroupConfig, GlobSet)| {
-            (config.params.is_empty() || names.is_match(&info.name))
+        let fits = |(config, names): &(GroupConfig, Patterns)| {
+            (config.params.is_empty() || names.matches(&info.name))
                 && (config.kinds.is_empty() || config.kinds.contains(&kind))
         };
         let group = self.groups.iter().position(fits);
@@ -147,7 +177,8 @@ impl Rules {
             _ => None,
         };
         let clip = group.filter(|_| own.is_some()).map_or(0, |group| group + 1);
-        let lr_scale = config.map_or(1.0, |config| config.lr_scale);
+        let of_name = self.lr_scales.get(&info.name).copied().unwrap_or(1.0);
+        let lr_scale = config.map_or(1.0, |config| config.lr_scale) * of_name;
         Assigned { group, kind, algorithm, lr_scale, weight_decay, clip, adaptive }
     }
 

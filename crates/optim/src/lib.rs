@@ -77,7 +77,7 @@ pub use average::{Average, AverageConfig};
 pub use clip::{Adaptive, Clip, Clipping};
 pub use error::OptimError;
 pub use grads::NamedGrads;
-pub use groups::{Group, GroupConfig, Groups};
+pub use groups::{Group, GroupConfig, Groups, Patterns};
 pub use optimizer::{Optimizer, StateTensor};
 pub use params::{DecayRule, ParamInfo, ParamKind, is_trainable, parameters, values};
 pub use parts::Parts;

@@ -83,6 +83,14 @@ impl Optimizer {
         Ok(Self { rules: self.rules.with_clip(clip)?, ..self })
     }
 
+    /// The same with learning rates multiplied by a number for each parameter of these names, besides what its group says.
+    ///
+    /// # Errors
+    /// [`OptimError::Hyperparameter`] for one that is no factor.
+    pub fn with_lr_scales(self, lr_scales: BTreeMap<String, f64>) -> Result<Self, OptimError> {
+        Ok(Self { rules: self.rules.with_lr_scales(lr_scales)?, ..self })
+    }
+
     /// The algorithm of the parameters that are in no group.
     pub fn algorithm(&self) -> &Algorithm {
         self.rules.algorithm()

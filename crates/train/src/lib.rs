@@ -32,6 +32,7 @@
 //! # }
 //! ```
 
+mod adapter;
 mod batch_warmup;
 pub mod chat;
 pub mod checkpoint;
@@ -71,6 +72,7 @@ mod trainer;
 mod watch;
 mod words;
 
+pub use adapter::{AdapterRecipe, BaseFormat, FreezeRecipe, merge_adapters};
 pub use batch_warmup::BatchWarmup;
 pub use cooldown::Cooldown;
 pub use distill::{DistillRecipe, StudentInit};

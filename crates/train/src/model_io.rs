@@ -14,6 +14,7 @@ use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
 
 use crate::TrainError;
+use crate::adapter;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadReport, TensorFile, TensorSpec, resolve};
 use crate::quantized::Quantization;
 use crate::sentences;
@@ -83,6 +84,9 @@ impl Folder {
             return crate::import::gguf::open(path);
         }
         let plain = path.join("config.json").is_file() && !path.join("manifest.json").is_file();
+        if !plain && path.join(adapter::CONFIG).is_file() && !path.join("manifest.json").is_file() {
+            return adapter::open_peft(path, None);
+        }
         if !plain {
             return Self::of_checkpoint(&resolve(path)?.checkpoint);
         }
@@ -96,17 +100,27 @@ impl Folder {
         Ok(Self { config, file, tokenizer, sides: SIDES.into_iter().filter_map(side).collect() })
     }
 
-    fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TrainError> {
-        let tokenizer = match checkpoint.contains("tokenizer.json") {
-            true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
-            false => None,
-        };
-        let config = checkpoint.read_json("config.json")?;
+    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TrainError> {
+        let tokenizer = Self::tokenizer_of(checkpoint)?;
         let mut sides = BTreeMap::new();
         for name in SIDES.into_iter().filter(|name| checkpoint.contains(name)) {
             sides.insert(name, String::from_utf8_lossy(&checkpoint.bytes(name)?).into_owned());
         }
-        Ok(Self { config, file: checkpoint.tensors("model.safetensors")?, tokenizer, sides })
+        let config = checkpoint.read_json("config.json")?;
+        let (config, file) = match adapter::is_adapted(&config)? {
+            // Whoever trains them asks for them: see `adapter::load`.
+            true => adapter::merged(checkpoint)?,
+            false => (config, checkpoint.tensors("model.safetensors")?),
+        };
+        Ok(Self { config, file, tokenizer, sides })
+    }
+
+    /// The tokenizer of a checkpoint, where it has one.
+    pub fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, TrainError> {
+        Ok(match checkpoint.contains("tokenizer.json") {
+            true => Some(Tokenizer::load(checkpoint.file("tokenizer.json")?)?),
+            false => None,
+        })
     }
 }
 
@@ -323,6 +337,36 @@ pub(crate) fn specs(entry: &Entry) -> Vec<TensorSpec> {
 pub(crate) fn encoded(entry: &Entry, values: &[f32]) -> Vec<Vec<u8>> {
     let piece = |piece| bytemuck::cast_slice(&entry.split(values, piece)).to_vec();
     entry.pieces.iter().map(piece).collect()
+}
+
+/// Those of the float parameters whose path is `wanted`, flat and without gradients; the others are not made.
+pub(crate) fn some_parameters<M: Module>(module: &M, wanted: &dyn Fn(&str) -> bool) -> Vec<(String, Tensor<1>)> {
+    struct Visitor<'a> {
+        path: Vec<String>,
+        wanted: &'a dyn Fn(&str) -> bool,
+        found: Vec<(String, Tensor<1>)>,
+    }
+    impl ModuleVisitor for Visitor<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let name = self.path.join(".");
+            if !(self.wanted)(&name) {
+                return;
+            }
+            let value = param.val();
+            let value = to_f32(if value.device().is_autodiff() { value.inner() } else { value });
+            let n = value.dims().iter().product::<usize>();
+            self.found.push((name, value.reshape([n])));
+        }
+    }
+    let mut visitor = Visitor { path: vec![], wanted, found: vec![] };
+    module.visit(&mut visitor);
+    visitor.found
 }
 
 /// The float parameters by path, flat and without gradients.

@@ -1,6 +1,9 @@
 //! The recipe's part on the optimizer.
 
-use firebox_optim::{Algorithm, BatchScaling, Clip, DecayRule, GroupConfig, OptimError, Optimizer};
+use std::collections::BTreeMap;
+
+use firebox_models::Staged;
+use firebox_optim::{Algorithm, BatchScaling, Clip, DecayRule, GroupConfig, OptimError, Optimizer, parameters};
 use firebox_tensor::ops::Precision;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -24,12 +27,20 @@ pub struct OptimizerRecipe {
     pub clip: Clip,
     /// In how many bits the state is held: `f32`, `bf16` or `int8`.
     pub state: StateFormat,
+    /// What the learning rate is multiplied by for each stage (a block, the embedding) that is before another: the last blocks of a model that was trained before learn faster than the
+    /// first. 1: all alike.
+    #[serde(skip_serializing_if = "is_one")]
+    pub layer_decay: f64,
     /// Kind and hyperparameters.
     #[serde(flatten)]
     pub algorithm: Algorithm,
     /// Parameters that are trained in their own way.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<GroupConfig>,
+}
+
+fn is_one(factor: &f64) -> bool {
+    *factor == 1.0
 }
 
 /// In how many bits an optimizer's state is held.
@@ -63,6 +74,7 @@ impl Default for OptimizerRecipe {
             decay: DecayRule::Matrices,
             clip: Clip::Norm(1.0),
             state: StateFormat::F32,
+            layer_decay: 1.0,
             algorithm: Algorithm::default(),
             groups: vec![],
         }
@@ -89,6 +101,16 @@ impl OptimizerRecipe {
         Ok(optimizer.with_precision(self.state.into()))
     }
 
+    /// What the learning rates of parameters are multiplied by for their stages: BEiT's (Bao et al., arXiv:2106.08254) `decay^(last - stage)`, where a tied head counts as the embedding.
+    pub(crate) fn lr_scales<M: Staged>(&self, model: &M) -> Result<BTreeMap<String, f64>, OptimError> {
+        if self.layer_decay == 1.0 {
+            return Ok(BTreeMap::new());
+        }
+        let last = model.n_stages() - 1;
+        let scale = |name: &str| self.layer_decay.powi((last - model.first_stage(name)) as i32);
+        Ok(parameters(model)?.into_iter().map(|info| (info.name.clone(), scale(&info.name))).collect())
+    }
+
     /// What the learning rate is multiplied by for a batch of `rows`.
     pub(crate) fn batch_factor(&self, rows: usize) -> f64 {
         self.batch_scaling.map_or(1.0, |scaling| scaling.factor(rows))
@@ -105,6 +127,13 @@ impl<'de> Deserialize<'de> for OptimizerRecipe {
         take(&mut table, "decay", &mut recipe.decay)?;
         take(&mut table, "clip", &mut recipe.clip)?;
         take(&mut table, "state", &mut recipe.state)?;
+        take(&mut table, "layer_decay", &mut recipe.layer_decay)?;
+        if !(recipe.layer_decay > 0.0 && recipe.layer_decay <= 1.0) {
+            return Err(D::Error::custom(format!(
+                "layer_decay: expected a factor in (0, 1], got {}",
+                recipe.layer_decay
+            )));
+        }
         take(&mut table, "groups", &mut recipe.groups)?;
         table.entry("kind").or_insert_with(|| recipe.algorithm.name().into());
         recipe.algorithm = Value::Table(table).try_into().map_err(with_common_keys)?;
@@ -121,7 +150,7 @@ fn take<T: DeserializeOwned, E: Error>(table: &mut Table, key: &str, into: &mut 
 
 /// The algorithm knows its own fields alone; what is offered in place of an unknown one are all.
 fn with_common_keys<E: Error>(error: toml::de::Error) -> E {
-    let all = "unknown field `{}`, expected one of `lr`, `batch_scaling`, `decay`, `clip`, `state`, `groups`, ";
+    let all = "unknown field `{}`, expected one of `lr`, `batch_scaling`, `decay`, `clip`, `state`, `layer_decay`, `groups`, ";
     match error.message().strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, expected one of ")) {
         Some((field, fields)) => E::custom(all.replace("{}", field) + fields),
         None => E::custom(error.message()),

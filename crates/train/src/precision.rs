@@ -4,6 +4,7 @@ use std::fmt;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
+use firebox_optim::is_trainable;
 use firebox_tensor::device::is_fused;
 use firebox_tensor::ops::{Compute, is_bf16, to_bf16};
 use serde::de::{self, Visitor};
@@ -20,6 +21,9 @@ pub struct PrecisionRecipe {
     pub compute: ComputeType,
     /// The type in which matrices, embeddings and the head are held between updates: in bf16 there are no master weights, and updates round stochastically.
     pub params: ParamType,
+    /// The type in which those are held that are not trained; what a recipe says of its adapters.
+    #[serde(skip)]
+    pub(crate) frozen: ParamType,
     /// Factor of the loss, taken out of the gradients again; for `compute = "f16"` alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScaling>,
@@ -108,6 +112,30 @@ impl<'de> Deserialize<'de> for LossScaling {
     }
 }
 
+/// Which parameters go into bfloat16.
+struct Halve {
+    trained: bool,
+    frozen: bool,
+}
+
+impl ModuleMapper for Halve {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let wanted = if is_trainable(&param) { self.trained } else { self.frozen };
+        if D < 2 || !wanted {
+            return param;
+        }
+        if !param.is_initialized() {
+            return param.init_mapper(halve);
+        }
+        if is_bf16(&param.val()) {
+            return param;
+        }
+        let trainable = param.is_require_grad();
+        let (id, tensor, mapper) = param.consume();
+        Param::from_mapped_value(id, halve(tensor).set_require_grad(trainable), mapper)
+    }
+}
+
 impl PrecisionRecipe {
     /// Checks it against the rest of the recipe.
     pub(crate) fn validate(&self, optimizer_in_backward: bool) -> Result<(), RecipeError> {
@@ -148,27 +176,17 @@ impl PrecisionRecipe {
 
     /// The module with its parameters in the type in which they are held: those of two dimensions or more. Those that have not been made yet are not made.
     pub(crate) fn hold<M: Module>(&self, module: M) -> M {
-        struct Halve;
-        impl ModuleMapper for Halve {
-            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                if D < 2 {
-                    return param;
-                }
-                if !param.is_initialized() {
-                    return param.init_mapper(halve);
-                }
-                if is_bf16(&param.val()) {
-                    return param;
-                }
-                let trainable = param.is_require_grad();
-                let (id, tensor, mapper) = param.consume();
-                Param::from_mapped_value(id, halve(tensor).set_require_grad(trainable), mapper)
-            }
-        }
-        match self.params {
-            ParamType::F32 => module,
-            ParamType::Bf16 => module.map(&mut Halve),
-        }
+        let trained = self.params == ParamType::Bf16;
+        self.halve(module, Halve { trained, frozen: trained || self.frozen == ParamType::Bf16 })
+    }
+
+    /// The same of a module in which others than those that are trained are held already.
+    pub(crate) fn hold_trained<M: Module>(&self, module: M) -> M {
+        self.halve(module, Halve { trained: self.params == ParamType::Bf16, frozen: false })
+    }
+
+    fn halve<M: Module>(&self, module: M, mut which: Halve) -> M {
+        if which.trained || which.frozen { module.map(&mut which) } else { module }
     }
 
     /// Before the first step.

@@ -29,10 +29,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use firebox_compress::format::{Element, Format, Group, NF4_LEVELS, ScalarFormat};
-use firebox_compress::{CompressError, Quantized};
+use firebox_compress::quantize::{Ranges, nearest};
+use firebox_compress::{CompressError, Matrix, Quantized};
 use firebox_data::Tokenizer;
 use firebox_models::transformer::hf::{Entry, Family, HfError};
-use firebox_models::transformer::packed::{can_be_packed, from_matrix, matrix_shape};
+use firebox_models::transformer::packed::{can_be_packed, from_matrix, matrix_shape, to_matrix};
 use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_tensor::ops::{PackedError, PackedMatrix, Scales};
 use half::f16;
@@ -239,6 +240,22 @@ impl Stored {
         let quantized = Quantized::new(self.format, self.matrix, codes, self.scales(file)?, self.zeros(file)?)?;
         Ok(from_matrix(&self.name, &self.shape, quantized.dequantize().into_values()))
     }
+}
+
+/// A matrix of linear layers `[in, out]` in NF4, as kernels take it; none of one that is not finite. Where `group` does not divide the inputs, an output has one scale.
+pub(crate) fn nf4(name: &str, shape: [usize; 2], values: Vec<f32>, group: usize) -> Option<PackedMatrix> {
+    let [inputs, outputs] = shape;
+    let group = if inputs.is_multiple_of(group) { Group::Of(group) } else { Group::Channel };
+    let format = ScalarFormat::new(Element::Nf4, group, true).ok()?;
+    let matrix = Matrix::new(outputs, inputs, to_matrix(name, &shape, values)).ok()?;
+    let quantized = nearest(&matrix, format, Ranges::Absmax).ok()?;
+    let codes: Vec<u8> = quantized.codes().chunks_exact(inputs).flat_map(|row| packed_bits(row, 4, 0)).collect();
+    let scales = match group {
+        Group::Of(_) => Scales::F16(quantized.scales().iter().map(|&s| f16::from_f32(s).to_bits()).collect()),
+        Group::Channel | Group::Tensor => Scales::F32(quantized.scales().to_vec()),
+    };
+    let group = quantized.group_len();
+    PackedMatrix::int4([outputs, inputs], group, &codes, scales, None, NF4_LEVELS).ok()
 }
 
 /// Codes one after the other from the lowest bit on, each `offset` larger; the row ends with its last byte.

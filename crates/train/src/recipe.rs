@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::adapter::{AdapterRecipe, FreezeRecipe};
 use crate::batch_warmup::BatchWarmup;
 use crate::distill::{DistillRecipe, StudentInit};
 use crate::engine::MemoryRecipe;
@@ -101,6 +102,12 @@ pub struct Recipe {
     /// Training for few bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qat: Option<QatRecipe>,
+    /// Adapters, which are trained in place of the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterRecipe>,
+    /// Parameters that are left as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<FreezeRecipe>,
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -267,6 +274,8 @@ impl Recipe {
             distill: None,
             prune: None,
             qat: None,
+            adapter: None,
+            freeze: None,
         }
     }
 
@@ -339,6 +348,9 @@ impl Recipe {
                 let expected = "none with averages of the parameters (schedule_free, [average]): in them a weight that is pruned now is not 0";
                 return fail("prune", expected, "one".into());
             }
+        }
+        if let Some(adapter) = &self.adapter {
+            adapter.validate(self)?;
         }
         if let Some(qat) = &self.qat {
             qat.validate()?;

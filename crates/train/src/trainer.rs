@@ -26,6 +26,7 @@ use firebox_optim::{Average, Optimizer};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::adapter::Kept;
 use crate::distill::{StudentInit, Teacher, from_teacher};
 use crate::engine::Engine;
 use crate::fault;
@@ -109,6 +110,8 @@ pub struct Trainer<'a, M: Model = Transformer> {
     model: Option<M>,
     optimizer: Optimizer,
     average: Option<Average>,
+    /// What checkpoints have of a model with adapters.
+    kept: Option<Kept>,
     teacher: Option<Teacher>,
     engine: Engine,
     task: Box<dyn Task<M> + 'a>,
@@ -200,17 +203,28 @@ impl<'a, M: Model> Trainer<'a, M> {
     }
 
     fn make(
-        recipe: Recipe,
+        mut recipe: Recipe,
         dir: &Path,
         task: Box<dyn Task<M> + 'a>,
         device: &Device,
-        model: M,
+        mut model: M,
         (mup, teacher): (Option<Mup>, Option<Teacher>),
     ) -> Result<Self, TrainError> {
         recipe.precision.check_device(device)?;
+        if let Some(adapter) = &recipe.adapter {
+            adapter.check_device(device)?;
+            recipe.precision.frozen = adapter.frozen_type();
+            let Some(transformer) = model.transformer() else {
+                let expected = "none with this model, which is not one transformer".into();
+                return Err(TrainError::Input { what: "adapter", expected, got: model.describe() });
+            };
+            let adapted = adapter.apply(transformer.clone(), recipe.seed)?;
+            model = model.map_transformer(|_| adapted);
+        }
         recipe.schedule.validate(recipe.train.steps)?;
         let groups = recipe.qat.map_or_else(Vec::new, |qat| qat.groups(&recipe.optimizer.algorithm));
         let mut optimizer = recipe.optimizer.build(recipe.train.batch_rows, mup, groups)?;
+        optimizer = optimizer.with_lr_scales(recipe.optimizer.lr_scales(&model)?)?;
         let of_layers = |what| TrainError::Input {
             what,
             expected: "none with this model, which is not one transformer".into(),
@@ -240,9 +254,13 @@ impl<'a, M: Model> Trainer<'a, M> {
             };
             project(model, projected, seed, &device.clone().autodiff())
         });
+        let model = recipe.prepared(model)?;
+        let init = recipe.adapter.as_ref().and(recipe.init.as_deref());
+        let kept = init.map(|base| Kept::new(base, &model)).transpose()?;
         Ok(Self {
             dir: dir.to_path_buf(),
-            model: Some(recipe.precision.hold(model.for_recipe(&recipe))),
+            model: Some(model),
+            kept,
             optimizer,
             average: recipe.average.map(Average::new).transpose()?,
             teacher,

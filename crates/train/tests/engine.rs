@@ -51,6 +51,7 @@ fn gpt2(tied: bool, dropout: f64) -> TransformerConfig {
         feed_forward: FeedForward::Gelu,
         positions: Positions::Learned,
         bias: true,
+        adapter: None,
         tied,
         dropout,
         init_std: 0.1,

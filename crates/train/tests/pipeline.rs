@@ -55,6 +55,7 @@ fn config(blocks: usize, tied: bool) -> TransformerConfig {
         feed_forward: FeedForward::SwiGlu,
         positions: Positions::Rotary { theta: 10000.0 },
         bias: false,
+        adapter: None,
         tied,
         dropout: 0.1,
         init_std: 0.1,

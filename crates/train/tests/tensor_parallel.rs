@@ -50,6 +50,7 @@ fn llama(n_kv_heads: usize, tied: bool) -> TransformerConfig {
         feed_forward: FeedForward::SwiGlu,
         positions: Positions::Rotary { theta: 10_000.0 },
         bias: false,
+        adapter: None,
         tied,
         dropout: 0.0,
         init_std: 0.2,

@@ -12,6 +12,7 @@ mod import;
 mod job;
 mod launch;
 mod lr_find;
+mod merge;
 mod prepare;
 mod ranks;
 mod tasks;
@@ -70,6 +71,8 @@ enum Command {
     Logits(text::LogitsArgs),
     /// Make a folder of a model that others trained: of Hugging Face's folders, GGUF files, and the hub's repositories.
     Import(import::ImportArgs),
+    /// Put adapters into the weights of their model: a plain model that computes the same.
+    Merge(merge::MergeArgs),
     /// Write a model for transformers, llama.cpp or ONNX Runtime.
     Export(export::ExportArgs),
     /// Make report.html of a run again.
@@ -185,6 +188,7 @@ pub fn main() -> ExitCode {
         Command::Draw(args) => draw::draw(&args),
         Command::Logits(args) => text::logits(args),
         Command::Import(args) => import::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Export(args) => export::run(args),
         Command::Report { run } => firebox::train::observe::report::write(&run)
             .map(|path| println!("report: {}", path.display()))

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterConfig;
 use super::experts::ExpertsConfig;
 use super::head::Head;
 use super::reduction::Reduction;
@@ -72,6 +73,9 @@ pub struct TransformerConfig {
     /// Names of the head's classes in order, where they have some.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<String>,
+    /// Adapters, which are trained in place of everything else; by default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterConfig>,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
     /// Probability of dropping an element after the embedding and before each residual addition.
@@ -324,6 +328,7 @@ impl TransformerConfig {
             image.validate(self)?;
         }
         self.head.validate(self)?;
+        self.validate_adapter()?;
         if let Positions::Rotary { theta } = self.positions {
             if !self.head_dim.is_multiple_of(2) {
                 return fail("head_dim", self.head_dim.to_string(), "must be even for rotary positions".into());
@@ -429,7 +434,8 @@ impl TransformerConfig {
         let tables = embed + patches + embed_proj + head_proj + if self.tied { 0 } else { head };
         let task: usize = self.head_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let last = if self.norm_after() { 0 } else { norm };
-        tables + positions + types + embed_norm + self.n_blocks() * block + self.n_layers * deltas + last + task
+        let blocks = self.n_blocks() * block + self.n_layers * deltas + self.adapter_params();
+        tables + positions + types + embed_norm + blocks + last + task
     }
 
     /// Floating-point operations of forward and backward per token at full context: 6 per weight that a product uses (of experts, those of one token's; of a shared block, once in every
@@ -438,7 +444,13 @@ impl TransformerConfig {
         let [embed, embed_proj, head, head_proj] = self.tables();
         // Of tokens, rows are copied; of patches, there is a product.
         let patches = if self.image.is_some() { embed } else { 0 };
-        self.n_layers as f64 * self.block_flops_per_token() + (6 * (patches + embed_proj + head + head_proj)) as f64
+        let tables = self.flops_per_weight() * (patches + embed_proj + head + head_proj);
+        self.n_layers as f64 * self.block_flops_per_token() + tables as f64
+    }
+
+    /// Forward, the gradient of the input, and, unless adapters are trained in its place, that of the weight.
+    fn flops_per_weight(&self) -> usize {
+        if self.adapter.is_some() { 4 } else { 6 }
     }
 
     /// Those of one block.
@@ -451,6 +463,7 @@ impl TransformerConfig {
         let weights = qkv + out + mlp;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
         let keys = if self.encoder.is_some() { context } else { window * (1.0 - window / (2.0 * context)) };
-        (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
+        let adapters = self.adapter_params() / self.n_blocks().max(1);
+        (self.flops_per_weight() * weights + 6 * adapters) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
     }
 }

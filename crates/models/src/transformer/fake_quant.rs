@@ -89,8 +89,8 @@ impl Transformer {
         steps.collect()
     }
 
-    /// The layers whose weights are rounded, by name.
-    fn linear_layers(&mut self) -> impl Iterator<Item = (String, &mut Linear)> {
+    /// The linear layers of attention and of dense feed-forward layers, by name.
+    pub(super) fn linear_layers(&mut self) -> impl Iterator<Item = (String, &mut Linear)> {
         self.blocks.iter_mut().enumerate().flat_map(|(i, block)| {
             let attn = [("attn.qkv", &mut block.attn.qkv), ("attn.out", &mut block.attn.out)];
             let mlp =

@@ -93,7 +93,7 @@ impl Head {
         matches!(self, Head::Language | Head::Masked)
     }
 
-    /// How many classes or values it gives, of a row or token.
+    /// How many classes or values it gives, of a row or token; of these the model that a run starts from need not know.
     pub fn outputs(&self) -> Option<usize> {
         match *self {
             Head::Classes { n, .. } | Head::TokenClasses { n } | Head::Values { n, .. } => Some(n),

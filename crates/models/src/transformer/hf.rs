@@ -3,6 +3,7 @@
 //! A family of classes is a file with a [table of names](names), and the `config.json` in both directions. A parameter of ours is one tensor of their files or several that stand side by
 //! side (q, k, v); linear weights are transposed, but for GPT-2's. This module only maps values in memory: files belong to whoever reads and writes them.
 
+pub mod adapter;
 mod albert;
 mod bert;
 mod distilbert;
@@ -154,11 +155,22 @@ impl Family {
 
     /// Every parameter of the model in order, with the tensors that it is stored as.
     pub fn entries(self, config: &TransformerConfig) -> Vec<Entry> {
-        names::entries(self, config)
+        let mut entries = names::entries(self, config);
+        let adapters: Vec<Entry> = entries.iter().flat_map(|weight| adapter::entries(config, weight)).collect();
+        entries.extend(adapters);
+        entries
     }
 
     /// The `config.json` of `config`.
     pub fn config_json(self, config: &TransformerConfig) -> Value {
+        let mut json = self.plain_json(config);
+        if let (Some(adapter), true) = (&config.adapter, self != Family::Firebox) {
+            json[adapter::KEY] = json!(adapter);
+        }
+        json
+    }
+
+    fn plain_json(self, config: &TransformerConfig) -> Value {
         match self.classes() {
             Some(classes) => {
                 let (stem, mut json) = classes.write(config);
@@ -203,6 +215,7 @@ pub fn parse_config(json: &Value) -> Result<(Family, TransformerConfig), HfError
         }
         None => return Err(HfError::Architecture { got: model_type.to_string() }),
     };
+    let config = adapter::read(&keys, config)?;
     config.validate()?;
     Ok((family, config))
 }

@@ -1,5 +1,6 @@
 //! A transformer, by configuration a causal decoder, GPT-2 (Radford et al., 2019) or Llama (Touvron et al., arXiv:2302.13971), or an encoder, BERT (Devlin et al., arXiv:1810.04805).
 
+mod adapter;
 mod cache;
 mod config;
 mod context;
@@ -20,6 +21,9 @@ mod tables;
 mod teach;
 mod trunk;
 
+pub use adapter::{
+    Adapted, Adapter, AdapterConfig, AdapterKind, Target, Targets, UnknownTarget, freeze, merge as merge_adapter,
+};
 pub use cache::KvCache;
 pub use config::{
     ConfigError, EncoderConfig, FeedForward, ImageConfig, NormKind, Positions, RopeScaling, TransformerConfig,

@@ -13,6 +13,7 @@ use firebox_parallel::Communicator;
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, PackedMatrix, Pre, RopeTable, Sequence};
 use firebox_tensor::random::{Counter, Purpose, normal};
 
+use super::adapter::Adapter;
 use super::config::{ConfigError, FeedForward, NormKind, TransformerConfig};
 use super::context::ContextParallel;
 use super::experts::Experts;
@@ -90,6 +91,8 @@ pub struct Linear {
     pub(super) packed: Option<Arc<PackedMatrix>>,
     /// How the weight is rounded, where it is trained for few bits.
     pub quantizer: Option<Quantizer>,
+    /// What is trained in place of the weight, see [`Transformer::with_adapters`].
+    pub adapter: Option<Adapter>,
 }
 
 /// LayerNorm or RMSNorm.
@@ -157,13 +160,22 @@ pub(super) struct Init<'a> {
 }
 
 impl<'a> Init<'a> {
-    /// Of a part of another model, whole on this rank.
-    pub(super) fn whole(config: &'a TransformerConfig, counter: Counter, device: &'a Device) -> Self {
-        Self { counter, device, config, rank: 0, size: 1, experts: None }
+    /// For the part of rank `rank` of `size`.
+    pub(super) fn new(
+        config: &'a TransformerConfig,
+        counter: Counter,
+        device: &'a Device,
+        (rank, size): (usize, usize),
+        experts: Option<&'a Communicator>,
+    ) -> Self {
+        Self { counter, device, config, rank, size, experts }
     }
-}
 
-impl Init<'_> {
+    /// The rank whose part is made, and how many there are.
+    pub(super) fn place(&self) -> (usize, usize) {
+        (self.rank, self.size)
+    }
+
     /// A parameter whose values are made when they are first used: never, where a checkpoint replaces them.
     pub(super) fn param<const D: usize>(
         &self,
@@ -281,13 +293,13 @@ impl Transformer {
     ) -> Result<Self, ConfigError> {
         config.validate()?;
         let (rank, size) = parallel.as_ref().map_or((0, 1), |parallel| (parallel.rank(), parallel.size()));
-        let init = Init { counter: Counter::new(seed, Purpose::Init, 0), device, config, rank, size, experts };
+        let init = Init::new(config, Counter::new(seed, Purpose::Init, 0), device, (rank, size), experts);
         let [n_heads, n_kv_heads] = config.heads(rank, size);
         let (v, d, std) = (config.vocab_size, config.d_model, config.init_std);
         let (e, types) = (config.embed_width(), config.token_types());
         let delta_layers = if config.reduction.delta_rank == 0 { 0 } else { config.n_layers };
         let rope = config.rope_frequencies().map(|turns| Arc::new(RopeTable::of_frequencies(&turns, config.context)));
-        Ok(Self {
+        let model = Self {
             embed: init.embedding("embed", [v, e], std),
             embed_proj: (e < d).then(|| init.projection("embed_proj", [e, d], config.embed_proj_bias())),
             positions: rope.is_none().then(|| init.embedding("positions", config.positions_shape(), std)),
@@ -317,7 +329,12 @@ impl Transformer {
                 rows: None,
                 data: None,
             },
-        })
+        };
+        Ok(model.adapted(&init))
+    }
+
+    pub(super) fn set_config(&mut self, config: TransformerConfig) {
+        self.context.config = config;
     }
 
     /// The same parameters with what no checkpoint holds and training needs: the seed of dropout's masks, and its probability.
@@ -498,16 +515,35 @@ impl Attention {
 impl Linear {
     /// A layer that computes with its weight as it is.
     pub(super) fn new(weight: Param<Tensor<2>>, bias: Option<Param<Tensor<1>>>) -> Self {
-        Self { weight, factor: None, bias, packed: None, quantizer: None }
+        Self { weight, factor: None, bias, packed: None, quantizer: None, adapter: None }
     }
 
     /// `pre(x) weight + bias + residual`; `[.., in] -> [.., out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pre: Pre, residual: Option<Tensor<D>>) -> Tensor<D> {
+        let bias = self.bias.as_ref().map(Param::val);
+        let Some(adapter) = &self.adapter else { return self.own(x, pre, bias, residual) };
+        let low = adapter.down(x.clone(), pre.clone(), adapter.down.val());
+        match &adapter.magnitude {
+            None => adapter.add(self.own(x, pre, bias, residual), low, adapter.up.val()),
+            Some(magnitude) => {
+                let y = adapter.add(self.own(x, pre, None, None), low, adapter.up.val());
+                adapter.resize(y, magnitude.val(), adapter.squares(self.plain_weight()), bias, residual)
+            }
+        }
+    }
+
+    /// The same without an adapter.
+    fn own<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        pre: Pre,
+        bias: Option<Tensor<1>>,
+        residual: Option<Tensor<D>>,
+    ) -> Tensor<D> {
         let first = |x, pre, bias, residual| match &self.packed {
             Some(packed) => ops::packed_linear(x, pre, packed.clone(), bias, residual),
             None => ops::fused_linear(x, pre, self.values().0, bias, residual),
         };
-        let bias = self.bias.as_ref().map(Param::val);
         match &self.factor {
             None => first(x, pre, bias, residual),
             Some(factor) => ops::fused_linear(first(x, pre, None, None), Pre::Nothing, factor.val(), bias, residual),

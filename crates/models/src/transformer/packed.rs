@@ -137,7 +137,27 @@ impl Transformer {
         Ok(self)
     }
 
-    /// Whether a matrix is packed: such a decoder can be used, not trained.
+    /// The same transformer, with the linear layers of attention and of dense feed-forward layers packed as `pack` says of their names, shapes `[in, out]` and values; those of which it
+    /// gives nothing stay as they are. Their parameters have no values from then on: a model that is not trained, but whose adapters are.
+    pub fn pack_linear(mut self, pack: impl Fn(&str, [usize; 2], Vec<f32>) -> Option<PackedMatrix>) -> Self {
+        self.linear_layers().for_each(|(name, linear)| {
+            // What is made of the weight is made before it is gone.
+            if let Some(magnitude) = linear.adapter.as_ref().and_then(|adapter| adapter.magnitude.as_ref()) {
+                magnitude.val();
+            }
+            let (id, device, shape) = (linear.weight.id, linear.weight.lazy_device(), linear.weight.lazy_shape());
+            let nothing = Param::initialized(id, Tensor::zeros([0, 0], &device)).set_require_grad(false);
+            let weight = std::mem::replace(&mut linear.weight, nothing);
+            let values = weight.val().into_data().iter::<f32>().collect();
+            match pack(&format!("{name}.weight"), [shape[0], shape[1]], values) {
+                Some(packed) => linear.packed = Some(Arc::new(packed)),
+                None => linear.weight = weight,
+            }
+        });
+        self
+    }
+
+    /// Whether a matrix is packed: such a decoder can be used, and only its adapters trained.
     pub fn is_packed(&self) -> bool {
         self.packed().next().is_some()
     }

@@ -10,12 +10,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use firebox_parallel::{CommError, Communicator};
 use firebox_tensor::device::is_fused;
 use firebox_tensor::ops::collective::{copy_columns_to, copy_to, gather_tokens, part, reduce_from, scatter_tokens};
 use firebox_tensor::ops::{self, AttentionConfig, LossConfig, Pre, Sequence};
 
+use super::adapter::of_adapter;
 use super::config::{ConfigError, TransformerConfig};
 use super::model::{Attention, Linear, Transformer};
 use super::tables::Embedding;
@@ -76,29 +78,43 @@ impl TransformerConfig {
     /// How the parameter of this name (its path in the module) is divided among `size` ranks.
     pub fn placement(&self, param: &str, size: usize) -> Placement {
         let (name, field) = param.rsplit_once('.').unwrap_or((param, ""));
+        if let Some((layer, field)) = of_adapter(param) {
+            return self.adapter_placement(layer, field, size);
+        }
         let segment = |units, width| Segment { units, width };
         let [qkv, out, input, output] = self.matrices().map(|matrix| matrix.rank == 0);
-        // Query heads go where their key-value head goes, unless that one goes to several ranks.
-        let queries = if self.n_kv_heads >= size {
-            segment(self.n_kv_heads, self.n_heads / self.n_kv_heads * self.head_dim)
-        } else {
-            segment(self.n_heads, self.head_dim)
-        };
-        let keys = segment(self.n_kv_heads, self.head_dim);
         // Biases have the columns of their weight.
         let columns = usize::from(field == "weight");
-        let inner = vec![segment(self.d_ff, 1); self.ff_in_width() / self.d_ff];
         match name {
             "embed" | "head" => Placement::split(0, [segment(self.vocab_size, 1)]),
             // Of a masked language model: one value per token.
             "task_head" if field == "bias" => Placement::split(0, [segment(self.vocab_size, 1)]),
             // Ranks have factors whole: they divide none (`validate_parallel`).
             _ if field == "factor" => Placement::replicated(),
-            _ if name.ends_with("attn.qkv") && qkv => Placement::split(columns, [queries, keys, keys]),
-            _ if name.ends_with("mlp.input") && input => Placement::split(columns, inner),
-            _ if name.ends_with("attn.out") && columns == 1 && out => Placement::split(0, [queries]),
+            _ if name.ends_with("attn.qkv") && qkv => Placement::split(columns, self.stretches(0, size)),
+            _ if name.ends_with("mlp.input") && input => Placement::split(columns, self.stretches(2, size)),
+            _ if name.ends_with("attn.out") && columns == 1 && out => Placement::split(0, [self.queries(size)]),
             _ if name.ends_with("mlp.output") && columns == 1 && output => Placement::split(0, [segment(self.d_ff, 1)]),
             _ => Placement::replicated(),
+        }
+    }
+
+    /// Query heads go where their key-value head goes, unless that one goes to several ranks.
+    fn queries(&self, size: usize) -> Segment {
+        if self.n_kv_heads >= size {
+            Segment { units: self.n_kv_heads, width: self.n_heads / self.n_kv_heads * self.head_dim }
+        } else {
+            Segment { units: self.n_heads, width: self.head_dim }
+        }
+    }
+
+    /// The layers that are packed in a matrix of a block (q, k, v and output of attention, then the feed-forward layer's two), as stretches of its columns.
+    pub(super) fn stretches(&self, matrix: usize, size: usize) -> Vec<Segment> {
+        let keys = Segment { units: self.n_kv_heads, width: self.head_dim };
+        match matrix {
+            0 => vec![self.queries(size), keys, keys],
+            2 => vec![Segment { units: self.d_ff, width: 1 }; self.ff_in_width() / self.d_ff],
+            _ => vec![Segment { units: self.d_model, width: 1 }],
         }
     }
 
@@ -235,13 +251,8 @@ impl TensorParallel {
         heads: &AttentionConfig,
         sequence: &Sequence,
     ) -> Tensor<3> {
-        let (mut weight, mut bias) = attn.qkv.values();
-        if let Some(group) = &self.same_head {
-            let keys = heads.n_heads * heads.head_dim;
-            weight = copy_columns_to(weight, keys, group);
-            bias = bias.map(|bias| copy_columns_to(bias, keys, group));
-        }
-        let qkv = ops::column_linear(x, pre, weight, bias, self.tokens(sequence), &self.group);
+        let shared = self.same_head.as_ref().map(|group| (group, heads.n_heads * heads.head_dim));
+        let qkv = self.columns(&attn.qkv, shared, x, pre, sequence);
         match (&attn.q_norm, &attn.k_norm) {
             (Some(q), Some(k)) => {
                 let gains = [q, k].map(|norm| copy_to(norm.weight.val(), &self.group));
@@ -253,8 +264,51 @@ impl TensorParallel {
 
     /// From the residual stream into this rank's columns.
     pub(super) fn column(&self, linear: &Linear, x: Tensor<3>, pre: Pre, sequence: &Sequence) -> Tensor<3> {
+        self.columns(linear, None, x, pre, sequence)
+    }
+
+    /// The same of a layer of which `shared`, the ranks with the same key-value head, have the columns from some one on.
+    ///
+    /// Every rank makes all of what the layer's adapter has between its two products, of its own tokens where these are divided.
+    fn columns(
+        &self,
+        linear: &Linear,
+        shared: Option<(&Communicator, usize)>,
+        x: Tensor<3>,
+        pre: Pre,
+        sequence: &Sequence,
+    ) -> Tensor<3> {
         let (weight, bias) = linear.values();
-        ops::column_linear(x, pre, weight, bias, self.tokens(sequence), &self.group)
+        let (weight, bias) = match shared {
+            Some((group, from)) => {
+                (copy_columns_to(weight, from, group), bias.map(|bias| copy_columns_to(bias, from, group)))
+            }
+            None => (weight, bias),
+        };
+        let tokens = self.tokens(sequence);
+        let Some(adapter) = &linear.adapter else {
+            return ops::column_linear(x, pre, weight, bias, tokens, &self.group);
+        };
+        let low = adapter.down(x.clone(), pre.clone(), self.of_tokens(adapter.down.val()));
+        let low = match tokens {
+            Some(tokens) => gather_tokens(low, tokens, &self.group),
+            None => copy_to(low, &self.group),
+        };
+        let (mut up, mut magnitude) = (adapter.up.val(), adapter.magnitude.as_ref().map(Param::val));
+        if let Some((group, from)) = shared {
+            // Of the adapter, the columns of its pieces alone.
+            let from = adapter.columns_before(from);
+            up = copy_columns_to(up, from, group);
+            magnitude = magnitude.map(|magnitude| copy_columns_to(magnitude, from, group));
+        }
+        match magnitude {
+            None => adapter.add(ops::column_linear(x, pre, weight, bias, tokens, &self.group), low, up),
+            Some(magnitude) => {
+                let y = ops::column_linear(x, pre, weight, None, tokens, &self.group);
+                let squares = adapter.squares(linear.plain_weight());
+                adapter.resize(adapter.add(y, low, up), magnitude, squares, bias, None)
+            }
+        }
     }
 
     /// From this rank's rows back into the residual stream.
@@ -266,8 +320,23 @@ impl TensorParallel {
         residual: Option<Tensor<3>>,
         sequence: &Sequence,
     ) -> Tensor<3> {
-        let (weight, bias) = linear.values();
-        ops::row_linear(x, pre, weight, bias, residual, self.tokens(sequence), &self.group)
+        let ((weight, bias), tokens) = (linear.values(), self.tokens(sequence));
+        let Some(adapter) = &linear.adapter else {
+            return ops::row_linear(x, pre, weight, bias, residual, tokens, &self.group);
+        };
+        let low = adapter.down(x.clone(), pre.clone(), adapter.down.val());
+        let low = if self.sequence { scatter_tokens(low, &self.group) } else { reduce_from(low, &self.group) };
+        let up = self.of_tokens(adapter.up.val());
+        match &adapter.magnitude {
+            None => adapter.add(ops::row_linear(x, pre, weight, bias, residual, tokens, &self.group), low, up),
+            Some(magnitude) => {
+                let y = ops::row_linear(x, pre, weight, None, None, tokens, &self.group);
+                // Each rank has some of the rows.
+                let squares = reduce_from(adapter.squares(linear.plain_weight()), &self.group);
+                let (magnitude, bias) = (self.of_tokens(magnitude.val()), bias.map(|bias| self.of_tokens(bias)));
+                adapter.resize(adapter.add(y, low, up), magnitude, squares, bias, residual)
+            }
+        }
     }
 
     /// The loss of the next token from the residual stream.

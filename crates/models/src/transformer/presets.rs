@@ -38,6 +38,7 @@ pub fn depth(n_layers: usize, vocab_size: usize) -> TransformerConfig {
         feed_forward: FeedForward::SwiGlu,
         positions: Positions::Rotary { theta: 10_000.0 },
         bias: false,
+        adapter: None,
         tied: n_layers <= 12,
         dropout: 0.0,
         init_std: depth_init_std(d_model),
@@ -78,6 +79,7 @@ fn gpt2(n_layers: usize, d_model: usize, n_heads: usize) -> TransformerConfig {
         feed_forward: FeedForward::Gelu,
         positions: Positions::Learned,
         bias: true,
+        adapter: None,
         tied: true,
         dropout: 0.1,
         init_std: 0.02,
@@ -96,6 +98,7 @@ fn llama2(n_layers: usize, d_model: usize, n_heads: usize, n_kv_heads: usize, d_
         head_dim: d_model / n_heads,
         context: 4096,
         window: None,
+        adapter: None,
         tied: false,
         init_std: 0.02,
         ..depth(n_layers, 32_000)
@@ -147,6 +150,7 @@ pub fn all() -> Vec<(&'static str, TransformerConfig)> {
             TransformerConfig {
                 vocab_size: 49_152,
                 context: 8192,
+                adapter: None,
                 tied: true,
                 positions: Positions::Rotary { theta: 100_000.0 },
                 ..llama2(30, 576, 9, 3, 1536)

@@ -89,7 +89,7 @@ impl Trunk {
     pub fn new(shape: &TrunkShape, counter: Counter, device: &Device) -> Result<Self, ConfigError> {
         shape.validate()?;
         let config = shape.config();
-        let init = Init::whole(&config, counter, device);
+        let init = Init::new(&config, counter, device, (0, 1), None);
         Ok(Self {
             blocks: (0..config.n_layers).map(|i| init.block(i, &config)).collect(),
             norm: init.norm(config.d_model),

@@ -36,7 +36,7 @@ pub(crate) struct Loss {
     pub softcap: f32,
 }
 
-/// Where the gradients of the summed loss go, before the upstream gradient; overwritten.
+/// Where the gradients of the summed loss go, before the upstream gradient; overwritten. Those that nobody wants are empty, and not computed.
 pub(crate) struct Gradients<'a> {
     /// With respect to the hidden states, `[n, d]`.
     pub hidden: &'a mut [f32],
@@ -109,8 +109,12 @@ pub(super) fn by_chunks(
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
             let into = if c == 0 { Into::Write } else { Into::Add };
-            matmul(loss.compute, dlogits, weight, &mut g.hidden[range], d, Into::Write);
-            matmul(loss.compute, dlogits.t(), h, g.weight, d, into);
+            if !g.hidden.is_empty() {
+                matmul(loss.compute, dlogits, weight, &mut g.hidden[range], d, Into::Write);
+            }
+            if !g.weight.is_empty() {
+                matmul(loss.compute, dlogits.t(), h, g.weight, d, into);
+            }
         }
     }
     recycle(scratch);

@@ -221,16 +221,22 @@ pub(super) fn apply_with<B: HostBackend + FusedOps, C: CheckpointStrategy>(
     weight: Tracked<B, C>,
     run: impl FnOnce(&[f32], Mat<'_>, Option<kernel::Gradients<'_>>) -> f32,
 ) -> Tracked<B, C> {
+    // A head that is not trained costs a product less, and no buffer of its size.
+    let wanted = [hidden.is_tracked(), weight.is_tracked()];
     // Without the tracked tensors the values have no other holder, and their buffer is free when the loss is there.
     let ((h, h_node), (w, w_node)) = (hidden.into_parts(), weight.into_parts());
     match Scaled.prepare::<C>([h_node, w_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (h_shape, w_shape) = (dims::<B>(&h), dims::<B>(&w));
             let (h, w) = (B::values(h), Weight::<B>::new(w));
-            let (mut dh, mut dw) = (buffer(h.as_ref().len()), buffer(w_shape.iter().product()));
+            let gradient = |wanted: bool, n: usize| if wanted { buffer(n) } else { vec![] };
+            let mut dh = gradient(wanted[0], h.as_ref().len());
+            let mut dw = gradient(wanted[1], w_shape.iter().product());
             let gradients = kernel::Gradients { hidden: &mut dh, weight: &mut dw };
             let loss = run(h.as_ref(), w.mat(), Some(gradients));
-            prep.finish([B::tensor(dh, &h_shape), B::tensor(dw, &w_shape)], B::tensor(vec![loss], &[1]))
+            let tensor = |wanted: bool, values, shape: &[usize]| B::tensor(values, if wanted { shape } else { &[0] });
+            let gradients = [tensor(wanted[0], dh, &h_shape), tensor(wanted[1], dw, &w_shape)];
+            prep.finish(gradients, B::tensor(vec![loss], &[1]))
         }
         OpsKind::UnTracked(prep) => {
             let (h, w) = (B::values(h), Weight::<B>::new(w));

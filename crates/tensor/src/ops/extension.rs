@@ -15,6 +15,7 @@ use super::experts::{Combine, GroupedLinear, RouterWeights};
 use super::fake_quant::FakeQuant;
 use super::hint::{HiddenHint, RelationHint};
 use super::linear::Linear;
+use super::low_rank::LowRank;
 use super::norm::{Norm, QkNorm};
 use super::packed::PackedLinear;
 use super::parallel_linear::ParallelLinear;
@@ -51,6 +52,12 @@ pub(crate) trait FusedOps: Backend {
         norm_weight: FloatTensor<Self>,
         norm_bias: FloatTensor<Self>,
         op: PackedLinear,
+    ) -> FloatTensor<Self>;
+    fn fused_low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        op: LowRank,
     ) -> FloatTensor<Self>;
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self>;
     fn fused_fake_quantize(w: FloatTensor<Self>, steps: FloatTensor<Self>, op: FakeQuant) -> FloatTensor<Self>;
@@ -129,6 +136,14 @@ macro_rules! host_backend {
                 op: PackedLinear,
             ) -> FloatTensor<Self> {
                 op.forward::<Self>([x, b, residual, norm_weight, norm_bias])
+            }
+            fn fused_low_rank(
+                y: FloatTensor<Self>,
+                x: FloatTensor<Self>,
+                up: FloatTensor<Self>,
+                op: LowRank,
+            ) -> FloatTensor<Self> {
+                op.forward::<Self>([y, x, up])
             }
             fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
                 op.forward::<Self>([x])
@@ -255,14 +270,22 @@ impl<B: HostBackend + FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, 
         apply::<B, C, _, 6>(op, [x, w, b, residual, norm_weight, norm_bias])
     }
     fn fused_packed_linear(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: PackedLinear,
+        x: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        norm_weight: FloatTensor<Self>,
+        norm_bias: FloatTensor<Self>,
+        op: PackedLinear,
     ) -> FloatTensor<Self> {
-        unreachable!("`packed_linear` refuses devices with gradients")
+        apply::<B, C, _, 5>(op, [x, b, residual, norm_weight, norm_bias])
+    }
+    fn fused_low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        op: LowRank,
+    ) -> FloatTensor<Self> {
+        apply::<B, C, _, 3>(op, [y, x, up])
     }
     fn fused_collective(x: FloatTensor<Self>, op: Collective) -> FloatTensor<Self> {
         apply::<B, C, _, 1>(op, [x])

@@ -20,6 +20,7 @@ mod fake_quant;
 pub(crate) mod formula;
 mod hint;
 mod linear;
+mod low_rank;
 mod norm;
 mod optim;
 mod packed;
@@ -48,6 +49,7 @@ pub use formula::{
 };
 pub use hint::{HintLoss, Relations, hidden_hint, relation_hint};
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
+pub use low_rank::add_low_rank;
 pub use norm::{layer_norm, qk_norm, rms_norm};
 pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, update, zeros_like};
 pub use packed::{PackedError, PackedMatrix, Scales, packed_cross_entropy, packed_linear, packed_rows};

@@ -1,33 +1,35 @@
-//! Linear layers, tables and heads whose weights are integers: for inference on the CPU backends.
+//! Linear layers, tables and heads whose weights are integers, on the CPU backends: for inference, and linear layers as what adapters are trained on.
 
 use std::sync::Arc;
 
 use burn::backend::Dispatch;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
 
 use super::extension::FusedOps;
 use super::linear::{Linear, Pre, PreOp, check, or_none, some};
 use super::softcap::assert_cap;
-use super::vjp::dims;
+use super::vjp::{Keep, Sink, Vjp, dims, kept};
 use crate::adapter::HostBackend;
 use crate::buffers::{buffer, recycle};
 use crate::device::is_fused;
 use crate::kernels::cross_entropy::logits_cross_entropy;
-use crate::kernels::linear::start;
-use crate::kernels::matmul::Into;
+use crate::kernels::linear::{self as kernel, start};
+use crate::kernels::matmul::{Compute, Into, Mat, matmul};
 pub use crate::kernels::quantized::{PackedError, PackedMatrix, Scales};
 
 /// Bytes of logits that exist at once.
 const LOGITS_BYTES: usize = 16 << 20;
 
-/// `y = pre(x) w^T + b + residual` of a packed weight, without a gradient. See [`PackedMatrix`] for what is rounded.
+/// `y = pre(x) w^T + b + residual` of a packed weight, which itself has no gradient; that of everything else is as if the weight were what its codes mean. See
+/// [`PackedMatrix`] for what is rounded.
 ///
 /// # Shapes
 /// - `x`: `[.., I]` (`[.., 2 I]` for SwiGLU), `w`: `[O, I]`, `b`: `[O]`, `residual`: `[.., O]`; output `[.., O]`
 ///
 /// # Panics
-/// If the shapes do not fit, or the device is no CPU backend, or one with gradients.
+/// If the shapes do not fit, or the device is no CPU backend.
 pub fn packed_linear<const D: usize>(
     x: Tensor<D>,
     pre: Pre,
@@ -44,7 +46,7 @@ pub fn packed_linear<const D: usize>(
     if let Some(b) = &b {
         assert_eq!(b.dims(), [outputs], "packed linear: the bias does not have the shape of the output");
     }
-    assert_usable(&device);
+    assert!(is_fused(&device), "packed weights are for the CPU backends (ndarray, flex)");
     let (Linear { pre, .. }, norm_parameters) = Linear::taken_apart(pre);
     let [norm_weight, norm_bias] = norm_parameters.map(|p| or_none(p, &device).into_dispatch());
     Tensor::from_dispatch(Dispatch::fused_packed_linear(
@@ -127,9 +129,33 @@ pub(crate) struct PackedLinear {
     weight: Arc<PackedMatrix>,
 }
 
+/// Values that are decoded at once in backward: 4 MB.
+const DECODED: usize = 1 << 20;
+
 impl PackedLinear {
-    /// Of x, the bias, the residual, and the norm's weight and bias; what is empty is not there.
-    pub fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; 5]) -> FloatTensor<B> {
+    /// `da (+)= dy w`, rows of `outputs` and `inputs` values.
+    fn input_gradient(&self, dy: &[f32], da: &mut [f32], into: Into) {
+        let [outputs, inputs] = self.weight.shape();
+        let rows = dy.len() / outputs.max(1);
+        let height = (DECODED / inputs.max(1)).clamp(1, outputs.max(1));
+        let mut decoded = buffer(height * inputs);
+        for first in (0..outputs).step_by(height) {
+            let n = height.min(outputs - first);
+            let tile = &mut decoded[..n * inputs];
+            tile.par_chunks_exact_mut(inputs).enumerate().for_each(|(i, row)| self.weight.row(first + i, row));
+            let into = if first == 0 { into } else { Into::Add };
+            let dy = Mat::new(&dy[first..], rows, n, outputs);
+            matmul(Compute::F32, dy, Mat::new(tile, n, inputs, inputs), da, inputs, into);
+        }
+        recycle(decoded);
+    }
+}
+
+/// Of x, the bias, the residual, and the norm's weight and bias; what is empty is not there.
+impl Vjp<5> for PackedLinear {
+    const KEEPS: [Keep; 5] = [Keep::Activation, Keep::Nothing, Keep::Nothing, Keep::Parameter, Keep::Parameter];
+
+    fn forward<B: HostBackend>(&self, inputs: [FloatTensor<B>; 5]) -> FloatTensor<B> {
         let [x, b, residual, norm_weight, norm_bias] = inputs;
         let mut shape = dims::<B>(&x);
         let [x, b, residual, norm_weight, norm_bias] = [x, b, residual, norm_weight, norm_bias].map(B::values);
@@ -142,5 +168,99 @@ impl PackedLinear {
         let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
         before.with(x.as_ref(), inputs, |x| self.weight.product(x, &mut y, into));
         B::tensor(y, &shape)
+    }
+
+    fn backward<B: HostBackend>(
+        &self,
+        [x, _, _, norm_weight, norm_bias]: [Option<FloatTensor<B>>; 5],
+        grad: FloatTensor<B>,
+        [dx, db, dresidual, dnorm_weight, dnorm_bias]: [Sink<B>; 5],
+    ) -> [Option<FloatTensor<B>>; 5] {
+        let x = kept(x);
+        let (x_shape, [outputs, inputs]) = (dims::<B>(&x), self.weight.shape());
+        let dresidual = if dresidual.wanted() { dresidual.hand_over(grad.clone()) } else { None };
+        let (x, dy) = (B::values(x), B::values(grad));
+        let [norm_weight, norm_bias] = [kept(norm_weight), kept(norm_bias)].map(B::values);
+        let before = self.pre.kernel(norm_weight.as_ref(), norm_bias.as_ref());
+        let db = db.fill(&[outputs], |db, into| kernel::bias_gradient(dy.as_ref(), db, into));
+        let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
+            .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);
+        let input_wanted = dx.wanted() || norm_gradients.iter().any(|g| !g.is_empty());
+        let dx = if !input_wanted {
+            None
+        } else if matches!(self.pre, PreOp::Nothing) {
+            dx.fill(&x_shape, |dx, into| self.input_gradient(dy.as_ref(), dx, into))
+        } else {
+            let mut da = buffer(dy.as_ref().len() / outputs.max(1) * inputs);
+            self.input_gradient(dy.as_ref(), &mut da, Into::Write);
+            let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
+            dx.replace(&x_shape, |existing| {
+                kernel::input_gradient(x.as_ref(), before, inputs, da, existing, norm_gradients)
+            })
+        };
+        let [dnorm_weight, dnorm_bias] = [(dnorm_weight, 0), (dnorm_bias, 1)].map(|(sink, i)| {
+            let values = std::mem::take(&mut norm_gradients[i]);
+            let shape = [values.len()];
+            sink.put(&shape, values)
+        });
+        [dx, db, dresidual, dnorm_weight, dnorm_bias]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::device::Backend;
+    use crate::ops::fused_linear;
+
+    fn leaf<const D: usize>(shape: [usize; D], seed: usize, device: &Device) -> Tensor<D> {
+        let n: usize = shape.iter().product();
+        let values: Vec<f32> = (0..n).map(|i| ((i * 37 + seed * 101) % 53) as f32 / 26.0 - 1.0).collect();
+        Tensor::from_data(TensorData::new(values, shape), device).require_grad()
+    }
+
+    /// Gradients through packed codes are those of a dense layer with the values of the codes: so close as the products in f32 that both make.
+    #[test]
+    fn gradients_are_those_of_the_values() {
+        let device = Backend::NdArray.device().unwrap().autodiff();
+        let (outputs, inputs) = (12, 64);
+        let codes: Vec<u8> = (0..outputs * inputs / 2).map(|i| (i as u32).wrapping_mul(2_654_435_761) as u8).collect();
+        let levels = std::array::from_fn(|c| (c as f32 - 7.5) * (1.0 + c as f32 / 30.0));
+        let scales = Scales::F32((0..outputs * 2).map(|i| 0.02 + 0.001 * i as f32).collect());
+        let packed = Arc::new(PackedMatrix::int4([outputs, inputs], 32, &codes, scales, None, levels).unwrap());
+        let dense = Tensor::<2>::from_data(TensorData::new(packed.dequantized(), [outputs, inputs]), &device);
+        for kind in 0..4 {
+            let run = |is_packed: bool| -> Vec<Vec<f32>> {
+                let width = if kind == 2 { 2 * inputs } else { inputs };
+                let x = leaf([2, 9, width], 1, &device);
+                let (weight, bias) = (leaf([inputs], 2, &device), leaf([outputs], 3, &device));
+                let residual = leaf([2, 9, outputs], 4, &device);
+                let pre = match kind {
+                    0 => Pre::Nothing,
+                    1 => Pre::RmsNorm { weight: weight.clone(), eps: 1e-5 },
+                    2 => Pre::SwiGlu,
+                    _ => Pre::Gelu,
+                };
+                let (b, r) = (Some(bias.clone()), Some(residual.clone()));
+                let y = match is_packed {
+                    true => packed_linear(x.clone(), pre, packed.clone(), b, r),
+                    false => fused_linear(x.clone(), pre, dense.clone().transpose(), b, r),
+                };
+                // The input is used twice: its second gradient is added to the first.
+                let loss = (y.clone() * leaf([2, 9, outputs], 5, &device).detach()).sum() + (x.clone() * 0.5).sum();
+                let grads = loss.backward();
+                let mut found = vec![y.into_data().try_into_vec::<f32>().unwrap()];
+                found.push(x.grad(&grads).unwrap().into_data().try_into_vec().unwrap());
+                found.push(bias.grad(&grads).unwrap().into_data().try_into_vec().unwrap());
+                found.push(residual.grad(&grads).unwrap().into_data().try_into_vec().unwrap());
+                found.extend((kind == 1).then(|| weight.grad(&grads).unwrap().into_data().try_into_vec().unwrap()));
+                found
+            };
+            for (a, b) in run(true).into_iter().zip(run(false)) {
+                let close = a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + b.abs()));
+                assert!(close, "{kind}: {a:?} {b:?}");
+            }
+        }
     }
 }

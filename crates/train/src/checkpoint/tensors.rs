@@ -11,6 +11,7 @@ use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::error::CheckpointError;
 use super::manifest::check_name;
@@ -299,6 +300,28 @@ impl TensorFile {
     /// The file or index that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The SHA-256 of the files, one after the other, in hexadecimal.
+    ///
+    /// # Errors
+    ///
+    /// If a file cannot be read.
+    pub(crate) fn sha256(&self) -> Result<String, CheckpointError> {
+        let mut hash = Sha256::new();
+        if self.shards.is_empty() {
+            let mut file = File::open(&self.path).map_err(CheckpointError::io("open", &self.path))?;
+            let mut part = vec![0u8; 1 << 20];
+            loop {
+                let n = file.read(&mut part).map_err(CheckpointError::io("read", &self.path))?;
+                if n == 0 {
+                    break;
+                }
+                hash.update(&part[..n]);
+            }
+        }
+        self.shards.iter().for_each(|shard| hash.update(&shard.map[..]));
+        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
     /// The names, in alphabetical order.

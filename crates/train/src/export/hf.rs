@@ -219,7 +219,7 @@ mod tests {
         }
         write_json(from.path().join("config.json"), &Family::of(&config).config_json(&config)).unwrap();
 
-        let source = Source::open(from.path()).unwrap();
+        let source = Source::of(crate::model_io::Folder::open(from.path()).unwrap()).unwrap();
         weights(&source, None, to.path(), 100_000).unwrap();
         let (want, got) = (TensorFile::open(from.path()).unwrap(), TensorFile::open(to.path()).unwrap());
         assert!(got.path().ends_with("model.safetensors.index.json"));

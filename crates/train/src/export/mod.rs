@@ -20,7 +20,7 @@ use firebox_compress::onnx::OnnxError;
 use firebox_models::transformer::hf::Family;
 
 use crate::checkpoint::Dtype;
-use crate::{TrainError, reshape};
+use crate::{TrainError, model_io, reshape};
 use source::Source;
 
 /// A file format, and how it stores the weights.
@@ -165,8 +165,13 @@ fn advice(format: &str) -> &'static str {
 /// # Errors
 /// [`TrainError`]: no model there, one that the format has no word for, or the disk.
 pub fn export(path: impl AsRef<Path>, target: Target, out: impl AsRef<Path>) -> Result<Exported, TrainError> {
-    let (path, out) = (path.as_ref(), out.as_ref());
-    let mut source = Source::open(path)?;
+    let path = path.as_ref();
+    write(model_io::Folder::open(path)?, path, target, out.as_ref())
+}
+
+/// The same of an open folder.
+pub(crate) fn write(folder: model_io::Folder, path: &Path, target: Target, out: &Path) -> Result<Exported, TrainError> {
+    let mut source = Source::of(folder)?;
     if out.symlink_metadata().is_ok() {
         return Err(ExportError::Exists(out.to_path_buf()).into());
     }
@@ -191,18 +196,18 @@ pub fn export(path: impl AsRef<Path>, target: Target, out: impl AsRef<Path>) -> 
     if let Some(aside) = &aside {
         let expanded = aside.path().join("model");
         reshape::expand(path, &expanded)?;
-        source = Source::open(&expanded)?;
+        source = Source::of(model_io::Folder::open(&expanded)?)?;
     }
     let fallbacks = match target {
         Target::Gguf(block) => gguf::write(&source, block, out)?,
-        Target::Hf(dtype) => folder(out, |dir| hf::write(&source, dtype, dir)).map(|()| vec![])?,
-        Target::Onnx(kind) => folder(out, |dir| onnx::write(&source, kind, dir)).map(|()| vec![])?,
+        Target::Hf(dtype) => in_folder(out, |dir| hf::write(&source, dtype, dir)).map(|()| vec![])?,
+        Target::Onnx(kind) => in_folder(out, |dir| onnx::write(&source, kind, dir)).map(|()| vec![])?,
     };
     Ok(Exported { path: out.to_path_buf(), bytes: size(out)?, fallbacks })
 }
 
 /// A folder that `fill` fills aside, and that gets its name when everything is on the disk.
-fn folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), TrainError>) -> Result<(), TrainError> {
+fn in_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), TrainError>) -> Result<(), TrainError> {
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let aside = tempfile::Builder::new().prefix(".firebox-export-").tempdir_in(parent);
     let aside = aside.map_err(TrainError::io("create a folder in", parent))?;

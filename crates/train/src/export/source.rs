@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use firebox_models::transformer::hf::{Entry, Family, Piece, is_passenger, parse_config};
 use firebox_models::transformer::{FeedForward, Head, NormKind, Positions, TransformerConfig};
@@ -45,9 +44,9 @@ pub struct Vocabulary {
 }
 
 impl Source {
-    /// Opens what [`load`](model_io::load) opens.
-    pub fn open(path: &Path) -> Result<Self, TrainError> {
-        let model_io::Folder { config: json, file, tokenizer, sides } = model_io::Folder::open(path)?;
+    /// Of what [`load`](model_io::load) opens.
+    pub fn of(folder: model_io::Folder) -> Result<Self, TrainError> {
+        let model_io::Folder { config: json, file, tokenizer, sides } = folder;
         let quantization = Quantization::of(&json)?;
         let (family, config) = parse_config(&json)?;
         let json = quantization.is_none().then_some(json);

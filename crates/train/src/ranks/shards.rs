@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use burn::module::{ModuleMapper, Param, ParamId};
 use burn::tensor::{Device, Shape, Tensor, TensorData};
 use firebox_models::Staged;
-use firebox_optim::{Average, Clipping, NamedGrads, OptimError, Optimizer, ParamInfo, Parts};
+use firebox_optim::{Average, Clipping, NamedGrads, OptimError, Optimizer, ParamInfo, Parts, is_trainable};
 use firebox_parallel::{CommError, Pending};
 use firebox_tensor::ops::{is_bf16, to_bf16, to_f32};
 
@@ -126,7 +126,7 @@ impl<M: Staged> Shards<M> {
             }
             whole.insert(name.clone(), values);
         }
-        Ok((group.rank() == 0).then(|| self.precision.hold(set_parameters(self.shapes.clone(), whole))))
+        Ok((group.rank() == 0).then(|| self.precision.hold_trained(set_parameters(self.shapes.clone(), whole))))
     }
 }
 
@@ -171,7 +171,7 @@ impl<M: Staged> StageSource<M> for Gather<'_, M> {
         let whole = super::together(&names, &ranks.divisions.dense.parts, |name| ranks.elements(name), &came);
         drop(came);
         let model = if record { &shards.shapes } else { &shards.plain };
-        Ok(shards.precision.hold(set_parameters(model.clone(), whole.into_iter().collect())))
+        Ok(shards.precision.hold_trained(set_parameters(model.clone(), whole.into_iter().collect())))
     }
 }
 
@@ -213,9 +213,12 @@ struct Plain;
 
 impl ModuleMapper for Plain {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match param.is_initialized() {
-            true => param.map(|tensor| tensor.inner()),
-            false => absent(param.id, param.lazy_shape(), param.lazy_device().inner()),
+        let (id, shape, device) = (param.id, param.lazy_shape(), param.lazy_device().inner());
+        match (param.is_initialized(), is_trainable(&param)) {
+            (true, _) => param.map(|tensor| tensor.inner()),
+            (false, true) => absent(id, shape, device),
+            // Made for both models by whichever needs it first.
+            (false, false) => Param::uninitialized(id, |_, _| param.into_value().inner(), device, false, shape),
         }
     }
 }

@@ -191,6 +191,7 @@ impl ModelRecipe {
             image,
             head: self.head.unwrap_or(base.head),
             labels: self.labels.clone(),
+            adapter: None,
             tied: self.tied.unwrap_or(base.tied),
             dropout: self.dropout.unwrap_or(base.dropout),
             init_std: match (&self.preset, self.mup_base_width) {

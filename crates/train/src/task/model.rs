@@ -130,7 +130,11 @@ impl Model for Transformer {
     }
 
     fn for_recipe(self, recipe: &Recipe) -> Self {
-        self.with_loss(recipe.train.loss())
+        let model = match &recipe.adapter {
+            Some(adapter) => adapter.pack(self),
+            None => self,
+        };
+        model.with_loss(recipe.train.loss())
     }
 
     fn reload(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self, TrainError> {

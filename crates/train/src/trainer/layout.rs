@@ -64,6 +64,9 @@ impl<M: Model> Trainer<'_, M> {
         if let Some(qat) = &self.recipe.qat {
             qat.check_layout(&layout)?;
         }
+        if let Some(adapter) = &self.recipe.adapter {
+            adapter.check_layout(&layout)?;
+        }
         let model = self.model();
         if let Some(transformer) = model.transformer() {
             super::experts::check_layout(transformer.config(), &layout, train.batch_warmup.is_some())?;
@@ -221,11 +224,11 @@ impl<M: Model> Trainer<'_, M> {
             shapes.insert(info.name, info.shape);
         }
         drop(model);
-        let part = set_later(part, parts).for_recipe(&self.recipe);
+        let part = self.recipe.prepared(set_later(part, parts))?;
         let cut = |tensor| grid.cut(&shapes, tensor);
         let state: Vec<StateTensor> = self.optimizer.state().map(cut).collect();
         self.optimizer.load_state::<_, TrainError>(&part, state.into_iter().map(Ok))?;
-        Ok(self.recipe.precision.hold(part))
+        Ok(part)
     }
 }
 

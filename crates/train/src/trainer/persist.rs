@@ -10,6 +10,7 @@ use firebox_optim::StateTensor;
 use super::save::{AVERAGE_STATE, TRAINED};
 use super::{State, Trainer};
 use crate::TrainError;
+use crate::adapter;
 use crate::checkpoint::{Checkpoint, TensorFile, resolve};
 use crate::model_io;
 use crate::observe::{Event, Observer};
@@ -56,7 +57,8 @@ impl<'a> Trainer<'a> {
                 got: format!("{} tokens", dataset.tokenizer.vocab_size()),
             });
         }
-        let wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
+        let mut wanted = recipe.model.resolve(dataset.tokenizer.vocab_size())?;
+        wanted.adapter = recipe.adapter.as_ref().map(|adapter| adapter.resolve(&wanted)).transpose()?;
         let model = loaded.model.for_training(recipe.seed, wanted.dropout)?;
         if *model.config() != wanted {
             let (expected, got) = (format!("{wanted:?}"), format!("{:?}", model.config()));
@@ -65,7 +67,7 @@ impl<'a> Trainer<'a> {
         let mut trainer = Self::new(recipe, dir, dataset, device, Some(model))?;
         if let Some(model) = trainer.model.take() {
             let model = trainer.with_projections_of(model, checkpoint)?;
-            trainer.model = Some(trainer.recipe.precision.hold(model));
+            trainer.model = Some(trainer.recipe.prepared(model)?);
         }
         Ok(trainer)
     }
@@ -133,7 +135,7 @@ impl<'a, M: Model> Trainer<'a, M> {
         if let Some(ranks) = &self.ranks {
             model = model.with_data_ranks(ranks.data());
         }
-        self.model = Some(self.recipe.precision.hold(model));
+        self.model = Some(self.recipe.prepared(model)?);
         let here = self.state.clone();
         self.restore(&found.checkpoint)?;
         let skipped = (self.recipe.watch.skip_batches - 1) * self.recipe.train.batch_rows as u64;
@@ -154,7 +156,11 @@ pub(crate) fn load_trained(
     device: &Device,
     qat: Option<&QatRecipe>,
 ) -> Result<model_io::Loaded, TrainError> {
-    let mut loaded = model_io::load_checkpoint(checkpoint, device)?;
+    let adapted = adapter::is_adapted(&checkpoint.read_json("config.json")?)?;
+    let mut loaded = match adapted {
+        true => adapter::load(checkpoint, device)?,
+        false => model_io::load_checkpoint(checkpoint, device)?,
+    };
     if let Some(qat) = qat {
         loaded.model = qat.apply(loaded.model);
     }

@@ -1,6 +1,6 @@
 //! Checkpoints: what a run was like after a step, written by all ranks, beside the steps that follow.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -17,9 +17,10 @@ use serde_json::{Map, Value};
 use super::distill::{PROJECTIONS, projections_of};
 use super::{State, Trainer};
 use crate::TrainError;
-use crate::checkpoint::{CheckpointError, Hash, PieceWriter, TensorPlan, TensorSpec, Writer, prune};
+use crate::adapter::{Base, CONFIG, Kept, WEIGHTS, config_json};
+use crate::checkpoint::{Hash, PieceWriter, TensorPlan, TensorSpec, Writer, prune};
 use crate::distill::Teacher;
-use crate::model_io::{encoded, parameters, specs, to_host};
+use crate::model_io::{encoded, some_parameters, specs, to_host};
 use crate::observe::{Event, Observer};
 use crate::qat::{QAT, QatRecipe};
 use crate::ranks::{Collect, Parted, Shapes};
@@ -85,6 +86,7 @@ impl<M: Model> Trainer<'_, M> {
             model: self.averaged()?,
             shards: self.shards.as_ref().map(|shards| shards.held().clone()),
             trained: (self.optimizer.averages() || self.recipe.qat.is_some()).then(|| self.model().clone()),
+            kept: self.kept.clone(),
             qat: self.recipe.qat,
             average: self.average.as_ref().map(|average| Averaged {
                 average: average.clone(),
@@ -146,6 +148,8 @@ struct Snapshot<M> {
     /// This rank's parts of the parameters, where the model has none of their values.
     shards: Option<BTreeMap<String, Tensor<1>>>,
     trained: Option<M>,
+    /// Of a model with adapters, what there is.
+    kept: Option<Kept>,
     qat: Option<QatRecipe>,
     average: Option<Averaged<M>>,
     optimizer: Optimizer,
@@ -188,8 +192,12 @@ impl<M: Model> Snapshot<M> {
         let mut writer = if first { Some(Writer::create(&self.dir, self.state.step)?) } else { None };
         let folder = self.folder(writer.as_ref())?;
         let to = &mut (writer.as_mut(), folder.as_path());
-        let of_model = self.model.entries();
-        self.put_model(to, "model.safetensors", &of_model, &self.model, self.shards.as_ref())?;
+        let mut of_model = self.model.entries();
+        if let Some(kept) = &self.kept {
+            of_model = kept.entries(of_model);
+        }
+        let name = if self.kept.is_some() { WEIGHTS } else { "model.safetensors" };
+        self.put_model(to, name, &of_model, &self.model, self.shards.as_ref())?;
         if let Some(trained) = &self.trained {
             self.put_model(to, TRAINED, &trained.entries(), trained, None)?;
         }
@@ -221,7 +229,7 @@ impl<M: Model> Snapshot<M> {
     }
 
     /// The small files, which one rank writes, and the end.
-    fn finish(&self, mut writer: Writer) -> Result<PathBuf, CheckpointError> {
+    fn finish(&self, mut writer: Writer) -> Result<PathBuf, TrainError> {
         let mut config = self.model.config_json();
         if let Value::Object(keys) = &mut config {
             keys.extend(self.config.clone());
@@ -233,6 +241,11 @@ impl<M: Model> Snapshot<M> {
         writer.json("state.json", &self.state)?;
         if let Some(qat) = &self.qat {
             writer.json(QAT, qat)?;
+        }
+        if let (Some(kept), Some(transformer)) = (&self.kept, self.model.transformer()) {
+            writer.json(Base::FILE, &kept.base)?;
+            let entries = kept.entries(self.model.entries());
+            writer.json(CONFIG, &config_json(transformer.config(), &entries, &kept.base.path))?;
         }
         let metric = self.state.last_eval.filter(|e| e.step == self.state.step).map(|e| e.loss);
         let path = writer.finish_with_metric(metric.filter(|m| m.is_finite()))?;
@@ -262,10 +275,18 @@ impl<M: Model> Snapshot<M> {
         model: &M,
         shards: Option<&BTreeMap<String, Tensor<1>>>,
     ) -> Result<(), TrainError> {
-        let params: HashMap<String, Tensor<1>> = match shards {
-            None => parameters(model).into_iter().collect(),
-            Some(held) => held.iter().map(|(name, part)| (name.clone(), part.clone())).collect(),
+        let names: HashSet<&str> = entries.iter().map(|entry| entry.param.as_str()).collect();
+        // What is not trained is not divided.
+        let divided: HashSet<String> = match shards {
+            None => HashSet::new(),
+            Some(_) => {
+                let infos = firebox_optim::parameters(model)?.into_iter();
+                infos.filter(|info| info.trainable).map(|info| info.name).collect()
+            }
         };
+        let whole = |name: &str| names.contains(name) && !divided.contains(name);
+        let mut params: HashMap<String, Tensor<1>> = some_parameters(model, &whole).into_iter().collect();
+        params.extend(shards.into_iter().flatten().map(|(name, part)| (name.clone(), part.clone())));
         let items = entries.iter().map(|entry| {
             let values = params.get(&entry.param).cloned().map(to_f32);
             Item {
@@ -273,7 +294,7 @@ impl<M: Model> Snapshot<M> {
                     param: &entry.param,
                     shape: &entry.shape,
                     placement: self.placement(&entry.param),
-                    by_data: shards.is_some(),
+                    by_data: divided.contains(&entry.param),
                     by_experts: model.is_divided_expert(&entry.param),
                 },
                 specs: specs(entry),

@@ -178,7 +178,7 @@ impl<M: Model> Trainer<'_, M> {
     /// The whole model, where each rank has updated a part of it.
     fn gather(&self, model: M) -> Result<M, TrainError> {
         match &self.ranks {
-            Some(ranks) => Ok(self.recipe.precision.hold(ranks.gather_parameters(model)?)),
+            Some(ranks) => Ok(self.recipe.precision.hold_trained(ranks.gather_parameters(model)?)),
             None => Ok(model),
         }
     }

@@ -165,6 +165,7 @@ impl Keys<'_> {
             feed_forward: FeedForward::SwiGlu,
             positions: Positions::Rotary { theta },
             bias,
+            adapter: None,
             tied: self.flag_or("tie_word_embeddings", false)?,
             dropout: 0.0,
             init_std: self.number_or("initializer_range", 0.02)?,
