@@ -124,6 +124,11 @@ impl Folder {
     }
 }
 
+/// The shape of what [`load`] loads.
+pub(crate) fn shape_of(path: &Path) -> Result<TransformerConfig, TrainError> {
+    Ok(parse_config(&Folder::as_it_is(path)?.config)?.1)
+}
+
 /// Loads a decoder from an open checkpoint.
 ///
 /// # Errors

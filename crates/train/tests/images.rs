@@ -141,7 +141,7 @@ impl Case<firebox_models::transformer::Transformer> for ImageClasses {
 impl Case<Clip> for ImageText {
     fn model(&self, recipe: &Recipe) -> Clip {
         let TaskRecipe::ImageText(task) = &recipe.task else { panic!("another task") };
-        let config = task.towers(recipe, self.tokenizer().unwrap().vocab_size()).unwrap();
+        let config = task.towers(recipe, self.tokenizer().unwrap()).unwrap();
         Clip::new(&config, recipe.seed, &Backend::NdArray.device().unwrap().autodiff()).unwrap()
     }
 }

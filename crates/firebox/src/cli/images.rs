@@ -58,7 +58,7 @@ pub fn text(mut job: Job, task: &ImageTextRecipe, data: &DataArgs, ranks: RankAr
         }
         None => {
             let tokenizer = tokenizer(&job, || captions)?;
-            (task.towers(&job.recipe, tokenizer.vocab_size())?, tokenizer)
+            (task.towers(&job.recipe, &tokenizer)?, tokenizer)
         }
     };
     let task = ImageText::new(&job.recipe, task, config.text.context, tokenizer, images)?;

@@ -16,16 +16,18 @@ pub struct ClipConfig {
     pub width: usize,
     /// The logarithm of the factor of the products, at the start.
     pub logit_scale: f64,
+    /// The token with which texts end, for programs that look for it.
+    pub end: usize,
 }
 
 /// log(1 / 0.07): where the factor of the products starts (section 2.5 of the paper).
 pub(crate) const LOGIT_SCALE: f64 = 2.659_260_036_932_778;
 
 impl ClipConfig {
-    /// Of two towers, with the factor's usual start. What follows their last blocks are hidden states.
-    pub fn new(image: TransformerConfig, text: TransformerConfig, width: usize) -> Self {
+    /// Of two towers, with the factor's usual start, for texts that end with the token `end`. What follows their last blocks are hidden states.
+    pub fn new(image: TransformerConfig, text: TransformerConfig, width: usize, end: usize) -> Self {
         let hidden = |config: TransformerConfig| TransformerConfig { head: Head::Hidden, tied: true, ..config };
-        Self { image: hidden(image), text: hidden(text), width, logit_scale: LOGIT_SCALE }
+        Self { image: hidden(image), text: hidden(text), width, logit_scale: LOGIT_SCALE, end }
     }
 
     /// Checks that the shape is possible.

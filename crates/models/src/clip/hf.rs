@@ -158,8 +158,9 @@ pub fn config_json(config: &ClipConfig) -> Value {
     let (mut text, mut vision) = (tower(&config.text, "clip_text_model"), tower(&config.image, "clip_vision_model"));
     text["vocab_size"] = config.text.vocab_size.into();
     text["max_position_embeddings"] = config.text.context.into();
-    // The last token of a text is the one with the largest id.
-    text["eos_token_id"] = (config.text.vocab_size - 1).into();
+    // Whoever reads it takes the vector of the first of these. Nothing begins a text.
+    text["eos_token_id"] = config.end.into();
+    text["bos_token_id"] = config.end.into();
     if let Some(ImageConfig { size, patch, channels, .. }) = config.image.image {
         for (key, value) in [("image_size", size), ("patch_size", patch), ("num_channels", channels)] {
             vision[key] = value.into();
@@ -223,6 +224,8 @@ fn of_keys(json: &Value) -> Result<ClipConfig, HfError> {
         image: Some(image),
         ..tower(vision, "vision_config", [768, 3072, 12, 12])?
     };
+    // What transformers 4 wrote whatever the token was: it is the largest then.
+    let end = count(text, "text_config", "eos_token_id", 2)?;
     let text = TransformerConfig {
         vocab_size: count(text, "text_config", "vocab_size", 49408)?,
         context: count(text, "text_config", "max_position_embeddings", 77)?,
@@ -231,7 +234,7 @@ fn of_keys(json: &Value) -> Result<ClipConfig, HfError> {
     let top = json.as_object().unwrap_or(&nothing);
     let width = count(top, "", "projection_dim", 512)?;
     let logit_scale = number(top, "", "logit_scale_init_value", LOGIT_SCALE)?;
-    Ok(ClipConfig { logit_scale, ..ClipConfig::new(vision, text, width) })
+    Ok(ClipConfig { logit_scale, ..ClipConfig::new(vision, text, width, end) })
 }
 
 fn path(of: &str, name: &str) -> String {

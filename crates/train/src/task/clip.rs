@@ -120,6 +120,7 @@ pub fn load_clip(path: impl AsRef<Path>, device: &Device) -> Result<LoadedClip, 
         let tokenizer = if has_tokenizer { Some(checkpoint.file("tokenizer.json")?) } else { None };
         (checkpoint.tensors("model.safetensors")?, tokenizer)
     };
+    let file = file.renamed(|name| (!hf::is_buffer(name)).then(|| name.to_owned()));
     let model = from_entries(Clip::new(&config, 0, device)?, hf::entries(&config), file)?;
     Ok(LoadedClip { model, tokenizer: tokenizer.map(Tokenizer::load).transpose()? })
 }

@@ -1,6 +1,7 @@
 //! Tasks on images: a class of each, or a text that belongs to it.
 
 mod classes;
+mod evaluate;
 mod text;
 
 use std::path::Path;
@@ -14,6 +15,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, resolve};
 use crate::recipe::Recipe;
 pub use classes::{ImageClasses, ImageClassesRecipe};
+pub use evaluate::{OfImages, on_images, takes_images};
 pub use text::{ImageText, ImageTextRecipe};
 
 /// How images become what a model takes: a file that goes where the model goes.
@@ -65,11 +67,15 @@ impl Images {
             (None, None) => None,
         };
         let Some(json) = stored else { return Ok(usual(image.size, image.channels)) };
-        Preprocess::from_json(&json, image.size, image.channels).map_err(|reason| {
-            let (expected, got) = ("one for the model's images".to_owned(), reason);
-            TrainError::Input { what: PREPROCESSOR, expected, got }
-        })
+        parsed(&json, image.size, image.channels)
     }
+}
+
+fn parsed(json: &Value, size: usize, channels: usize) -> Result<Preprocess, TrainError> {
+    Preprocess::from_json(json, size, channels).map_err(|reason| {
+        let expected = "one for the model's images".to_owned();
+        TrainError::Input { what: PREPROCESSOR, expected, got: reason }
+    })
 }
 
 fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Option<Value>, TrainError> {

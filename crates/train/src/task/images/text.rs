@@ -45,11 +45,12 @@ fn is_nothing(model: &ModelRecipe) -> bool {
 }
 
 impl ImageTextRecipe {
-    /// The shape of the two towers, for a tokenizer of `tokens` tokens.
+    /// The shape of the two towers, for a tokenizer.
     ///
     /// # Errors
     /// An impossible shape.
-    pub fn towers(&self, recipe: &Recipe, tokens: usize) -> Result<ClipConfig, TrainError> {
+    pub fn towers(&self, recipe: &Recipe, tokenizer: &Tokenizer) -> Result<ClipConfig, TrainError> {
+        let (tokens, end) = (tokenizer.vocab_size(), tokenizer.eot().unwrap_or(0) as usize);
         let image = recipe.model.resolve(tokens)?;
         let of_image = ModelRecipe {
             vocab_size: None,
@@ -60,7 +61,7 @@ impl ImageTextRecipe {
             ..ModelRecipe::exactly(&image)
         };
         let text = self.text.or(&of_image).resolve(tokens)?;
-        let config = ClipConfig::new(image, text, self.width);
+        let config = ClipConfig::new(image, text, self.width, end);
         config.validate()?;
         Ok(config)
     }
