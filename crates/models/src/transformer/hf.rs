@@ -147,6 +147,11 @@ impl Family {
         self.classes().map(|classes| classes.names(config))
     }
 
+    /// What stands before names that are no head's in the files of the class with this config's head.
+    pub fn prefix(self, config: &TransformerConfig) -> &'static str {
+        self.names(config).map_or("", |names| names.prefix(config))
+    }
+
     /// How classes with labels make one vector of a row, of the family that describes `config` whatever its head; `None` where there is no such family.
     pub fn pooler(config: &TransformerConfig) -> Option<Pooler> {
         let base = TransformerConfig { head: super::head::Head::Hidden, ..config.clone() };

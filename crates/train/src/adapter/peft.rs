@@ -93,7 +93,7 @@ pub(super) fn adapters(
 ) -> Result<(AdapterConfig, TensorFile), TrainError> {
     let config = PeftConfig::read(folder)?;
     let file = TensorFile::open(folder.join(WEIGHTS))?;
-    let prefix = family.prefix().unwrap_or_default();
+    let prefix = family.prefix(plain);
     let weights: BTreeSet<String> = (family.entries(plain).into_iter())
         .flat_map(|entry| entry.pieces)
         .filter_map(|piece| Some(piece.name.strip_suffix(".weight")?.to_owned()))
@@ -103,11 +103,11 @@ pub(super) fn adapters(
         let name = name
             .strip_suffix("lora_magnitude_vector.weight")
             .map_or_else(|| name.to_owned(), |n| format!("{n}lora_magnitude_vector"));
-        let Some(rest) = name.strip_prefix(PREFIX) else { return name };
+        let Some(rest) = name.strip_prefix(PREFIX) else { return Some(name) };
         let module = rest.split(".lora_").next().unwrap_or(rest);
         match weights.contains(module) || !weights.contains(&format!("{prefix}{module}")) {
-            true => name,
-            false => format!("{PREFIX}{prefix}{rest}"),
+            true => Some(name),
+            false => Some(format!("{PREFIX}{prefix}{rest}")),
         }
     });
     let modules: BTreeSet<&str> =

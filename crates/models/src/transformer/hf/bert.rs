@@ -173,6 +173,7 @@ impl Keys<'_> {
             feed_forward: FeedForward::GeluExact,
             positions: Positions::Learned,
             bias: true,
+            adapter: None,
             tied: self.flag_or("tie_word_embeddings", true)?,
             dropout: 0.0,
             init_std: self.number_or("initializer_range", 0.02)?,

@@ -130,6 +130,7 @@ impl Keys<'_> {
             },
             positions: Positions::Learned,
             bias: true,
+            adapter: None,
             tied: self.flag_or("tie_word_embeddings", true)?,
             dropout: self.number_or("resid_pdrop", 0.1)?,
             init_std: self.number_or("initializer_range", 0.02)?,
