@@ -293,9 +293,9 @@ fn ridge(features: &[Vec<f64>], classes: &[usize], n: usize) -> Vec<Vec<f64>> {
     let mut a = vec![vec![0.0; d + n]; d];
     for (x, class) in features.iter().zip(classes) {
         let x = row(x);
-        for i in 0..d {
-            (0..d).for_each(|j| a[i][j] += x[i] * x[j]);
-            a[i][d + class] += x[i];
+        for (sums, of) in a.iter_mut().zip(&x) {
+            sums.iter_mut().zip(&x).for_each(|(sum, other)| *sum += of * other);
+            sums[d + class] += of;
         }
     }
     (0..d).for_each(|i| a[i][i] += 1e-3 * features.len() as f64);
@@ -326,10 +326,11 @@ fn probe(encoder: &Transformer) -> f64 {
         let batch = TokenBatch { extra, ..TokenBatch::new(vec![0; n], vec![-100; n], sequence) };
         let hidden = to_host(encoder.hidden(&batch));
         let d = encoder.config().d_model;
-        let mean = |row: &[f32]| {
-            (0..d).map(|i| row[d..].iter().skip(i).step_by(d).map(|v| f64::from(*v)).sum::<f64>() / (tokens - 1) as f64)
+        let mean = |row: &[f32]| -> Vec<f64> {
+            let of = |i: usize| row[d..].iter().skip(i).step_by(d).map(|v| f64::from(*v)).sum::<f64>();
+            (0..d).map(|i| of(i) / (tokens - 1) as f64).collect()
         };
-        let rows = hidden.chunks_exact(tokens * d).map(|row| mean(row).collect()).collect();
+        let rows = hidden.chunks_exact(tokens * d).map(mean).collect();
         (rows, drawn.iter().map(|one| one.shape).collect())
     };
     let ((seen, classes), (other, want)) = (features(0), features(600));
@@ -403,7 +404,7 @@ fn what_is_asked_for_is_drawn() {
     let quantizer = ImageTokenizer::load(&out, &device).unwrap();
 
     let shape = [
-        "task.text_tokens=12",
+        "task.text_tokens=16",
         "model.d_model=64",
         "model.n_layers=2",
         "eval.sample_tokens=0",
@@ -413,7 +414,7 @@ fn what_is_asked_for_is_drawn() {
     let rows = images(dir.path(), 1000);
     let TaskRecipe::TextToImage(task) = recipe.task.clone() else { panic!("{:?}", recipe.task) };
     let captions: Vec<String> = rows.iter().flat_map(|row| row.captions("caption").unwrap()).collect();
-    let text = Tokenizer::train_bpe(&captions, 320).unwrap();
+    let text = Tokenizer::train_bpe(&captions, 512).unwrap();
     let task = TextToImage::new(&rows, text, quantizer, &task, (0.05, recipe.seed)).unwrap();
     let layout = *task.layout();
     (recipe.model.vocab_size, recipe.model.context) = (Some(layout.vocab_size()), Some(layout.context()));

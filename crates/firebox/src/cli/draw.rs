@@ -35,7 +35,13 @@ pub fn image_tokens(
     let rows = job.images(data, &preprocess)?;
     let rows = PictureRows::new(rows, &preprocess, job.recipe.data.val_fraction, job.recipe.seed)?;
     let (task, seed) = (ImageTokens::new(rows, image.patches()), job.recipe.seed);
-    job.run(ranks, OfOwnModel { task, model: move |device: &Device| Ok(VqModel::new(&shape, seed, device)?) })
+    job.run(
+        ranks,
+        OfOwnModel {
+            task,
+            model: move |device: &Device| -> Result<VqModel, TrainError> { Ok(VqModel::new(&shape, seed, device)?) },
+        },
+    )
 }
 
 /// Masked autoencoding of images.
@@ -51,7 +57,13 @@ pub fn masked_image(
     let rows = job.images(data, &preprocess)?;
     let rows = PictureRows::new(rows, &preprocess, job.recipe.data.val_fraction, job.recipe.seed)?;
     let (task, seed) = (MaskedImage::new(rows, config.clone(), job.recipe.seed), job.recipe.seed);
-    job.run(ranks, OfOwnModel { task, model: move |device: &Device| Ok(Mae::new(&config, seed, device)?) })
+    job.run(
+        ranks,
+        OfOwnModel {
+            task,
+            model: move |device: &Device| -> Result<Mae, TrainError> { Ok(Mae::new(&config, seed, device)?) },
+        },
+    )
 }
 
 /// A task with a model of its own, which `model` makes on a device.
