@@ -95,7 +95,7 @@ fn a_run_learns_answers_and_chats() {
     let system = chat(&lab, &[&greedy[..], &["--system", "Add."]].concat(), "1+2\n").succeeded();
     assert_eq!(system.stdout.lines().count(), 1);
     chat(&lab, &["absent"], "").failed(2, &["absent"]);
-    chat(&lab, &["run", "--temperature", "-1"], "").failed(2, &["temperature"]);
+    chat(&lab, &["run", "--temperature=-1"], "").failed(2, &["temperature"]);
     chat(&lab, &["run", "--max-tokens", "0"], "").code.filter(|code| *code == 2).unwrap();
     chat(&lab, &["run"], &"x".repeat(5000)).failed(2, &["message", "4096"]);
 
@@ -174,7 +174,7 @@ fn bad_rows_and_templates() {
         ("chat.jsonl", "task.template=error.jinja", &["error.jinja", "roles must alternate"]),
         ("chat.jsonl", "task.template=torn.jinja", &["torn.jinja", "line 1"]),
         ("chat.jsonl", "task.template=vague.jinja", &["vague.jinja", "task.train_on"]),
-        ("chat.jsonl", "task.train_on=questions", &["train_on", "answers"]),
+        ("chat.jsonl", "task.train_on=questions", &["questions", "answers"]),
         ("chat.jsonl", "task.pakking=true", &["pakking", "packing"]),
         ("chat.jsonl", "data.tokenizer=bpe", &["data.tokenizer", "tokenizer.json"]),
         ("chat.jsonl", "task.kind=chatt", &["chatt", "chat"]),
@@ -288,7 +288,7 @@ fn ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation() {
         &lab,
         "run",
         "chat.jsonl",
-        &["--set", "train.steps=1", "--set", "optimizer.lr=1e-9", "--set", "schedule.warmup_steps=0"],
+        &["--set", "train.steps=1", "--set", "optimizer.lr=1e-9", "--set", "schedule={ kind = 'constant' }"],
     )
     .succeeded();
     let start = || terminal::Terminal::new(lab.firebox(&["chat", "run", "--max-tokens", "3900"]));

@@ -9,7 +9,7 @@ use crate::TrainError;
 use crate::checkpoint::resolve;
 use crate::model_io;
 use crate::recipe::{ModelRecipe, Recipe};
-use crate::task::is_clip;
+use crate::task::{TaskRecipe, is_clip};
 
 impl Recipe {
     /// The same recipe for a run that starts from the parameters of the model in `path`: a run, a checkpoint, or a folder in Hugging Face's form. The model's
@@ -44,7 +44,13 @@ impl Recipe {
             init: Some(path.clone()),
             ..self
         };
-        if loaded.tokenizer.is_some() {
+        let is_file = path.is_file();
+        if is_file && !matches!(recipe.task, TaskRecipe::Chat(_) | TaskRecipe::Preference(_)) {
+            let (expected, got) =
+                ("a folder with this task: `firebox import FILE --out DIR` makes one", path.display());
+            return Err(TrainError::Input { what: "init", expected: expected.into(), got: got.to_string() });
+        }
+        if loaded.tokenizer.is_some() && !is_file {
             let plain = path.join("config.json").is_file();
             let folder = if plain { path } else { resolve(&path)?.checkpoint.path().to_path_buf() };
             recipe.data.tokenizer = folder.join("tokenizer.json").display().to_string();

@@ -222,7 +222,12 @@ fn packed_or_not_the_tokens_are_the_same() {
     assert!(of_alone.rows[0] == 48 && of_packed.rows[0] < 48, "{of_packed}, {of_alone}");
     let (everything, _) = learned(&["task.train_on=all"]);
     assert!(everything.len() > packed.len());
-    // Cut, and left out where no answer is left.
+    // Cut: ten answers have two digits.
     let (_, cut) = learned(&["train.row_tokens=64"]);
-    assert!(cut.cut == 48 && cut.lost > 0 || cut.dropped > 0, "{cut}");
+    assert!(cut.cut == 60 && cut.lost == 10 && cut.dropped == 0, "{cut}");
+    // Their answers begin after 54 tokens.
+    let recipe = lab.recipe("chat", &["train.row_tokens=50"]);
+    let TaskRecipe::Chat(of) = recipe.task.clone() else { panic!() };
+    let error = Conversations::read(&recipe, &of, &paths).unwrap_err().to_string();
+    assert!(error.contains("train.row_tokens = 50"), "{error}");
 }

@@ -19,7 +19,7 @@ use super::train::{self, TrainArgs};
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct FinetuneArgs {
-    /// The model to start from: a run, a checkpoint, a folder in Hugging Face's form, or a .gguf file.
+    /// The model to start from: a run, a checkpoint, a folder in Hugging Face's form, or, for answers and preferences, a .gguf file.
     #[arg(long, value_name = "MODEL")]
     from: PathBuf,
     /// What it is trained for, in place of the recipe's task: task.kind.

@@ -8,6 +8,7 @@ use clap::Args;
 use firebox::train::checkpoint::{Checkpoint, CheckpointError, Found, find_latest, resolve};
 use firebox::train::observe::Summary;
 use firebox::train::recipe::BUILT_IN;
+use firebox::train::task::TaskRecipe;
 use firebox::train::{Cooldown, Recipe, TrainError};
 
 use super::job::{Job, program};
@@ -110,9 +111,10 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         logged: args.ranks.logged(),
         interrupt: interrupt(),
     };
+    let chats = matches!(job.recipe.task, TaskRecipe::Chat(_) | TaskRecipe::Preference(_));
     let summary = tasks::run(job, &args.data, args.ranks)?;
     if speaks() {
-        conclude(&summary, &dir);
+        conclude(&summary, &dir, chats);
     }
     Ok(())
 }
@@ -266,7 +268,7 @@ fn stop_upon_usr1(flag: &Arc<AtomicBool>) {
     }
 }
 
-fn conclude(summary: &Summary, dir: &Path) {
+fn conclude(summary: &Summary, dir: &Path, chats: bool) {
     let (dir, program) = (dir.display(), program());
     println!();
     if let (Some(loss), Some(bpb)) = (summary.val_loss, summary.val_bpb) {
@@ -276,6 +278,7 @@ fn conclude(summary: &Summary, dir: &Path) {
     println!("checkpoint: {dir}/checkpoints/step-{}", summary.steps);
     match summary.stopped.as_str() {
         "interrupted" => println!("continue:   {program} train --resume --out {dir}"),
+        _ if chats => println!("next:       {program} chat {dir}"),
         _ => println!("next:       {program} generate {dir} --prompt 'fn main() {{'"),
     }
 }
