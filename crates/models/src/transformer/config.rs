@@ -257,6 +257,12 @@ pub struct ConfigError {
     pub expected: String,
 }
 
+/// Layers of a model at most: a hundred times those of the deepest.
+const MAX_LAYERS: usize = 1 << 14;
+
+/// Values at most of a table of rotary positions: 1 GB, of two million tokens with heads of 128.
+const MAX_TURNS: usize = 1 << 28;
+
 impl TransformerConfig {
     /// Checks that the shape is possible.
     ///
@@ -281,6 +287,19 @@ impl TransformerConfig {
             if value > i32::MAX as usize {
                 return fail(field, value.to_string(), format!("must be at most {}", i32::MAX));
             }
+        }
+        // What a file claims is not believed before its tensors were seen: lists of layers and tables of turns are made before that.
+        if self.n_layers > MAX_LAYERS {
+            return fail("n_layers", self.n_layers.to_string(), format!("must be at most {MAX_LAYERS}"));
+        }
+        let turns = matches!(self.positions, Positions::Rotary { .. });
+        if turns && self.context.saturating_mul(self.head_dim) > MAX_TURNS {
+            let most = (MAX_TURNS / self.head_dim).max(1);
+            return fail(
+                "context",
+                self.context.to_string(),
+                format!("must be at most {most} with heads of {}", self.head_dim),
+            );
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             return fail("n_kv_heads", self.n_kv_heads.to_string(), format!("must divide n_heads = {}", self.n_heads));
