@@ -173,6 +173,23 @@ fn a_tokenizer_with_byte_fallback_keeps_bytes() {
     assert_eq!([bytes[259], bytes[256], bytes[255], bytes[260]], [2, 1, 1, 0]);
 }
 
+/// As that of SmolLM2, which has no token for bytes that UTF-8 never has.
+#[test]
+fn bytes_of_text_are_counted_without_a_token_for_each_byte() {
+    let byte_level = |regex: bool| serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
+    let json = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": byte_level(true), "post_processor": null, "decoder": byte_level(true),
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": false, "vocab": { "\u{120}": 0, "a": 1, "\u{10a}": 2, "\u{120}a": 3 }, "merges": ["\u{120} a"],
+        },
+    });
+    let tokenizer = Tokenizer::from_json(json.to_string()).unwrap();
+    assert_eq!(tokenizer.encode(b"a a\n").unwrap(), [1, 3, 2]);
+    assert_eq!(tokenizer.token_bytes(), [1, 1, 1, 2]);
+    assert_eq!(tokenizer.decode(&[1, 3, 2]), b"a a\n");
+}
+
 #[test]
 fn what_is_no_tokenizer_is_refused() {
     let dir = tempfile::tempdir().unwrap();

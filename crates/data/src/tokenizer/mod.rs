@@ -149,7 +149,7 @@ impl Tokenizer {
             tokens[id as usize] = match special.get(&id) {
                 Some(true) => Vec::new(),
                 Some(false) => token.clone().into_bytes(),
-                None => token_bytes(token, byte_level.is_some()),
+                None => token_bytes(token, file["decoder"]["type"] == "ByteLevel"),
             };
         }
         let kind = kind_of(&file, library, byte_level, &vocab, &special);

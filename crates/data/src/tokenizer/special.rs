@@ -103,6 +103,11 @@ impl Tokenizer {
         self.library().ok()?.token_to_id(name)
     }
 
+    /// The name of a token, if there is one of that id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.library().ok()?.id_to_token(id)
+    }
+
     fn library(&self) -> Result<&tokenizers::Tokenizer, DataError> {
         if let Some(library) = self.special.get() {
             return Ok(library);
