@@ -74,6 +74,8 @@ fn bad_folders() {
         ),
         &good,
     );
+    folder("endless", &CONFIG.replace("\"num_hidden_layers\": 1", "\"num_hidden_layers\": 2000000000"), &good);
+    folder("long", &CONFIG.replace("\"max_position_embeddings\": 8", "\"max_position_embeddings\": 2000000000"), &good);
     let mut wrong = tensors();
     wrong[0].1 = vec![8, 4];
     wrong[1].0 = "model.layers.0.self_attn.query.weight".into();
@@ -99,6 +101,8 @@ fn bad_folders() {
         ("huge-tensor", &["model.safetensors"]),
         ("unknown", &[&["mamba"][..], &known].concat()),
         ("yarn", &["yarn", "default, linear or llama3"]),
+        ("endless", &["n_layers", "2000000000", "at most 16384"]),
+        ("long", &["context", "2000000000", "at most"]),
         ("wrong", &["1 missing", "q_proj", "query", "1 of another shape", "[7, 4]", "[8, 4]"]),
         ("untied", &["1 missing: `lm_head.weight`"]),
         ("no-tensors", &["model.safetensors or model.safetensors.index.json"]),
@@ -132,20 +136,32 @@ mod hub {
 
     use super::*;
 
+    /// How a server fails.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Fault {
+        None,
+        /// It ends the connection within `model.safetensors`.
+        HangsUp,
+        /// It says that the file is shorter than it is.
+        Shortens,
+        /// What it answers is no list of files.
+        Talks,
+    }
+
     /// Serves a repository as the hub does, and returns its address: the list of files, and parts of files.
-    fn serve(files: BTreeMap<String, Vec<u8>>) -> String {
+    fn serve(files: BTreeMap<String, Vec<u8>>, fault: Fault) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 // A client that goes away is no matter.
-                drop(answer(&mut stream.unwrap(), &files));
+                drop(answer(&mut stream.unwrap(), &files, fault));
             }
         });
         address
     }
 
-    fn answer(stream: &mut TcpStream, files: &BTreeMap<String, Vec<u8>>) -> std::io::Result<()> {
+    fn answer(stream: &mut TcpStream, files: &BTreeMap<String, Vec<u8>>, fault: Fault) -> std::io::Result<()> {
         let mut lines = BufReader::new(stream.try_clone()?).lines();
         let request = lines.next().unwrap_or(Ok(String::new()))?;
         let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -163,15 +179,22 @@ mod hub {
         let mut reply = |status: &str, headers: &str, body: &[u8]| {
             let length = body.len();
             write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n")?;
-            stream.write_all(body)
+            let hangs_up = fault == Fault::HangsUp && path.ends_with("/model.safetensors") && length > 100;
+            stream.write_all(if hangs_up { &body[..100] } else { body })
         };
         if path.starts_with("/api/models/owner/name") {
-            let siblings: Vec<_> = files.keys().map(|name| json!({ "rfilename": name })).collect();
+            if fault == Fault::Talks {
+                return reply("200 OK", "content-type: text/html\r\n", b"<html>Log in</html>");
+            }
+            assert!(path.ends_with("?blobs=true"), "the sizes are asked for: {path}");
+            let siblings: Vec<_> =
+                files.iter().map(|(name, bytes)| json!({ "rfilename": name, "size": bytes.len() })).collect();
             let info = json!({ "siblings": siblings, "sha": "c0ffee" });
             return reply("200 OK", "content-type: application/json\r\n", info.to_string().as_bytes());
         }
         let file = path.strip_prefix("/owner/name/resolve/main/").and_then(|name| Some((name, files.get(name)?)));
         let Some((name, bytes)) = file else { return reply("404 Not Found", "", b"Repository not found") };
+        let bytes = if fault == Fault::Shortens { &bytes[..bytes.len() - 3] } else { bytes };
         let about = format!("etag: \"{name}\"\r\nx-repo-commit: c0ffee\r\naccept-ranges: bytes\r\n");
         match range {
             Some((first, last)) => {
@@ -183,28 +206,61 @@ mod hub {
         }
     }
 
+    fn files() -> BTreeMap<String, Vec<u8>> {
+        let files =
+            [("config.json", CONFIG.into()), ("model.safetensors", file(&tensors())), ("README.md", b"#".into())];
+        files.map(|(name, bytes): (&str, Vec<u8>)| (name.to_owned(), bytes)).into()
+    }
+
+    /// `firebox import SOURCE --out OUT` from this server.
+    fn import(lab: &Lab, source: &str, out: &str, endpoint: &str) -> common::Ended {
+        let mut command = lab.firebox(&["import", source, "--out", out]);
+        command.env("HF_ENDPOINT", endpoint).env("HF_HOME", lab.path("home")).env_remove("HF_TOKEN");
+        common::Ended::new(command.output().unwrap(), source.into())
+    }
+
     #[test]
     fn a_repository_is_fetched_by_its_name() {
         let lab = Lab::new(1);
-        let files =
-            [("config.json", CONFIG.into()), ("model.safetensors", file(&tensors())), ("README.md", b"#".into())];
-        let endpoint = serve(files.map(|(name, bytes): (&str, Vec<u8>)| (name.to_owned(), bytes)).into());
-        let import = |source: &str, out: &str, endpoint: &str| {
-            let mut command = lab.firebox(&["import", source, "--out", out]);
-            command.env("HF_ENDPOINT", endpoint).env("HF_HOME", lab.path("home")).env_remove("HF_TOKEN");
-            common::Ended::new(command.output().unwrap(), source.into())
-        };
-        import("hf:owner/name", "mine", &endpoint).succeeded();
+        let endpoint = serve(files(), Fault::None);
+        import(&lab, "hf:owner/name", "mine", &endpoint).succeeded();
         lab.call(&["logits", "mine", "--ids", "1,2", "--out", "l.safetensors"]).succeeded();
         assert!(lab.path("home/hub/models--owner--name").is_dir(), "the cache of the hub's other clients");
-        import("hf:owner/other", "other", &endpoint).failed(2, &["hf:owner/other", "404"]);
-        import("hf:../name", "other", &endpoint).failed(2, &["hf:OWNER/NAME"]);
+        import(&lab, "hf:owner/other", "other", &endpoint).failed(2, &["hf:owner/other", "404"]);
+        import(&lab, "hf:../name", "other", &endpoint).failed(2, &["hf:OWNER/NAME"]);
         // Nobody listens there.
-        import("hf:owner/third", "other", "http://127.0.0.1:9")
+        import(&lab, "hf:owner/third", "other", "http://127.0.0.1:9")
             .failed(2, &["hf:owner/third", "copy the repository's files"]);
-        let pickled =
-            serve([("config.json".to_owned(), CONFIG.into()), ("pytorch_model.bin".to_owned(), vec![1])].into());
-        let ended = import("hf:owner/name", "other", &pickled);
+        let pickled: [(String, Vec<u8>); 2] =
+            [("config.json".to_owned(), CONFIG.into()), ("pytorch_model.bin".to_owned(), vec![1])];
+        let ended = import(&lab, "hf:owner/name", "other", &serve(pickled.into(), Fault::None));
         ended.failed(2, &["config.json with model.safetensors", "pytorch_model.bin"]);
+        let ended = import(&lab, "hf:owner/name", "other", &serve(files(), Fault::Talks));
+        ended.failed(2, &["the list of files of hf:owner/name", "HF_ENDPOINT"]);
+        assert!(!lab.path("other").exists(), "nothing is left half-written");
+    }
+
+    #[test]
+    fn a_download_that_breaks_off_is_an_error_and_goes_on_the_next_time() {
+        let lab = Lab::new(1);
+        import(&lab, "hf:owner/name", "mine", &serve(files(), Fault::HangsUp))
+            .failed(2, &["model.safetensors of hf:owner/name"]);
+        assert!(!lab.path("mine").exists());
+        import(&lab, "hf:owner/name", "mine", &serve(files(), Fault::None)).succeeded();
+        assert_eq!(
+            std::fs::read(lab.path("mine/model.safetensors")).unwrap().len(),
+            file(&tensors()).len(),
+            "all of it is there"
+        );
+    }
+
+    #[test]
+    fn a_file_of_another_length_does_not_stay() {
+        let lab = Lab::new(1);
+        for _ in 0..2 {
+            import(&lab, "hf:owner/name", "mine", &serve(files(), Fault::Shortens)).failed(2, &["bytes, got", "again"]);
+        }
+        assert!(!lab.path("mine").exists());
+        import(&lab, "hf:owner/name", "mine", &serve(files(), Fault::None)).succeeded();
     }
 }

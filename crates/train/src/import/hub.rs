@@ -1,8 +1,10 @@
 //! Repositories of the Hugging Face hub.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use serde::Deserialize;
 
 use crate::TrainError;
 use crate::model_io::SIDES;
@@ -27,6 +29,26 @@ pub enum HubError {
         /// Why.
         source: Box<ApiError>,
     },
+    /// Something else than the hub's list of files.
+    #[error("expected the list of files of hf:{name}, got something else ({reason}): does HF_ENDPOINT name a hub?")]
+    List {
+        /// The repository.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file of another length than the hub says.
+    #[error("{file} of hf:{name}: expected {expected} bytes, got {got}; it was removed from the cache: fetch it again")]
+    Length {
+        /// The repository.
+        name: String,
+        /// The file.
+        file: String,
+        /// Its bytes on the hub.
+        expected: u64,
+        /// Those that came.
+        got: u64,
+    },
     /// A repository without tensors that can be read.
     #[error("hf:{name} has no {expected}; it has {got}")]
     Files {
@@ -41,6 +63,24 @@ pub enum HubError {
 
 fn one_line(error: &ApiError) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// What the hub says of a repository.
+#[derive(Deserialize)]
+struct Listed {
+    siblings: Vec<File>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    rfilename: String,
+    /// Bytes, where the hub was asked for them and says so.
+    size: Option<u64>,
+}
+
+fn listed(repo: &ApiRepo) -> Result<String, ApiError> {
+    let request = repo.info_request().query("blobs", "true");
+    Ok(request.call().map_err(Box::new)?.body_mut().read_to_string().map_err(Box::new)?)
 }
 
 /// Fetches what a model needs into the hub's cache, unless it is there, and gives its folder.
@@ -62,9 +102,19 @@ pub fn fetch(name: &str) -> Result<PathBuf, TrainError> {
     }
     let api = builder.build().map_err(failed("the list of files"))?;
     let repo = api.repo(hf_hub::Repo::with_revision(plain.to_owned(), hf_hub::RepoType::Model, revision.to_owned()));
-    let info = repo.info().map_err(failed("the list of files"))?;
-    let files: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
-    let get = |file: &str| repo_get(&repo, file).map_err(failed(file));
+    let list = listed(&repo).map_err(failed("the list of files"))?;
+    let Listed { siblings } = serde_json::from_str(&list)
+        .map_err(|error| HubError::List { name: name.to_owned(), reason: error.to_string() })?;
+    let files: Vec<&str> = siblings.iter().map(|file| file.rfilename.as_str()).collect();
+    let get = |file: &str| -> Result<PathBuf, TrainError> {
+        let path = repo.get(file).map_err(failed(file))?;
+        let expected = siblings.iter().find(|known| known.rfilename == file).and_then(|known| known.size);
+        check_length(&path, expected).map_err(|[expected, got]| {
+            let (name, file) = (name.to_owned(), file.to_owned());
+            HubError::Length { name, file, expected, got }
+        })?;
+        Ok(path)
+    };
     let has = |file: &str| files.contains(&file);
     let index = "model.safetensors.index.json";
     let wanted = match (has("config.json"), has("model.safetensors"), has(index)) {
@@ -89,6 +139,16 @@ pub fn fetch(name: &str) -> Result<PathBuf, TrainError> {
     Ok(config.parent().map(PathBuf::from).unwrap_or_default())
 }
 
-fn repo_get(repo: &ApiRepo, file: &str) -> Result<PathBuf, ApiError> {
-    repo.get(file)
+/// A connection that ends early gives a short file, which the client takes for whole. Such a file is removed, with what its name in the cache points to. The error is what was expected, and
+/// what came.
+fn check_length(path: &Path, expected: Option<u64>) -> Result<(), [u64; 2]> {
+    let (Some(expected), Ok(got)) = (expected, fs::metadata(path)) else { return Ok(()) };
+    if expected == got.len() {
+        return Ok(());
+    }
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    // What cannot be removed is found again the next time.
+    drop(fs::remove_file(target));
+    drop(fs::remove_file(path));
+    Err([expected, got.len()])
 }
