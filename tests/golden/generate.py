@@ -28,6 +28,8 @@ import bounded
 import compress
 import distillation
 import experts
+import gguf_files
+import harness
 import imported
 import lsq
 import optimizers
@@ -347,7 +349,16 @@ def compare(fresh, stored):
         for name, rates in new.pop("schedules", {}).items():
             np.testing.assert_allclose(rates, old["schedules"][name], rtol=1e-12, err_msg=name)
         old.pop("schedules", None)
+        runs = new.pop("runs", []), old.pop("runs", [])
+        assert len(runs[0]) == len(runs[1]), f"{stored.name} has {len(runs[1])} runs"
+        for new_run, old_run in zip(*runs):
+            assert new_run["results"] == old_run["results"], f"{stored.name} has other results"
+            for new_row, old_row in zip(new_run["log_likelihoods"], old_run["log_likelihoods"]):
+                np.testing.assert_allclose(new_row, old_row, rtol=1e-6, atol=1e-4)
         assert new == old, f"{stored.name} has other values"
+        return
+    if fresh.suffix == ".gguf":
+        assert fresh.read_bytes() == stored.read_bytes(), f"{stored.name} has other bytes"
         return
     new, old = (safetensors.torch.load_file(path) for path in (fresh, stored))
     assert new.keys() == old.keys(), f"{stored.name} has other tensors: {sorted(new.keys() ^ old.keys())}"
@@ -384,6 +395,8 @@ def generate(out_dir):
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     imported.fixture(out_dir)
+    harness.fixture(out_dir)
+    gguf_files.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

@@ -1,4 +1,8 @@
-//! Loss and bits per byte on held-out text.
+//! Loss and bits per byte on held-out text, choices between answers, and what labels say.
+
+pub mod choices;
+mod labelled;
+mod likelihood;
 
 use firebox_data::Batch;
 use firebox_models::transformer::Transformer;
@@ -8,6 +12,9 @@ use serde::Serialize;
 
 use crate::model_io::to_host;
 use crate::task::HeldOut;
+
+pub use labelled::{OfRows, head_of, on_rows};
+pub use likelihood::Scorer;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]

@@ -159,7 +159,15 @@ pub fn load_with_words(path: &Path, device: &Device) -> Result<(Transformer, Wor
     Ok((from_file(&config, file, device)?, words))
 }
 
-fn from_file(json: &serde_json::Value, file: TensorFile, device: &Device) -> Result<Transformer, TrainError> {
+/// The model of a `config.json` with the tensors of a file.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn from_file(
+    json: &serde_json::Value,
+    file: TensorFile,
+    device: &Device,
+) -> Result<Transformer, TrainError> {
     let (family, config) = parse_config(json)?;
     let entries = family.entries(&config);
     // The initial values are replaced before they are made.

@@ -3,6 +3,7 @@
 mod chat;
 mod compress;
 mod distill;
+mod eval;
 mod export;
 mod finetune;
 mod import;
@@ -55,8 +56,8 @@ enum Command {
     Recipe(RecipeCommand),
     /// Make token shards and a tokenizer from text, as `train` does before its first step.
     Tokenize(prepare::TokenizeArgs),
-    /// Loss, perplexity and bits per byte of a checkpoint on text.
-    Eval(text::EvalArgs),
+    /// How well a checkpoint does: loss and bits per byte of text, right answers among several.
+    Eval(eval::EvalArgs),
     /// Continue a prompt.
     Generate(text::GenerateArgs),
     /// Talk with a model in the terminal.
@@ -174,7 +175,7 @@ pub fn main() -> ExitCode {
         Command::Recipe(RecipeCommand::List) => train::list(),
         Command::Recipe(RecipeCommand::Show { name }) => train::show(&name),
         Command::Tokenize(args) => prepare::run(args),
-        Command::Eval(args) => text::eval(args),
+        Command::Eval(args) => eval::run(args),
         Command::Generate(args) => text::generate(args),
         Command::Chat(args) => chat::run(args),
         Command::Logits(args) => text::logits(args),

@@ -1,18 +1,18 @@
-//! `firebox eval`, `generate` and `logits`: what a checkpoint can do.
+//! `firebox generate` and `logits`: what a checkpoint can do.
 
 use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use clap::Args;
-use firebox::data::{DataConfig, Source, Tokenizer, ValBatches};
+use firebox::data::Tokenizer;
 use firebox::models::TokenBatch;
-use firebox::train::evaluate::evaluate;
 use firebox::train::generate::{Sampling, check_ids, generate as continue_text};
 use firebox::train::model_io::{Loaded, load, to_host};
 use firebox::train::{TrainError, prompt_ids};
 
-use super::{CliError, DeviceArgs, prepare};
+use super::{CliError, DeviceArgs};
 
 /// A model to use.
 #[derive(Args)]
@@ -25,10 +25,18 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     fn load(&self) -> Result<Loaded, CliError> {
-        Ok(load(&self.checkpoint, &self.device.backend.device()?)?)
+        Ok(load(&self.checkpoint, &self.device()?)?)
     }
 
-    fn load_with_tokenizer(&self) -> Result<(firebox::models::transformer::Transformer, Tokenizer), CliError> {
+    pub fn path(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    pub fn device(&self) -> Result<Device, CliError> {
+        Ok(self.device.backend.device()?)
+    }
+
+    pub fn load_with_tokenizer(&self) -> Result<(firebox::models::transformer::Transformer, Tokenizer), CliError> {
         let Loaded { model, tokenizer } = self.load()?;
         match tokenizer {
             Some(tokenizer) => Ok((model, tokenizer)),
@@ -38,83 +46,6 @@ impl ModelArgs {
                 Err(TrainError::Input { what: "checkpoint", expected, got }.into())
             }
         }
-    }
-}
-
-#[derive(Args)]
-pub struct EvalArgs {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// Text: file, folder or glob; may be given several times.
-    #[arg(long = "data", value_name = "PATH", required = true)]
-    data: Vec<String>,
-    /// Field of .jsonl lines or column of .parquet files that holds the text.
-    #[arg(long, default_value = "text")]
-    text_field: String,
-    /// Let rows of tokens cross documents.
-    #[arg(long)]
-    join_documents: bool,
-    /// Rows evaluated at once.
-    #[arg(long, default_value_t = 8)]
-    rows: usize,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-pub fn eval(args: EvalArgs) -> Result<(), CliError> {
-    let (model, tokenizer) = args.model.load_with_tokenizer()?;
-    let scratch = Scratch::new()?;
-    let tokenizer_path = scratch.0.join("tokenizer.json");
-    tokenizer.save(&tokenizer_path)?;
-    let config = DataConfig {
-        tokenizer: tokenizer_path.display().to_string(),
-        // Everything is evaluated, as it is.
-        val_fraction: 0.0,
-        dedup: false,
-        isolate_documents: !args.join_documents,
-        text_field: args.text_field,
-        ..DataConfig::default()
-    };
-    let dataset = prepare::tokens(&config, &[Source::new(args.data)], &scratch.0)?;
-    let context = model.config().context;
-    let batches = dataset
-        .train
-        .iter()
-        .flat_map(|stream| ValBatches::new(stream.clone(), context, args.rows.max(1), config.isolate_documents));
-    let found = evaluate(&model, batches, &tokenizer.token_bytes());
-    if args.json {
-        let mut json = serde_json::json!(found);
-        json["perplexity"] = found.loss.exp().into();
-        println!("{json:#}");
-    } else {
-        println!("loss        {:.4} nats per token", found.loss);
-        println!("perplexity  {:.3}", found.loss.exp());
-        println!("bits/byte   {:.4}", found.bpb);
-        println!("tokens      {}", found.tokens);
-        println!("bytes       {}", found.bytes);
-    }
-    Ok(())
-}
-
-/// A folder that is removed again.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self, CliError> {
-        let dir = std::env::temp_dir().join(format!("firebox-eval-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).map_err(|source| TrainError::Io {
-            operation: "create",
-            path: dir.clone(),
-            source,
-        })?;
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

@@ -419,6 +419,23 @@ impl Transformer {
         if normalize { x.clone() / (x.clone() * x).sum_dim(1).sqrt().clamp_min(1e-12) } else { x }
     }
 
+    /// Logits of the next token where there is a target, `[N, V]` in parts of at most `rows` rows: logits of other tokens never exist. As in evaluation: without dropout.
+    ///
+    /// # Panics
+    /// As [`logits`](Self::logits).
+    pub fn target_logits(&self, batch: &TokenBatch, rows: usize) -> impl Iterator<Item = Tensor<2>> {
+        self.assert_whole();
+        assert!(
+            self.config().head.is_language(),
+            "target_logits: the next token's: use row_logits, token_logits or embed"
+        );
+        let hidden = self.hidden(batch);
+        let at: Vec<i32> = (0..).zip(&*batch.targets).filter(|(_, target)| **target >= 0).map(|(i, _)| i).collect();
+        let parts: Vec<Vec<i32>> = at.chunks(rows.max(1)).map(<[i32]>::to_vec).collect();
+        let logits = move |part| self.head_logits(rows_at(hidden.clone(), part).unsqueeze_dim(0)).squeeze_dim(0);
+        parts.into_iter().map(logits)
+    }
+
     /// Classes' logits, or values, of each row, `[B, N]`. As in evaluation: without dropout.
     ///
     /// # Panics
