@@ -38,12 +38,8 @@ def blocks(kind, shape, rng):
     return data, gguf.quants.dequantize(data, kind).reshape(shape)
 
 
-def permuted(rows, heads):
-    """The order of llama.cpp's rows of queries and keys, of bytes as of values."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def unpermuted(rows, heads):
+    """Rows of queries or keys in Hugging Face's order, from llama.cpp's."""
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -6,9 +6,11 @@ mod common;
 use common::Lab;
 use serde_json::{Value, json};
 
-/// A lab with a run of one step on characters.
+/// A lab with a run of one step on characters, those of questions among them.
 fn lab() -> Lab {
     let lab = Lab::new(40);
+    let text = std::fs::read_to_string(lab.path("docs.jsonl")).unwrap();
+    lab.write("docs.jsonl", text.replace(".\\n", ".\\nQuestion: who opens it?\\nAnswer: warms, "));
     lab.trained("run", &["--set", "train.steps=1", "--set", "eval.every=0"]);
     lab
 }
@@ -24,9 +26,9 @@ fn questions_are_answered() {
         .map(|i| json!({ "query": "The boiler feeds", "choices": ["the fire", "the valve, 3 times"], "answer": i % 2 }))
         .collect();
     lab.write("rows.jsonl", lines(&rows));
-    let arc = json!({ "question": "warms", "choices": { "text": ["the fire", "the valve"], "label": ["A", "B"] }, "answerKey": "B" });
-    let other =
-        json!({ "question": "opens", "choices": { "text": ["a", "b"], "label": ["A", "B"] }, "answerKey": "A" });
+    let arc =
+        json!({ "question": "w", "choices": { "text": ["fire", "valve"], "label": ["A", "B"] }, "answerKey": "B" });
+    let other = json!({ "question": "o", "choices": { "text": ["a", "b"], "label": ["A", "B"] }, "answerKey": "A" });
     lab.write("other.jsonl", lines(&[other]));
     lab.write("arc.jsonl", lines(&[arc.clone(), arc]));
     let hellaswag = json!({ "activity_label": "The driver", "ctx_a": "warms", "ctx_b": "the", "endings": ["fire", "valve"], "label": "1" });
@@ -143,7 +145,7 @@ fn bad_rows() {
         ("choices", with("choices", json!(["warms", ""])), &["an empty one"]),
         ("choices", with("choices", json!("warms")), &["`choices`", "a list of texts"]),
         ("choices", with("context", json!(3)), &["`context`", "expected text, got a number"]),
-        ("choices", with("choices", json!(["warms", "warms ".repeat(9)])), &["choice", "1 to 24 tokens", "got 54"]),
+        ("choices", with("choices", json!(["warms", "warms ".repeat(9)])), &["choice", "1 to 24 tokens", "got 55"]),
         ("choices", with("context", json!("ж")), &["ж"]),
         ("arc", arc("C"), &["`answerKey`", "one of A, B", "\"C\""]),
         ("arc", json!({ "question": "The", "choices": ["a"], "answerKey": "A" }), &["`choices`", "`text` and `label`"]),

@@ -231,7 +231,8 @@ mod hub {
         // Nobody listens there.
         import(&lab, "hf:owner/third", "other", "http://127.0.0.1:9")
             .failed(2, &["hf:owner/third", "copy the repository's files"]);
-        let pickled = [("config.json".to_owned(), CONFIG.into()), ("pytorch_model.bin".to_owned(), vec![1])];
+        let pickled: [(String, Vec<u8>); 2] =
+            [("config.json".to_owned(), CONFIG.into()), ("pytorch_model.bin".to_owned(), vec![1])];
         let ended = import(&lab, "hf:owner/name", "other", &serve(pickled.into(), Fault::None));
         ended.failed(2, &["config.json with model.safetensors", "pytorch_model.bin"]);
         let ended = import(&lab, "hf:owner/name", "other", &serve(files(), Fault::Talks));

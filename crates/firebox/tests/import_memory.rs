@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::Lab;
 use serde_json::json;
 
-const LAYERS: usize = 6;
+const LAYERS: usize = 16;
 const WIDTH: usize = 512;
 const VOCAB: usize = 8000;
 const INNER: usize = 2048;

@@ -67,6 +67,7 @@ pub fn on_rows(
     recipe.init = None;
     recipe.model = ModelRecipe::exactly(&config);
     recipe.train.micro_batch_rows = rows;
+    let given = named(&recipe.task);
     match (&mut recipe.task, config.head) {
         (TaskRecipe::Classes(task), Head::Classes { n, pooler }) => {
             task.labels = names(&folder.config, n);
@@ -79,7 +80,7 @@ pub fn on_rows(
         }
         _ => {
             let expected = format!("{kind}, which the checkpoint's head is for");
-            return Err(TrainError::Input { what: "task.kind", expected, got: named(&recipe.task) });
+            return Err(TrainError::Input { what: "task.kind", expected, got: given });
         }
     }
     let held_out = read_records(data)?;
