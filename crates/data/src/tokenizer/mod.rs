@@ -15,11 +15,13 @@
 mod alphabet;
 mod chars;
 mod gpt2;
+mod masks;
 mod special;
 mod train;
 mod word_pieces;
 
 pub(crate) use chars::CharSet;
+pub use masks::{MaskTokens, Words};
 pub use special::Encoded;
 
 use crate::error::DataError;
@@ -132,6 +134,9 @@ impl Tokenizer {
             .map_err(|e| wrong(format!("not a tokenizer.json: {e}")))?;
         // What stands in a document is text, whatever it looks like.
         library.set_encode_special_tokens(true);
+        // Files of encoders say how long a row may be, and fill it up; a document is as long as it is.
+        let unlimited = library.with_truncation(None);
+        unlimited.map_err(|e| wrong(e.to_string()))?.with_padding(None);
         let vocab = library.get_vocab(true);
         let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
         if vocab_size == 0 {

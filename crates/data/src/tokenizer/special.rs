@@ -108,7 +108,7 @@ impl Tokenizer {
         self.library().ok()?.id_to_token(id)
     }
 
-    fn library(&self) -> Result<&tokenizers::Tokenizer, DataError> {
+    pub(super) fn library(&self) -> Result<&tokenizers::Tokenizer, DataError> {
         if let Some(library) = self.special.get() {
             return Ok(library);
         }

@@ -6,7 +6,7 @@ use firebox::models::transformer::Transformer;
 use firebox::train::Trainer;
 use firebox::train::observe::Summary;
 use firebox::train::task::labelled::{ClassesRecipe, EmbeddingRecipe, Records, TokenClassesRecipe, ValuesRecipe};
-use firebox::train::task::{Conversations, Labelled, Preferences, Task, TaskRecipe};
+use firebox::train::task::{Conversations, Hidden, Labelled, Preferences, Task, TaskRecipe};
 
 use super::job::{Job, Start};
 use super::prepare::DataArgs;
@@ -23,6 +23,16 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             }
             job.described = described;
             job.run(ranks, OfText(dataset))
+        }
+        TaskRecipe::Masked(_) | TaskRecipe::Spans(_) => {
+            let (dataset, described) = data.dataset(&job.recipe.data, &job.recipe.sources)?;
+            if speaks() {
+                println!("{}", dataset.stats);
+            }
+            let task = Hidden::new(&job.recipe, dataset)?;
+            job.recipe.model.head = Some(task.head());
+            job.described = described;
+            job.run(ranks, OnTransformer(task))
         }
         TaskRecipe::Classes(ClassesRecipe { val, .. })
         | TaskRecipe::TokenClasses(TokenClassesRecipe { val, .. })

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::images::{ImageClassesRecipe, ImageTextRecipe};
 use super::image_tokens::ImageTokensRecipe;
+use super::hidden::{MaskedRecipe, SpansRecipe};
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
 use super::masked_image::MaskedImageRecipe;
 use super::text_to_image::TextToImageRecipe;
@@ -38,6 +39,10 @@ pub enum TaskRecipe {
     MaskedImage(MaskedImageRecipe),
     /// Images from text, by their codes.
     TextToImage(TextToImageRecipe),
+    /// The tokens of text that are hidden, from those around them.
+    Masked(MaskedRecipe),
+    /// Spans of text that are hidden, after the text.
+    Spans(SpansRecipe),
 }
 
 impl TaskRecipe {
