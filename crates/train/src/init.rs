@@ -68,9 +68,9 @@ impl Recipe {
         let device = device.clone().autodiff();
         let mut model = model_io::load(path, &device)?.model;
         let mut wanted = self.model.resolve(model.config().vocab_size)?;
-        if model.config().head != wanted.head {
+        if model.config().head != wanted.head || model.config().labels != wanted.labels {
             // Names of classes that the other head had.
-            if wanted.labels == model.config().labels {
+            if model.config().head != wanted.head && wanted.labels == model.config().labels {
                 wanted.labels.clear();
             }
             let (head, labels) = (wanted.head, wanted.labels.clone());

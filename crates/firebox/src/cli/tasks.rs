@@ -31,6 +31,7 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             }
             let task = Hidden::new(&job.recipe, dataset)?;
             job.recipe.model.head = Some(task.head());
+            job.recipe.model.labels.clear();
             job.described = described;
             job.run(ranks, OnTransformer(task))
         }
@@ -43,6 +44,7 @@ pub fn run(mut job: Job, data: &DataArgs, ranks: RankArgs) -> Result<Summary, Cl
             let tokenizer = tokenizer(&job, || records.texts())?;
             let task = Labelled::new(&job.recipe, &records, tokenizer)?;
             job.recipe.model.head = Some(task.head());
+            job.recipe.model.labels = task.labels();
             job.described = format!("{}: {task}", paths.join(", "));
             job.run(ranks, OnTransformer(task))
         }

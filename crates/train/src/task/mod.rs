@@ -20,7 +20,6 @@ mod text_to_image;
 
 use firebox_data::{Dataset, Loader, Tokenizer};
 use firebox_models::TokenBatch;
-use serde_json::{Map, Value};
 
 use crate::TrainError;
 pub use chat::{ChatRecipe, Conversations, Read, TrainOn};
@@ -68,11 +67,6 @@ pub trait Task<M>: Send + Sync {
     /// Other small files that go into checkpoints: name and contents (`preprocessor_config.json`, a chat template).
     fn files(&self) -> Vec<(String, Vec<u8>)> {
         vec![]
-    }
-
-    /// Keys of the `config.json` in checkpoints that are the task's and not the model's: names of classes.
-    fn config(&self) -> Map<String, Value> {
-        Map::new()
     }
 
     /// What an evaluation says besides the loss, by name: accuracy, recall. `limit` is how many held-out batches it may look at, all if `None`. The model is whole, and on a device

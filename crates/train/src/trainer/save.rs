@@ -12,7 +12,6 @@ use firebox_optim::{Average, Optimizer, StateTensor};
 use firebox_parallel::ReduceOp;
 use firebox_tensor::ops::to_f32;
 use firebox_tensor::threads;
-use serde_json::{Map, Value};
 
 use super::distill::{PROJECTIONS, projections_of};
 use super::{State, Trainer};
@@ -105,7 +104,6 @@ impl<M: Model> Trainer<'_, M> {
             states_by_data: ranks.is_some_and(|ranks| ranks.state_parts().is_some()),
             state: self.state.clone(),
             files: self.files(),
-            config: self.task.config(),
             collect: ranks.map(|ranks| ranks.collect()),
         })
     }
@@ -163,8 +161,6 @@ struct Snapshot<M> {
     state: State,
     /// Small files besides: name and contents.
     files: Vec<(String, Vec<u8>)>,
-    /// Keys of `config.json` besides the model's.
-    config: Map<String, Value>,
     collect: Option<Arc<Collect>>,
 }
 
@@ -230,11 +226,7 @@ impl<M: Model> Snapshot<M> {
 
     /// The small files, which one rank writes, and the end.
     fn finish(&self, mut writer: Writer) -> Result<PathBuf, TrainError> {
-        let mut config = self.model.config_json();
-        if let Value::Object(keys) = &mut config {
-            keys.extend(self.config.clone());
-        }
-        writer.json("config.json", &config)?;
+        writer.json("config.json", &self.model.config_json())?;
         for (name, contents) in &self.files {
             writer.bytes(name, contents)?;
         }

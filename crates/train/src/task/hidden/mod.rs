@@ -68,7 +68,7 @@ impl Hidden {
             }
         };
         let head = how.head();
-        let config = TransformerConfig { head, ..recipe.model.resolve(tokenizer.vocab_size())? };
+        let config = TransformerConfig { head, labels: vec![], ..recipe.model.resolve(tokenizer.vocab_size())? };
         config.validate()?;
         if config.vocab_size < tokenizer.vocab_size() {
             let expected =

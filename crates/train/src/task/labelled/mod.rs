@@ -11,10 +11,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use firebox_data::{DataError, IGNORE_INDEX, Order, Record, Tokenizer, hold_out, read_records};
+use firebox_models::transformer::hf::Family;
 use firebox_models::transformer::{Head, Pool, Pooler, Transformer, TransformerConfig};
 use firebox_models::{Extra, TokenBatch};
 use firebox_tensor::ops::Sequence;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::{HeldOut, Task, TaskRecipe};
 use crate::TrainError;
@@ -118,7 +119,7 @@ impl Labelled {
             }
         };
         let head = head(&kind, &recipe.task, &config);
-        TransformerConfig { head, ..config.clone() }.validate()?;
+        TransformerConfig { head, labels: vec![], ..config.clone() }.validate()?;
         let padding = ["[PAD]", "<pad>", "<|pad|>"].iter().find_map(|name| tokenizer.token_id(name));
         Ok(Self(Arc::new(Inner {
             kind,
@@ -137,14 +138,22 @@ impl Labelled {
     pub fn head(&self) -> Head {
         self.0.head
     }
+
+    /// The names of its classes, where they have names.
+    pub fn labels(&self) -> Vec<String> {
+        match &self.0.kind {
+            Kind::Classes(names) | Kind::TokenClasses(names) if names.are_given() => names.all().to_vec(),
+            _ => vec![],
+        }
+    }
 }
 
 /// The head of a task: as the recipe says, or the model has it.
 fn head(kind: &Kind, task: &TaskRecipe, config: &TransformerConfig) -> Head {
-    let usual = match (config.head, config.encoder) {
-        (Head::Classes { pooler, .. } | Head::Values { pooler, .. }, _) => pooler,
-        (_, Some(_)) => Pooler::Tanh,
-        (_, None) => Pooler::Last,
+    let usual = match config.head {
+        Head::Classes { pooler, .. } | Head::Values { pooler, .. } => pooler,
+        _ if config.encoder.is_none() => Pooler::Last,
+        _ => Family::pooler(config).unwrap_or(Pooler::Tanh),
     };
     match (kind, task) {
         (Kind::Classes(names), TaskRecipe::Classes(ClassesRecipe { pooler, .. })) => {
@@ -243,19 +252,6 @@ impl Task<Transformer> for Labelled {
 
     fn tokenizer(&self) -> Option<&Tokenizer> {
         Some(&self.0.tokenizer)
-    }
-
-    fn config(&self) -> Map<String, Value> {
-        let names = match &self.0.kind {
-            Kind::Classes(names) | Kind::TokenClasses(names) => names.all().to_vec(),
-            Kind::Values(n) => (0..*n).map(|i| format!("LABEL_{i}")).collect(),
-            Kind::Embedding => return Map::new(),
-        };
-        let mut config = names_of_classes(&names);
-        if let Kind::Values(_) = self.0.kind {
-            config.insert("problem_type".into(), "regression".into());
-        }
-        config
     }
 
     fn metrics(&self, model: &Transformer, limit: Option<u64>) -> Result<Vec<(String, f64)>, TrainError> {

@@ -38,8 +38,8 @@ impl Names {
                 _ => return Err(unusable(record, label)),
             }
         }
-        let numbered = |n: u64| (0..=n).map(|i| format!("LABEL_{i}")).collect();
-        let names: Vec<String> = largest.map_or_else(|| names.into_iter().collect(), numbered);
+        let all = |largest: u64| (0..=largest).map(numbered).collect();
+        let names: Vec<String> = largest.map_or_else(|| names.into_iter().collect(), all);
         match labels.first() {
             Some((record, label)) if names.len() < 2 => {
                 Err(record.bad(format!("label {label}: expected two classes at least, got this one in all rows")))
@@ -52,6 +52,11 @@ impl Names {
     pub fn of_entities(kinds: BTreeSet<&str>) -> Self {
         let both = kinds.into_iter().flat_map(|kind| [format!("B-{kind}"), format!("I-{kind}")]);
         Self { names: [OUTSIDE.to_owned()].into_iter().chain(both).collect() }
+    }
+
+    /// Whether they are more than numbers.
+    pub fn are_given(&self) -> bool {
+        (0..).zip(&self.names).any(|(i, name)| *name != numbered(i))
     }
 
     pub fn all(&self) -> &[String] {
@@ -81,6 +86,11 @@ impl Names {
 
 /// The name of what is in no entity.
 pub(super) const OUTSIDE: &str = "O";
+
+/// What transformers calls a class without a name.
+fn numbered(i: u64) -> String {
+    format!("LABEL_{i}")
+}
 
 fn unusable(record: &Record, label: &Value) -> DataError {
     record.bad(format!("label {label}: expected a name or a number from 0"))
