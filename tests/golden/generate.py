@@ -37,6 +37,7 @@ import mae
 import optimizers
 import preference
 import peft_adapters
+import tasks
 import torch_schedules
 import vision
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -402,6 +403,7 @@ def generate(out_dir):
     harness.fixture(out_dir)
     gguf_files.fixture(out_dir)
     peft_adapters.fixture(out_dir)
+    tasks.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

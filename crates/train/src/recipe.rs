@@ -40,6 +40,7 @@ pub const BUILT_IN: &[(&str, &str)] = &[
     ("masked-image", include_str!("../recipes/masked-image.toml")),
     ("image-tokens", include_str!("../recipes/image-tokens.toml")),
     ("text-to-image", include_str!("../recipes/text-to-image.toml")),
+    ("bert-mini", include_str!("../recipes/bert-mini.toml")),
 ];
 
 /// Everything that determines a run.

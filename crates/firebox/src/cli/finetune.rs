@@ -10,6 +10,10 @@ use super::train::{self, TrainArgs};
 
 /// Examples:
 ///   firebox finetune --from smollm2 --data book.txt              the next token of other text
+///   firebox finetune --from minilm --task classes --data mail.jsonl
+///                                                                a class per row: accuracy, F1
+///   firebox finetune --from minilm --task embedding --data pairs.jsonl
+///                                                                vectors of texts that belong together
 ///   firebox finetune --from smollm2 --task chat --data tasks.jsonl --set data.val_fraction=0.1
 ///                                                                answers in conversations
 ///   firebox finetune --from tuned --task preference --data pairs.jsonl --set optimizer.lr=1e-6

@@ -82,6 +82,10 @@ pub fn tokenizer(job: &Job, texts: impl FnOnce() -> Vec<String>) -> Result<Token
     }
     let config = &job.recipe.data;
     Ok(match config.tokenizer.as_str() {
+        // Its first token stands for the row.
+        "bpe" if job.recipe.model.encoder.is_some() => {
+            Tokenizer::train_bpe(&texts(), config.vocab_size)?.with_mask_tokens()?
+        }
         "bpe" => Tokenizer::train_bpe(&texts(), config.vocab_size)?,
         "char" => Tokenizer::from_chars_of(texts().join("\n").as_bytes())?,
         path => Tokenizer::load(path)?,
