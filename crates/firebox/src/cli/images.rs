@@ -30,6 +30,7 @@ pub fn classes(mut job: Job, task: &ImageClassesRecipe, data: &DataArgs, ranks: 
     let images = Images::read(&paths, task.val.as_deref(), job.recipe.data.val_fraction, preprocess)?;
     let task = ImageClasses::new(&job.recipe, task, &image, images)?;
     job.recipe.model.head = Some(task.head());
+    job.recipe.model.labels = task.classes().to_vec();
     job.described = format!("{}: {task}", paths.join(", "));
     job.run(ranks, OnTransformer(task))
 }

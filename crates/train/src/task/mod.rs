@@ -5,9 +5,9 @@
 
 mod chat;
 mod clip;
-pub mod images;
-mod image_tokens;
 pub mod hidden;
+mod image_tokens;
+pub mod images;
 pub mod labelled;
 mod language;
 mod masked_image;
@@ -24,9 +24,9 @@ use firebox_models::TokenBatch;
 use crate::TrainError;
 pub use chat::{ChatRecipe, Conversations, Read, TrainOn};
 pub use clip::{LoadedClip, is_clip, load_clip};
+pub use hidden::Hidden;
 pub(crate) use image_tokens::MODEL_TYPE;
 pub use image_tokens::{ImageTokens, ImageTokensRecipe};
-pub use hidden::Hidden;
 pub use labelled::Labelled;
 pub use language::Language;
 pub use masked_image::{MaskedImage, MaskedImageRecipe};

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::images::{ImageClassesRecipe, ImageTextRecipe};
-use super::image_tokens::ImageTokensRecipe;
 use super::hidden::{MaskedRecipe, SpansRecipe};
+use super::image_tokens::ImageTokensRecipe;
+use super::images::{ImageClassesRecipe, ImageTextRecipe};
 use super::labelled::{ClassesRecipe, EmbeddingRecipe, TokenClassesRecipe, ValuesRecipe};
 use super::masked_image::MaskedImageRecipe;
 use super::text_to_image::TextToImageRecipe;

@@ -9,14 +9,13 @@ use firebox_models::transformer::{Head, ImageConfig, Pooler, Transformer};
 use firebox_models::{Extra, TokenBatch};
 use firebox_tensor::ops::Sequence;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use super::{Images, check_rows, preprocessor_file};
 use crate::TrainError;
 use crate::metrics::Confusion;
 use crate::model_io::to_host;
 use crate::recipe::Recipe;
-use crate::task::labelled::{largest, names_of_classes};
+use crate::task::labelled::largest;
 use crate::task::{HeldOut, Task};
 
 /// A class per image: supervised classification, as ViT's (Dosovitskiy et al., arXiv:2010.11929).
@@ -154,10 +153,6 @@ impl Task<Transformer> for ImageClasses {
 
     fn files(&self) -> Vec<(String, Vec<u8>)> {
         vec![preprocessor_file(&self.0.preprocess)]
-    }
-
-    fn config(&self) -> Map<String, Value> {
-        names_of_classes(self.0.classes.names())
     }
 
     fn metrics(&self, model: &Transformer, limit: Option<u64>) -> Result<Vec<(String, f64)>, TrainError> {

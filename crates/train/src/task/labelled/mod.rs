@@ -263,14 +263,6 @@ impl Task<Transformer> for Labelled {
     }
 }
 
-/// The keys of a `config.json` for the names of classes, in their order.
-pub(super) fn names_of_classes(names: &[String]) -> Map<String, Value> {
-    let id2label: Map<String, Value> = (0..).zip(names).map(|(i, name)| (i.to_string(), json!(name))).collect();
-    let label2id: Map<String, Value> =
-        names.iter().zip(0..).map(|(name, i): (_, i64)| (name.clone(), json!(i))).collect();
-    Map::from_iter([("id2label".into(), id2label.into()), ("label2id".into(), label2id.into())])
-}
-
 /// What it is made of, in a few words.
 impl fmt::Display for Labelled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
