@@ -144,7 +144,8 @@ fn clip_is_that_of_transformers() {
         }
     }
     let mut there = weights(&file);
-    (written.sort(), there.sort());
+    written.sort();
+    there.sort();
     assert_eq!(written, there);
     let again = firebox::models::clip::hf::parse(&model.config_json()).unwrap();
     assert_eq!(again, *model.config());

@@ -40,7 +40,9 @@ fn every_head_says_something_of_tokens() {
     let d = config(Head::Hidden).d_model;
     let classes = Head::Classes { n: 3, pooler: Pooler::Tanh };
     let embedding = Head::Embedding { pool: Pool::Mean, normalize: true, temperature: 0.05 };
-    let all: [(&str, Head, &[(&str, &[usize])]); 5] = [
+    /// Name, head, and what is written for it, with its shape.
+    type Case<'a> = (&'a str, Head, &'a [(&'a str, &'a [usize])]);
+    let all: [Case<'_>; 5] = [
         ("hidden", Head::Hidden, &[("hidden", &[6, d])]),
         ("masked", Head::Masked, &[("logits", &[6, 10])]),
         ("classes", classes, &[("logits", &[3])]),

@@ -95,7 +95,7 @@ impl<M: Model> Run<M> {
         dir: &Path,
         ranks: usize,
         layout: Layout,
-    ) -> Result<Seen, firebox_parallel::WorldError<TrainError>> {
+    ) -> Result<Seen, Box<firebox_parallel::WorldError<TrainError>>> {
         let (run, dir) = (Self { recipe: self.recipe.clone(), start: self.start.clone() }, dir.to_path_buf());
         let mut seen = spawn(ranks, move |comm| {
             let _threads = threads::for_rank(1).unwrap();

@@ -8,7 +8,7 @@ use firebox_data::Tokenizer;
 use firebox_data::images::Preprocess;
 use firebox_models::clip::Clip;
 use firebox_models::transformer::ImageConfig;
-use firebox_parallel::{Communicator, spawn};
+use firebox_parallel::{Communicator, WorldError, spawn};
 use firebox_tensor::device::Backend;
 use firebox_tensor::threads;
 use firebox_train::checkpoint::Checkpoint;
@@ -177,7 +177,7 @@ fn on_two<M: Model>(
     recipe: &Recipe,
     dir: PathBuf,
     layout: Layout,
-) -> Result<Vec<f64>, TrainError> {
+) -> Result<Vec<f64>, Box<WorldError<TrainError>>> {
     let (task, recipe) = (task.clone(), recipe.clone());
     let mut seen = spawn(2, move |comm| {
         let _threads = threads::for_rank(1).unwrap();

@@ -62,7 +62,7 @@ impl Names<'_> {
     }
 
     fn norm(&mut self, ours: &str, theirs: &str) {
-        ["weight", "bias"].map(|part| self.whole(&format!("{ours}.{part}"), &format!("{theirs}.{part}")));
+        ["weight", "bias"].iter().for_each(|part| self.whole(&format!("{ours}.{part}"), &format!("{theirs}.{part}")));
     }
 
     fn block(&mut self, ours: &str, theirs: &str) {
