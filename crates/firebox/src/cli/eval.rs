@@ -11,6 +11,7 @@ use firebox::models::transformer::{Head, Transformer};
 use firebox::train::TrainError;
 use firebox::train::evaluate::choices::{Choice, Form, Question, log_likelihoods, score, with_shots};
 use firebox::train::evaluate::{Evaluation, OfRows, Scorer, evaluate, head_of, on_rows};
+use firebox::train::task::images::{on_images, takes_images};
 use serde_json::{Value, json};
 
 use super::text::ModelArgs;
@@ -76,7 +77,9 @@ impl EvalTask {
 }
 
 pub fn run(args: EvalArgs) -> Result<(), CliError> {
-    let head = head_of(args.model.path())?;
+    let path = args.model.path();
+    let images = takes_images(path);
+    let head = if images { Head::Hidden } else { head_of(path)? };
     let form = match args.task {
         Some(task) => task.form(),
         None => args.data.first().and_then(|path| form_of(Path::new(path), &args.text_field)),
@@ -88,7 +91,10 @@ pub fn run(args: EvalArgs) -> Result<(), CliError> {
             let expected = "a model that predicts the next token".into();
             return Err(TrainError::Input { what: "checkpoint", expected, got: format!("one with {head:?}") }.into());
         }
-        _ => labelled(&args)?,
+        _ => {
+            let on = if images { on_images } else { on_rows };
+            labelled(on(path, &args.data, &args.set, args.rows.max(1), &args.model.device()?)?)
+        }
     };
     if let Some(path) = &args.out {
         let io = |source| TrainError::Io { operation: "write", path: path.clone(), source };
@@ -183,16 +189,14 @@ fn multiple_choice(args: &EvalArgs, form: Form) -> Result<Found, CliError> {
     Ok(Found { json, all, table })
 }
 
-/// Rows with labels, of checkpoints that have a head for them.
-fn labelled(args: &EvalArgs) -> Result<Found, CliError> {
-    let found = on_rows(args.model.path(), &args.data, &args.set, args.rows.max(1), &args.model.device()?)?;
-    let OfRows { task, rows, evaluation, metrics } = found;
+/// Rows with labels, or images, of checkpoints that have a head for them.
+fn labelled(OfRows { task, rows, evaluation, metrics }: OfRows) -> Found {
     let mut json = json!({ "task": task, "rows": rows, "loss": evaluation.loss });
     merge(&mut json, metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect());
     let line = |name: &str, value: f64| cells([task, &rows.to_string(), name, &format!("{value:.4}")]);
     let mut table = vec![cells(["task", "rows", "score", "value"]), line("loss", evaluation.loss)];
     table.extend(metrics.iter().map(|(name, value)| line(name, *value)));
-    Ok(Found { all: json.clone(), json, table })
+    Found { all: json.clone(), json, table }
 }
 
 fn merge(into: &mut Value, from: Value) {

@@ -111,10 +111,10 @@ pub fn run(args: TrainArgs, threads: usize) -> Result<(), CliError> {
         logged: args.ranks.logged(),
         interrupt: interrupt(),
     };
-    let chats = matches!(job.recipe.task, TaskRecipe::Chat(_) | TaskRecipe::Preference(_));
+    let task = job.recipe.task.clone();
     let summary = tasks::run(job, &args.data, args.ranks)?;
     if speaks() {
-        conclude(&summary, &dir, chats);
+        conclude(&summary, &dir, &task);
     }
     Ok(())
 }
@@ -268,7 +268,20 @@ fn stop_upon_usr1(flag: &Arc<AtomicBool>) {
     }
 }
 
-fn conclude(summary: &Summary, dir: &Path, chats: bool) {
+/// The command that one calls after a run of this task.
+fn next(task: &TaskRecipe, dir: &str) -> String {
+    match task {
+        TaskRecipe::Language | TaskRecipe::Spans(_) => format!("generate {dir} --prompt 'fn main() {{'"),
+        TaskRecipe::Chat(_) | TaskRecipe::Preference(_) => format!("chat {dir}"),
+        TaskRecipe::TextToImage(_) => format!("draw {dir} --prompt TEXT --out image.png"),
+        TaskRecipe::ImageTokens(_) => format!("train text-to-image --data PATH --set task.image_tokens={dir}"),
+        TaskRecipe::MaskedImage(_) => format!("finetune --from {dir} --task image_classes --data PATH"),
+        TaskRecipe::Masked(_) => format!("finetune --from {dir} --task classes --data PATH"),
+        _ => format!("eval {dir} --data PATH"),
+    }
+}
+
+fn conclude(summary: &Summary, dir: &Path, task: &TaskRecipe) {
     let (dir, program) = (dir.display(), program());
     println!();
     if let (Some(loss), Some(bpb)) = (summary.val_loss, summary.val_bpb) {
@@ -278,7 +291,6 @@ fn conclude(summary: &Summary, dir: &Path, chats: bool) {
     println!("checkpoint: {dir}/checkpoints/step-{}", summary.steps);
     match summary.stopped.as_str() {
         "interrupted" => println!("continue:   {program} train --resume --out {dir}"),
-        _ if chats => println!("next:       {program} chat {dir}"),
-        _ => println!("next:       {program} generate {dir} --prompt 'fn main() {{'"),
+        _ => println!("next:       {program} {}", next(task, &dir.to_string())),
     }
 }

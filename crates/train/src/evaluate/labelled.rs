@@ -61,7 +61,7 @@ pub fn on_rows(
     };
     let text = match recipe_of(path) {
         Some(recipe) if named(&recipe.task) == kind => recipe.to_toml(),
-        _ => format!("[task]\nkind = \"{kind}\"\n"),
+        _ => format!("name = \"eval\"\n[task]\nkind = \"{kind}\"\n"),
     };
     let mut recipe = Recipe::parse("eval", &text, set)?;
     recipe.init = None;

@@ -8,23 +8,10 @@ use firebox_models::transformer::Head;
 
 use super::{ImageClasses, ImageText, Images, check_rows, stored};
 use crate::TrainError;
-use crate::evaluate::{Tally, tallies};
+use crate::evaluate::{OfRows, Tally, tallies};
 use crate::model_io;
 use crate::recipe::Recipe;
 use crate::task::{Task, TaskRecipe, is_clip, load_clip};
-
-/// What an evaluation on images found.
-#[derive(Debug, Clone, PartialEq)]
-pub struct OfImages {
-    /// The task's kind, as in recipes.
-    pub task: &'static str,
-    /// How many images there were.
-    pub rows: usize,
-    /// The loss, a mean over images: of captions, of telling each from those that go through the model at once.
-    pub loss: f64,
-    /// What the task measures besides, by name.
-    pub metrics: Vec<(String, f64)>,
-}
 
 /// Evaluates a model of images on all images of `data`: one with a head for classes on their classes, two towers on their captions. `set` are overrides of a recipe, such as
 /// `task.label=breed`. `rows` images go through the model at once.
@@ -37,9 +24,9 @@ pub fn on_images(
     set: &[String],
     rows: usize,
     device: &Device,
-) -> Result<OfImages, TrainError> {
+) -> Result<OfRows, TrainError> {
     let recipe = |kind: &str| {
-        let mut recipe = Recipe::parse("eval", &format!("[task]\nkind = \"{kind}\"\n"), set)?;
+        let mut recipe = Recipe::parse("eval", &format!("name = \"eval\"\n[task]\nkind = \"{kind}\"\n"), set)?;
         (recipe.train.batch_rows, recipe.train.micro_batch_rows) = (rows, rows);
         Ok::<_, TrainError>(recipe)
     };
@@ -69,9 +56,9 @@ pub fn on_images(
         let TaskRecipe::ImageText(task) = &recipe.task else { return Err(other(format!("task {:?}", recipe.task))) };
         let (count, images) = read(image.size, image.channels, Preprocess::clip)?;
         let task = ImageText::new(&recipe, task, config.text.context, tokenizer, images)?;
-        let found = Tally::evaluation(&tallies(&loaded.model, task.held_out(rows), |batch| batch));
+        let evaluation = Tally::evaluation(&tallies(&loaded.model, task.held_out(rows), |batch| batch));
         let metrics = task.evaluate(&loaded.model, usize::MAX);
-        return Ok(OfImages { task: "image_text", rows: count, loss: found.loss, metrics });
+        return Ok(OfRows { task: "image_text", rows: count, evaluation, metrics });
     }
     let model = model_io::load(path, device)?.model;
     let config = model.config();
@@ -87,9 +74,9 @@ pub fn on_images(
     };
     let (count, images) = read(image.size, image.channels, Preprocess::vit)?;
     let task = ImageClasses::new(&recipe, &task, &image, images)?;
-    let found = Tally::evaluation(&tallies(&model, task.held_out(rows), |batch| batch));
+    let evaluation = Tally::evaluation(&tallies(&model, task.held_out(rows), |batch| batch));
     let metrics = task.evaluate(&model, usize::MAX);
-    Ok(OfImages { task: "image_classes", rows: count, loss: found.loss, metrics })
+    Ok(OfRows { task: "image_classes", rows: count, evaluation, metrics })
 }
 
 /// Whether what [`load`](model_io::load) or [`load_clip`] opens takes images. Of what cannot be read, others say so.

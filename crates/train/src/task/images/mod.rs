@@ -15,7 +15,7 @@ use crate::TrainError;
 use crate::checkpoint::{Checkpoint, resolve};
 use crate::recipe::Recipe;
 pub use classes::{ImageClasses, ImageClassesRecipe};
-pub use evaluate::{OfImages, on_images, takes_images};
+pub use evaluate::{on_images, takes_images};
 pub use text::{ImageText, ImageTextRecipe};
 
 /// How images become what a model takes: a file that goes where the model goes.
