@@ -312,7 +312,8 @@ mod tests {
     fn errors_name_the_key() {
         let error = |json: Value| parse_config(&json).unwrap_err().to_string();
         let unknown = error(json!({"model_type": "mamba"}));
-        assert!(["`mamba`", "gpt2", "qwen3_moe", "xlm-roberta", "albert", "firebox"].iter().all(|name| unknown.contains(name)));
+        let known = ["`mamba`", "gpt2", "qwen3_moe", "xlm-roberta", "albert", "firebox"];
+        assert!(known.iter().all(|name| unknown.contains(name)), "{unknown}");
         assert!(error(json!({"model_type": "bert"})).contains("hidden_size"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": 8, "n_head": 3})).contains("n_head"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": "wide"})).contains("n_embd"));
