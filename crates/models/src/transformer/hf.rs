@@ -338,7 +338,10 @@ mod tests {
     #[test]
     fn errors_name_the_key() {
         let error = |json: Value| parse_config(&json).unwrap_err().to_string();
-        assert!(error(json!({"model_type": "bert"})).contains("bert"));
+        let unknown = error(json!({"model_type": "mamba"}));
+        let known = ["`mamba`", "gpt2", "qwen3_moe", "xlm-roberta", "albert", "firebox"];
+        assert!(known.iter().all(|name| unknown.contains(name)), "{unknown}");
+        assert!(error(json!({"model_type": "bert"})).contains("hidden_size"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": 8, "n_head": 3})).contains("n_head"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": "wide"})).contains("n_embd"));
         assert!(error(json!({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}})).contains("yarn"));
