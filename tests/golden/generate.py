@@ -32,6 +32,7 @@ import imported
 import lsq
 import optimizers
 import preference
+import peft_adapters
 import torch_schedules
 import vision
 from torch_schedules import DECAY, PEAK, STEPS, WARMUP
@@ -384,6 +385,7 @@ def generate(out_dir):
     model_fixture(out_dir, "bounded-tiny", bounded.Decoder(), seed=4, config_text=bounded.CONFIG)
     model_fixture(out_dir, "qwen3-moe-tiny", experts.qwen3_moe(), seed=5)
     imported.fixture(out_dir)
+    peft_adapters.fixture(out_dir)
     adamw_fixture(out_dir)
     lsq.fixture(save, out_dir)
     optimizers.fixture(save, out_dir)

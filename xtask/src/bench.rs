@@ -14,9 +14,10 @@ use crate::workspace::Workspace;
 /// Measures Firebox beside PyTorch and plain burn: builds the benchmark, installs PyTorch into the target folder, runs.
 #[derive(Args)]
 #[command(
-    override_usage = "cargo xtask bench <train|kernels|optim|scaling|speedrun|shootout|mup|compress> [OPTIONS]",
+    override_usage = "cargo xtask bench <train|finetune|kernels|optim|scaling|speedrun|shootout|mup|compress> [OPTIONS]",
     after_help = "Benchmarks:
   train      training steps of four models: tokens/s, MFU, peak memory
+  finetune   steps of fine-tuning, full and LoRA, beside transformers and PEFT
   kernels    single operations: GFLOP/s or GB/s
   optim      a step of each optimizer: ms, GB/s
   scaling    time and memory over context, width and depth

@@ -39,6 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Train),
+    Finetune(Finetune),
     Kernels(Kernels),
     Scaling(Scaling),
     Speedrun(Speedrun),
@@ -170,12 +171,6 @@ struct Train {
 
 impl Train {
     fn run(&self) -> Result<()> {
-        let mut specs = models::all();
-        if let Some(name) = self.models.iter().find(|name| specs.iter().all(|spec| spec.name != **name)) {
-            let known = specs.iter().map(|spec| spec.name.as_str()).collect::<Vec<_>>().join(", ");
-            return Err(Error::Unknown { kind: "model", name: name.clone(), known });
-        }
-        specs.retain(|spec| self.models.is_empty() || self.models.contains(&spec.name));
         let contenders = [
             Contender::Firebox,
             Contender::FireboxRecompute,
@@ -185,35 +180,67 @@ impl Train {
             Contender::TorchCompile,
             Contender::TorchBf16,
         ];
-        let settings = self.common.settings(&contenders, 5);
-        all_train(&settings)?;
-        for spec in &specs {
-            let report = train::run(&self.common.programs()?, spec, &settings)?;
-            println!("## {}\n\n{}", spec.name, report.markdown());
-            self.common.save(&format!("train-{}", spec.name), &report)?;
-        }
-        if self.common.write_docs { self.write_docs() } else { Ok(()) }
+        train_all("train", models::all(), &self.models, &self.common, &contenders)
     }
+}
 
-    /// Every model that was ever measured into this folder, so that they can be measured one at a time.
-    fn write_docs(&self) -> Result<()> {
-        let mut reports: Vec<train::Report> = vec![];
-        for spec in models::all() {
-            let path = self.common.path(&format!("train-{}.json", spec.name));
-            if path.exists() {
-                let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-                reports.push(serde_json::from_str(&text).map_err(|source| Error::Json { what: "a result", source })?);
-            }
-        }
-        let parts = reports.iter().map(|report| {
-            let machine = report.machine.describe(report.threads, &report.software());
-            format!("### {}\n\n{}\n{machine}\n", report.name, report.markdown())
-        });
-        docs::write_section(
-            "train",
-            &format!("{}\n{}", train::overview(&reports), parts.collect::<Vec<_>>().join("\n")),
-        )
+/// Steps of fine-tuning beside transformers and PEFT: tokens/s, MFU, peak memory.
+#[derive(Args)]
+struct Finetune {
+    /// What is trained [default: smollm2-full smollm2-lora].
+    #[arg(value_name = "MODEL")]
+    models: Vec<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Finetune {
+    fn run(&self) -> Result<()> {
+        let contenders =
+            [Contender::Firebox, Contender::FireboxRecompute, Contender::FireboxLean, Contender::TorchEager];
+        train_all("finetune", models::finetune(), &self.models, &self.common, &contenders)
     }
+}
+
+/// Races these contenders with those of `specs` that are `named`, or all of them.
+fn train_all(
+    section: &str,
+    mut specs: Vec<models::Spec>,
+    named: &[String],
+    common: &Common,
+    contenders: &[Contender],
+) -> Result<()> {
+    let all: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
+    if let Some(name) = named.iter().find(|name| !all.contains(name)) {
+        return Err(Error::Unknown { kind: "model", name: name.clone(), known: all.join(", ") });
+    }
+    specs.retain(|spec| named.is_empty() || named.contains(&spec.name));
+    let settings = common.settings(contenders, 5);
+    all_train(&settings)?;
+    for spec in &specs {
+        let report = train::run(&common.programs()?, spec, &settings)?;
+        println!("## {}\n\n{}", spec.name, report.markdown());
+        common.save(&format!("train-{}", spec.name), &report)?;
+    }
+    if common.write_docs { write_trained(section, &all, common) } else { Ok(()) }
+}
+
+/// Every model that was ever measured into this folder, so that they can be measured one at a time.
+fn write_trained(section: &str, names: &[String], common: &Common) -> Result<()> {
+    let mut reports: Vec<train::Report> = vec![];
+    for name in names {
+        let path = common.path(&format!("train-{name}.json"));
+        if path.exists() {
+            let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            reports.push(serde_json::from_str(&text).map_err(|source| Error::Json { what: "a result", source })?);
+        }
+    }
+    let parts = reports.iter().map(|report| {
+        let machine = report.machine.describe(report.threads, &report.software());
+        format!("### {}\n\n{}\n{machine}\n", report.name, report.markdown())
+    });
+    let text = format!("{}\n{}", train::overview(&reports), parts.collect::<Vec<_>>().join("\n"));
+    docs::write_section(section, &text)
 }
 
 /// Single operations at the models' shapes, forward and backward: GFLOP/s or GB/s.
@@ -506,6 +533,7 @@ pub fn run() -> Result<()> {
     match command {
         Command::Worker { job } => work(&job),
         Command::Train(train) => train.run(),
+        Command::Finetune(finetune) => finetune.run(),
         Command::Kernels(kernels) => kernels.run(),
         Command::Scaling(scaling) => scaling.run(),
         Command::Speedrun(speedrun) => speedrun.run(),

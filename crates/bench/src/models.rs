@@ -1,6 +1,6 @@
 //! The models of `bench train`.
 
-use firebox_models::transformer::{TransformerConfig, presets};
+use firebox_models::transformer::{AdapterConfig, AdapterKind, Target as Layer, Targets, TransformerConfig, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::Training;
@@ -72,6 +72,30 @@ pub fn all() -> Vec<Spec> {
     ]
 }
 
+/// Those of `bench finetune`, beside transformers' models and PEFT's adapters. Speed and memory do not depend on the weights, which are random.
+pub fn finetune() -> Vec<Spec> {
+    let smollm2 = presets::named("smollm2-135m").unwrap_or_else(|| presets::depth(1, 256));
+    let smollm2 = TransformerConfig { dropout: 0.0, ..smollm2 };
+    let targets = Targets::new([Layer::Query, Layer::Value]);
+    let lora = AdapterConfig { kind: AdapterKind::Lora, rank: 16, alpha: 32.0, rslora: false, targets };
+    let target = Some(Target { speed: 1.3, mfu: 0.6, memory: 0.7, recompute_memory: None });
+    let spec = |name: &str, title: &str, model| Spec {
+        name: name.to_owned(),
+        title: title.to_owned(),
+        training: Training { transformers: true, ..training(model, 1, 512) },
+        steps: 2,
+        target,
+    };
+    vec![
+        spec("smollm2-full", "SmolLM2-135M's shape, all parameters", smollm2.clone()),
+        spec(
+            "smollm2-lora",
+            "SmolLM2-135M's shape, LoRA of rank 16 on queries and values",
+            TransformerConfig { adapter: Some(lora), ..smollm2 },
+        ),
+    ]
+}
+
 /// The training of a model, with nanoGPT's AdamW and clipping.
 pub fn training(model: TransformerConfig, batch: usize, tokens: usize) -> Training {
     Training {
@@ -86,6 +110,7 @@ pub fn training(model: TransformerConfig, batch: usize, tokens: usize) -> Traini
         weight_decay: 0.1,
         clip: 1.0,
         warmup_steps: 2,
+        transformers: false,
     }
 }
 
@@ -98,7 +123,10 @@ mod tests {
         let millions: Vec<f64> =
             all().iter().map(|spec| (spec.training.model.num_params() as f64 / 1e5).round() / 10.0).collect();
         assert_eq!(millions, [13.9, 124.4, 0.8, 31.6]);
-        for spec in all() {
+        let millions: Vec<f64> =
+            finetune().iter().map(|spec| (spec.training.model.num_params() as f64 / 1e5).round() / 10.0).collect();
+        assert_eq!(millions, [134.5, 135.4]);
+        for spec in all().into_iter().chain(finetune()) {
             assert_eq!(spec.training.model.validate(), Ok(()), "{}", spec.name);
             assert!(spec.training.tokens <= spec.training.model.context && spec.training.model.dropout == 0.0);
         }

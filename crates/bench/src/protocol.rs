@@ -62,6 +62,9 @@ pub struct Training {
     pub clip: f64,
     /// Steps before the worker is ready: at least one.
     pub warmup_steps: usize,
+    /// Whether PyTorch's model is that of transformers, with PEFT's adapters where the model has some, and not the plain one of `torch/models.py`.
+    #[serde(default)]
+    pub transformers: bool,
 }
 
 impl Training {

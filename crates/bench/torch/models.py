@@ -109,6 +109,40 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
+class OfTransformers(nn.Module):
+    """transformers' Llama, with PEFT's adapters where the configuration has some."""
+
+    def __init__(self, c):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=c["vocab_size"], hidden_size=c["d_model"], intermediate_size=c["d_ff"], num_hidden_layers=c["n_layers"],
+            num_attention_heads=c["n_heads"], num_key_value_heads=c["n_kv_heads"], head_dim=c["head_dim"], max_position_embeddings=c["context"],
+            rms_norm_eps=c["norm_eps"], tie_word_embeddings=c["tied"], initializer_range=c["init_std"],
+            rope_parameters={"rope_type": "default", "rope_theta": c["positions"]["rotary"]["theta"]}, use_cache=False,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config)
+        adapter = c.get("adapter")
+        if adapter is not None:
+            from peft import LoraConfig, get_peft_model
+
+            lora = LoraConfig(
+                r=adapter["rank"], lora_alpha=adapter["alpha"], target_modules=adapter["targets"], lora_dropout=0.0,
+                use_dora=adapter["kind"] == "dora", task_type="CAUSAL_LM",
+            )  # fmt: skip
+            self.model = get_peft_model(self.model, lora)
+
+    def forward(self, inputs, targets):
+        # The targets are the next tokens already: transformers would shift labels once more.
+        logits = self.model(input_ids=inputs).logits
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def of_transformers(c):
+    return OfTransformers(c)
+
+
 def initialize(module, std):
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)

@@ -44,11 +44,11 @@ class Training:
     """Steps on one fixed batch."""
 
     def __init__(self, task, contender):
-        from models import Decoder, adamw
+        from models import Decoder, adamw, of_transformers
 
         config = task["model"]
         torch.manual_seed(task["seed"])
-        self.model = Decoder(config)
+        self.model = of_transformers(config) if task.get("transformers") else Decoder(config)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.clip = task["clip"]
         self.optimizer = adamw(self.model, task["lr"], (task["beta1"], task["beta2"]), task["weight_decay"])

@@ -157,6 +157,22 @@ impl AdapterRecipe {
         }
     }
 
+    /// The model with the adapters of [`init`](Self::init), a folder of PEFT, of whatever kind and rank these are.
+    ///
+    /// # Errors
+    /// [`TrainError`]: no such folder, adapters that the model cannot have, tensors that do not fit.
+    pub fn imported(&self, model: Transformer) -> Result<Transformer, TrainError> {
+        let Some(path) = &self.init else {
+            return Err(TrainError::Input {
+                what: "adapter.init",
+                expected: "a folder of PEFT".into(),
+                got: "none".into(),
+            });
+        };
+        let adapter = files::described(model.config(), path)?;
+        start(model.with_adapters(adapter, 0)?, path)
+    }
+
     /// Checks it against the device.
     pub(crate) fn check_device(&self, device: &Device) -> Result<(), TrainError> {
         if self.base == BaseFormat::F32 || is_fused(device) {

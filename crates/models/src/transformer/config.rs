@@ -422,7 +422,13 @@ impl TransformerConfig {
         let [embed, embed_proj, head, head_proj] = self.tables();
         // Of tokens, rows are copied; of patches, there is a product.
         let patches = if self.image.is_some() { embed } else { 0 };
-        self.n_layers as f64 * self.block_flops_per_token() + (6 * (patches + embed_proj + head + head_proj)) as f64
+        let tables = self.flops_per_weight() * (patches + embed_proj + head + head_proj);
+        self.n_layers as f64 * self.block_flops_per_token() + tables as f64
+    }
+
+    /// Forward, the gradient of the input, and, unless adapters are trained in its place, that of the weight.
+    fn flops_per_weight(&self) -> usize {
+        if self.adapter.is_some() { 4 } else { 6 }
     }
 
     /// Those of one block.
@@ -435,6 +441,7 @@ impl TransformerConfig {
         let weights = qkv + out + mlp;
         let (context, window) = (self.context as f64, self.window.unwrap_or(usize::MAX).min(self.context) as f64);
         let keys = if self.encoder.is_some() { context } else { window * (1.0 - window / (2.0 * context)) };
-        (6 * weights) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
+        let adapters = self.adapter_params() / self.n_blocks().max(1);
+        (self.flops_per_weight() * weights + 6 * adapters) as f64 + (12 * self.n_heads * self.head_dim) as f64 * keys
     }
 }

@@ -11,7 +11,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use firebox_models::transformer::hf::adapter::PREFIX;
 use firebox_models::transformer::hf::{Entry, Family, parse_config};
-use firebox_models::transformer::{Adapted, Transformer, TransformerConfig, merge_adapter};
+use firebox_models::transformer::{Adapted, AdapterConfig, Transformer, TransformerConfig, merge_adapter};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -144,6 +144,12 @@ fn others(entries: &[Entry], file: &TensorFile) -> Result<Vec<TensorSpec>, Train
     let names: BTreeSet<&str> = entries.iter().flat_map(|e| &e.pieces).map(|piece| piece.name.as_str()).collect();
     let left = file.names().filter(|name| !names.contains(name));
     left.map(|name| Ok(TensorSpec::new(name, file.shape(name)?, file.dtype(name)?))).collect()
+}
+
+/// What the adapters of a folder of PEFT are, for a model of this shape.
+pub(super) fn described(config: &TransformerConfig, path: &Path) -> Result<AdapterConfig, TrainError> {
+    let plain = TransformerConfig { adapter: None, ..config.clone() };
+    Ok(super::peft::adapters(path, Family::of(&plain), &plain)?.0)
 }
 
 /// The model with the adapters of another place: a folder of PEFT, a run or a checkpoint.
