@@ -10,6 +10,7 @@ mod head;
 pub mod hf;
 mod image;
 mod layered;
+mod linear;
 mod model;
 pub mod packed;
 mod parallel;
