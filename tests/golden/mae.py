@@ -30,6 +30,15 @@ def hub_name(name):
     return name
 
 
+def positions(width, grid):
+    """Of the class token and of patches, as in the authors' weights: of the column in the first half, of the row in the second. (transformers 5 has the halves the other way round in new models.)"""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    side = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    side = torch.cat([side.sin(), side.cos()], 1)
+    patches = torch.cat([side.repeat(grid, 1), side.repeat_interleave(grid, 0)], 1)
+    return torch.cat([torch.zeros(1, width), patches]).float()
+
+
 def fixture(out_dir):
     """`mae-tiny.safetensors`: parameters, `pixels` [4, 3, 12, 12], `seen` [4, 4], the patches that are seen, in order; `losses` and `losses_normalized` [10]."""
     generator = torch.Generator().manual_seed(0)
@@ -38,6 +47,9 @@ def fixture(out_dir):
         if parameter.requires_grad:
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
             parameter.data = noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    # Made when weights are loaded, and not with a new model.
+    for fixed in (first.vit.embeddings.position_embeddings, first.decoder.decoder_pos_embed):
+        fixed.data = positions(fixed.shape[-1], 4)[None]
     pixels = torch.randn(ROWS, 3, 12, 12, generator=generator)
     noise = torch.rand(ROWS, 16, generator=generator)
     seen = noise.argsort(1)[:, :4].sort(1).values

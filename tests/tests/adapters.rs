@@ -65,7 +65,7 @@ fn adapters_of_peft_compute_and_learn_as_there() {
             let merged = load(&out, &device).unwrap().model;
             assert_close(&format!("{name} {kind}, merged"), &to_host(merged.logits(&batch)), &want);
 
-            let plain = load(&base, &device.autodiff()).unwrap().model;
+            let plain = load(&base, &device.autodiff()).unwrap().model.for_training(0, 0.0).unwrap();
             let recipe = AdapterRecipe { init: Some(adapters.clone()), ..AdapterRecipe::default() };
             let model = recipe.imported(plain).unwrap();
             assert_close(&format!("{name} {kind}"), &to_host(model.logits(&batch).inner()), &want);

@@ -286,6 +286,7 @@ fn folders_of_sentence_transformers_are_models_of_embeddings() {
         let error = head(&folder).unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
     }
+    pooling(json!({ "pooling_mode_cls_token": true }));
     for (list, word) in [
         (json!([plain[0], plain[1], module("Dense", "2_Dense")]), "Dense"),
         (json!([plain[0], module("Pooling", "../elsewhere")]), "../elsewhere"),

@@ -290,8 +290,10 @@ fn another_architecture() {
         lab.write(&format!("{name}/model.safetensors"), model);
         lab.write(&format!("{name}/config.json"), config);
     };
+    copy("mamba", r#"{"model_type": "mamba", "hidden_size": 32}"#);
+    no_command_loads(&lab, "mamba", &["mamba", "gpt2", "bert", "vit"]);
     copy("bert", r#"{"model_type": "bert", "hidden_size": 32}"#);
-    no_command_loads(&lab, "bert", &["bert", "gpt2"]);
+    no_command_loads(&lab, "bert", &["intermediate_size"]);
     copy("nothing", "{}");
     no_command_loads(&lab, "nothing", &["config.json", "(none)", "gpt2"]);
     copy("no-json", "{\"model_type\": ");

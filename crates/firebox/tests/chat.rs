@@ -126,7 +126,7 @@ fn a_run_learns_answers_and_chats() {
         assert!(a == b, "{file} differs");
     }
     assert_eq!(whole.saved(), [2, 4]);
-    lab.call(&["export", "whole", "--format", "safetensors", "--out", "exported"]).succeeded();
+    lab.call(&["export", "whole", "--format", "hf", "--out", "exported"]).succeeded();
     assert!(lab.path("exported/chat_template.jinja").is_file());
 }
 

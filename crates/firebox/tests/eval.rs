@@ -11,7 +11,8 @@ fn lab() -> Lab {
     let lab = Lab::new(40);
     let text = std::fs::read_to_string(lab.path("docs.jsonl")).unwrap();
     lab.write("docs.jsonl", text.replace(".\\n", ".\\nQuestion: who opens it?\\nAnswer: warms, "));
-    lab.trained("run", &["--set", "train.steps=1", "--set", "eval.every=0"]);
+    let set = ["train.steps=1", "eval.every=0", "schedule={ kind = 'constant' }"].map(|set| ["--set", set]);
+    lab.trained("run", set.as_flattened());
     lab
 }
 

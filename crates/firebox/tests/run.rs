@@ -156,7 +156,7 @@ fn eval_finds_the_loss_of_the_run() {
     lab.write("tail.txt", &text[text.len() - held_out..]);
     let eval = |args: &[&str]| lab.call(&[&["eval", "run", "--data", "tail.txt"], args].concat()).succeeded().stdout;
     let found: Value = serde_json::from_str(&eval(&["--json", "--join-documents"])).unwrap();
-    assert_eq!(keys(&found), ["loss", "bpb", "perplexity", "tokens", "bytes"].into());
+    assert_eq!(keys(&found), ["task", "loss", "bpb", "perplexity", "tokens", "bytes"].into());
     let number = |key: &str| found[key].as_f64().unwrap();
     let summary = lab.run("run").json("summary.json");
     let close = |got: f64, want: f64| assert!((got - want).abs() <= 1e-6 * want, "got {got}, expected {want}");

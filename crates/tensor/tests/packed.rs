@@ -90,11 +90,3 @@ fn tables_and_heads_do_what_the_values_of_their_codes_do() {
         }
     }
 }
-
-#[test]
-#[should_panic(expected = "for inference on a CPU backend")]
-fn gradients_are_refused() {
-    let device = devices()[0].clone().autodiff();
-    let [(w, _), _] = matrices(3, 8);
-    ops::packed_linear(Tensor::<2>::ones([2, 8], &device), Pre::Nothing, w, None, None);
-}

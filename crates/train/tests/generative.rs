@@ -200,8 +200,7 @@ fn a_masked_autoencoder_takes_the_same_steps_on_ranks_and_after_a_resume() {
         (Box::new(task.clone()) as Box<dyn Task<Mae>>, model)
     };
     let run = Run { recipe, start: Arc::new(start) };
-    let sequence = Layout { sequence_parallel: true, ..layout(0, 2) };
-    let layouts = [("dp", layout(0, 1)), ("zero-2", layout(2, 1)), ("tp", layout(0, 2)), ("sequence", sequence)];
+    let layouts = [("dp", layout(0, 1)), ("zero-2", layout(2, 1)), ("zero-3", layout(3, 1)), ("tp", layout(0, 2))];
     run.assert_same(dir.path(), &layouts);
 
     // It loads as its encoder, which another task starts from.
@@ -348,7 +347,7 @@ fn a_linear_probe_sees_more_in_a_masked_autoencoder_than_in_a_random_encoder() {
     let more = [
         "model.image={ size = 16, patch = 4, channels = 3 }",
         "model.n_layers=2",
-        "train.steps=600",
+        "train.steps=2500",
         "train.batch_rows=32",
         "train.micro_batch_rows=32",
         "eval.every=0",

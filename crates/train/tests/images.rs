@@ -234,14 +234,14 @@ fn text_task(dir: &Path, recipe: &Recipe, train: usize, held_out: usize) -> Imag
 #[test]
 fn a_vision_transformer_tells_shapes_apart() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = classes(&["train.steps=150", "train.batch_rows=32", "model.dropout=0.0", "optimizer.lr=3e-3"]);
+    let recipe = classes(&["train.steps=500", "train.batch_rows=32", "model.dropout=0.0", "optimizer.lr=3e-3"]);
     let task = class_task(dir.path(), &recipe, 600, 100);
     assert_eq!(task.classes(), ["cross", "ring", "square"]);
     let out = dir.path().join("run");
     let seen = run_one(&task, &recipe, &out, None, None).unwrap();
     let accuracy = seen.metric("accuracy");
     assert!(accuracy >= 0.95, "accuracy {accuracy}");
-    let checkpoint = out.join("checkpoints/step-150");
+    let checkpoint = out.join("checkpoints/step-500");
     let config: serde_json::Value =
         serde_json::from_slice(&std::fs::read(checkpoint.join("config.json")).unwrap()).unwrap();
     assert_eq!(config["id2label"]["1"], "ring");
@@ -280,7 +280,7 @@ fn classes_have_the_losses_of_one_rank_on_several() {
 #[test]
 fn captions_and_pictures_find_each_other() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = towers(&["train.steps=250", "train.batch_rows=48", "optimizer.lr=3e-3"]);
+    let recipe = towers(&["train.steps=900", "train.batch_rows=48", "optimizer.lr=3e-3"]);
     let task = text_task(dir.path(), &recipe, 800, 100);
     let out = dir.path().join("run");
     let seen = run_one(&task, &recipe, &out, None, None).unwrap();

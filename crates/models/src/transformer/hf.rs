@@ -341,7 +341,7 @@ mod tests {
         let unknown = error(json!({"model_type": "mamba"}));
         let known = ["`mamba`", "gpt2", "qwen3_moe", "xlm-roberta", "albert", "firebox"];
         assert!(known.iter().all(|name| unknown.contains(name)), "{unknown}");
-        assert!(error(json!({"model_type": "bert"})).contains("hidden_size"));
+        assert!(error(json!({"model_type": "bert"})).contains("intermediate_size"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": 8, "n_head": 3})).contains("n_head"));
         assert!(error(json!({"model_type": "gpt2", "n_embd": "wide"})).contains("n_embd"));
         assert!(error(json!({"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}})).contains("yarn"));

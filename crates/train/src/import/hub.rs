@@ -86,7 +86,11 @@ fn listed(repo: &ApiRepo) -> Result<String, ApiError> {
 /// Fetches what a model needs into the hub's cache, unless it is there, and gives its folder.
 pub fn fetch(name: &str) -> Result<PathBuf, TrainError> {
     let (plain, revision) = name.split_once('@').unwrap_or((name, "main"));
-    let word = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    let word = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
     let parts: Vec<&str> = plain.split('/').collect();
     // Names without an owner are those of the hub's first models.
     if parts.len() > 2 || !parts.iter().all(|part| word(part)) || revision.is_empty() || revision.contains("..") {
