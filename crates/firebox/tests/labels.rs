@@ -154,7 +154,11 @@ fn rows_that_do_not_fit_are_named() {
         ("text.jsonl", "{ kind = 'values', label = 'size' }", &["text.jsonl:3", "expected a number"]),
         ("list.jsonl", "{ kind = 'classes' }", &["list.jsonl:3", "expected text, got a list"]),
         ("list.jsonl", "{ kind = 'embedding' }", &["list.jsonl:3", "`anchor`", "a number"]),
-        ("rows.jsonl", "{ kind = 'classes', val = 'unknown.jsonl' }", &["unknown.jsonl:1", "label \"ham\""]),
+        (
+            "rows.jsonl",
+            "{ kind = 'classes', labels = ['boiler', 'whistle'], val = 'unknown.jsonl' }",
+            &["unknown.jsonl:1", "label \"ham\""],
+        ),
         ("rows.jsonl", "{ kind = 'classes', pooler = 'last' }", &["head.pooler", "encoder"]),
         ("rows.jsonl", "{ kind = 'embedding', temperature = 0.0 }", &["temperature", "positive"]),
         ("rows.jsonl", "{ kind = 'klasses' }", &["klasses", "did you mean `classes`?"]),

@@ -166,7 +166,7 @@ fn eval_finds_the_loss_of_the_run() {
     // A character is a token and a byte here.
     close(number("bpb"), number("loss") / std::f64::consts::LN_2);
     assert_eq!(found["tokens"], found["bytes"]);
-    assert!(eval(&["--join-documents"]).contains(&format!("{:.4} nats", number("loss"))));
+    assert!(eval(&["--join-documents"]).contains(&format!("{:.4}  nats", number("loss"))));
     // However many rows at once.
     let other: Value = serde_json::from_str(&eval(&["--json", "--join-documents", "--rows", "3"])).unwrap();
     close(other["loss"].as_f64().unwrap(), number("loss"));

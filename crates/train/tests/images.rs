@@ -234,9 +234,10 @@ fn text_task(dir: &Path, recipe: &Recipe, train: usize, held_out: usize) -> Imag
 #[test]
 fn a_vision_transformer_tells_shapes_apart() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = classes(&["train.steps=500", "train.batch_rows=32", "model.dropout=0.0", "optimizer.lr=3e-3"]);
+    let mut recipe = classes(&["train.steps=500", "train.batch_rows=32", "model.dropout=0.0", "optimizer.lr=3e-3"]);
     let task = class_task(dir.path(), &recipe, 600, 100);
     assert_eq!(task.classes(), ["cross", "ring", "square"]);
+    recipe.model.labels = task.classes().to_vec();
     let out = dir.path().join("run");
     let seen = run_one(&task, &recipe, &out, None, None).unwrap();
     let accuracy = seen.metric("accuracy");
