@@ -92,8 +92,11 @@ fn smollm2_is_transformers_smollm2() {
     };
     let tokenizer = tokenizer.unwrap();
     for (i, text) in TEXTS.iter().enumerate() {
-        for from in ["file", "folder"] {
-            assert_eq!(tokens(&tokenizer, text), ints(&answer[from]["tokens"][i]), "{text:?}, {from}");
+        let got = tokens(&tokenizer, text);
+        assert_eq!(got, ints(&answer["folder"]["tokens"][i]), "{text:?}, folder");
+        // transformers reads from the file no rule for numbers, which this model takes one by one. It shows where they are other than 0 to 9.
+        if !text.chars().any(|c| c.is_numeric() && !c.is_ascii_digit()) {
+            assert_eq!(got, ints(&answer["file"]["tokens"][i]), "{text:?}, file");
         }
         assert_eq!(tokenizer.decode(&tokenizer.encode(text.as_bytes()).unwrap()), text.as_bytes());
     }
