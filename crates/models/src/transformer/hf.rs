@@ -1,6 +1,6 @@
 //! Names, layouts and configs of Hugging Face: of GPT-2, Llama and its relatives, and of the encoders BERT, RoBERTa, DistilBERT, ALBERT and ViT.
 //!
-//! A family of classes is a file with a [table of names](names), and the `config.json` in both directions. A parameter of ours is one tensor of their files or several that stand side by
+//! A family of classes is a file with a table of names (`names`), and the `config.json` in both directions. A parameter of ours is one tensor of their files or several that stand side by
 //! side (q, k, v); linear weights are transposed, but for GPT-2's. This module only maps values in memory: files belong to whoever reads and writes them.
 
 pub mod adapter;

@@ -28,7 +28,7 @@ pub struct Preference {
 /// over the reference, `log p - log p_reference`, minus that of the other, and e the label smoothing, `-(1 - e) log sigmoid(m) - e log sigmoid(-m)`. The probability of a text is that of
 /// its targets that are not negative; of each text there are as many rows, one behind the other.
 ///
-/// With `group`, each rank has its [`part`](super::part) of the rows of a head of so many rows, as in [`vocab_cross_entropy`](super::vocab_cross_entropy).
+/// With `group`, each rank has its part of the rows of a head of so many rows, as in [`vocab_cross_entropy`](super::vocab_cross_entropy).
 ///
 /// # Shapes
 /// - `hidden`: `[N, D]`, `weight`: `[V, D]` or this rank's part of it, `targets`: `N` values; output `[1]`
