@@ -1,7 +1,8 @@
 //! Buffers that live on from one operation to the next, and from step to step.
 //!
 //! A training step asks for the same sizes in the same order every time. Giving each buffer back to the system costs a page fault per 4 KiB when the next
-//! one is touched (a fifth of a small model's step); so a buffer that nothing holds any more is kept here for the next request of its size.
+//! one is touched (a fifth of a small model's step); so a buffer that nothing holds any more is kept here for the next request of about its size. *About*, since what a
+//! step has most of differs from its end to its middle, there gradients `[D, F]`, here activations `[B T, F]`: each takes the other's place.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,9 +16,9 @@ const KEEP_BYTES: usize = 128 << 20;
 
 #[derive(Default)]
 struct Pool {
-    /// Kept buffers by length, each with the time at which it came.
+    /// Kept buffers by capacity, each with the time at which it came.
     free: BTreeMap<usize, VecDeque<(u64, Vec<f32>)>>,
-    /// How many buffers of a length were given out and have not come back.
+    /// How many buffers of a capacity were given out and have not come back.
     out: BTreeMap<usize, usize>,
     clock: u64,
     stats: Stats,
@@ -49,14 +50,29 @@ fn pool() -> MutexGuard<'static, Pool> {
 }
 
 impl Pool {
+    /// The smallest kept buffer that has room for `len` values and is not much larger.
     fn take(&mut self, len: usize) -> Option<Vec<f32>> {
-        let kept = self.free.get_mut(&len)?;
+        let (&capacity, kept) = self.free.range_mut(len..=len + len / 2).next()?;
         let (_, buffer) = kept.pop_back()?;
         if kept.is_empty() {
-            self.free.remove(&len);
+            self.free.remove(&capacity);
         }
-        self.stats.kept_bytes -= 4 * len;
+        self.stats.kept_bytes -= 4 * capacity;
         Some(buffer)
+    }
+
+    fn give_out(&mut self, capacity: usize) {
+        *self.out.entry(capacity).or_default() += 1;
+    }
+
+    /// Whether a buffer of this capacity, or of about as much, is missing; then it is not any more.
+    fn take_back(&mut self, capacity: usize) -> bool {
+        let Some((&at, out)) = self.out.range_mut(capacity..=capacity + capacity / 2).next() else { return false };
+        *out -= 1;
+        if *out == 0 {
+            self.out.remove(&at);
+        }
+        true
     }
 
     /// Frees the oldest buffers until `bytes` more would not exceed what may be kept.
@@ -82,16 +98,30 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
         return vec![0.0; len];
     }
     let mut pool = pool();
-    *pool.out.entry(len).or_default() += 1;
-    if let Some(buffer) = pool.take(len) {
+    if let Some(mut buffer) = pool.take(len) {
+        pool.give_out(buffer.capacity());
         pool.stats.reused += 1;
+        drop(pool);
+        buffer.resize(len, 0.0);
         return buffer;
     }
     pool.make_room(4 * len);
     pool.stats.allocated += 1;
     pool.stats.allocated_bytes += 4 * len as u64;
     drop(pool);
-    fresh(len)
+    let buffer = with_room(len);
+    self::pool().give_out(buffer.capacity());
+    buffer
+}
+
+/// Smaller buffers come from the heap, larger ones are mapped each for itself.
+const MAPPED_BYTES: usize = 1 << 20;
+
+/// New memory for a buffer. A large one has room for longer ones of about its size, which takes no memory until one of them touches it.
+fn with_room(len: usize) -> Vec<f32> {
+    let mut buffer = if 4 * len < MAPPED_BYTES { fresh(len) } else { roomy(len, len / 4) };
+    buffer.truncate(len);
+    buffer
 }
 
 /// New memory for a buffer. glibc's allocator would cut it from one heap with all others, whose holes fit no later size (gpt2-124m: 180 MB of 2.4 GB). So
@@ -99,10 +129,13 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 /// on it. What is allocated elsewhere stays in the heap up to a few MB, where it is used again without being mapped anew.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub(crate) fn fresh<T: bytemuck::Zeroable>(len: usize) -> Vec<T> {
-    /// Smaller buffers come from the heap.
-    const MAPPED_BYTES: usize = 1 << 20;
-    let large = size_of::<T>() * len >= MAPPED_BYTES;
-    if large { mapped(len, MAPPED_BYTES, libc::MADV_HUGEPAGE) } else { bytemuck::zeroed_vec(len) }
+    if size_of::<T>() * len >= MAPPED_BYTES { roomy(len, 0) } else { bytemuck::zeroed_vec(len) }
+}
+
+/// `len + room` zeros, in huge pages as far as `len` goes: a huge page is memory as a whole.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn roomy<T: bytemuck::Zeroable>(len: usize, room: usize) -> Vec<T> {
+    mapped(len + room, len, MAPPED_BYTES, libc::MADV_HUGEPAGE)
 }
 
 /// Zeros, of which only the pages that are touched take memory.
@@ -111,12 +144,12 @@ pub(crate) fn untouched(len: usize) -> Vec<f64> {
     /// Smaller ones are not worth pages of their own.
     const MAPPED_BYTES: usize = 64 << 10;
     // A huge page would be memory as a whole.
-    if 8 * len < MAPPED_BYTES { vec![0.0; len] } else { mapped(len, MAPPED_BYTES, libc::MADV_NOHUGEPAGE) }
+    if 8 * len < MAPPED_BYTES { vec![0.0; len] } else { mapped(len, len, MAPPED_BYTES, libc::MADV_NOHUGEPAGE) }
 }
 
-/// Zeros mapped by themselves: more than `threshold` bytes of them.
+/// Zeros mapped by themselves, more than `threshold` bytes of them, of which the first are advised on.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn mapped<T: bytemuck::Zeroable>(len: usize, threshold: usize, advice: libc::c_int) -> Vec<T> {
+fn mapped<T: bytemuck::Zeroable>(len: usize, advised: usize, threshold: usize, advice: libc::c_int) -> Vec<T> {
     /// Everyone else's threshold. glibc's own would grow to 32 MB with the first large memory that is freed; then the heap of gpt2-124m has 100 MB more.
     const USUAL_BYTES: libc::c_int = 4 << 20;
     const PAGE: usize = 4096;
@@ -125,7 +158,7 @@ fn mapped<T: bytemuck::Zeroable>(len: usize, threshold: usize, advice: libc::c_i
     let values = bytemuck::zeroed_vec::<T>(len);
     // SAFETY: as above.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, USUAL_BYTES) };
-    let (start, end) = (values.as_ptr() as usize, values.as_ptr() as usize + size_of::<T>() * len);
+    let (start, end) = (values.as_ptr() as usize, values.as_ptr() as usize + size_of::<T>() * advised);
     let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
     // SAFETY: whole pages inside one allocation of ours; the advice changes no content. Where it is refused, pages are small.
     unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) };
@@ -138,29 +171,33 @@ pub(crate) fn fresh<T: bytemuck::Zeroable>(len: usize) -> Vec<T> {
     bytemuck::zeroed_vec(len)
 }
 
+/// `len + room` zeros.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn roomy<T: bytemuck::Zeroable>(len: usize, room: usize) -> Vec<T> {
+    bytemuck::zeroed_vec(len + room)
+}
+
 /// Zeros, of which the system may give memory to touched pages alone.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub(crate) fn untouched(len: usize) -> Vec<f64> {
     vec![0.0; len]
 }
 
-/// Keeps a buffer for the next request of its size, in place of one that was given out. Memory that comes from elsewhere is kept only as far as ours went
+/// Keeps a buffer for the next request of about its size, in place of one that was given out. Memory that comes from elsewhere is kept only as far as ours went
 /// there: the pool does not grow from what others allocate.
 pub(crate) fn recycle(buffer: Vec<f32>) {
-    let len = buffer.len();
-    // Spare capacity would be memory that no request can find.
-    if len < MIN_LEN || buffer.capacity() != len {
+    let capacity = buffer.capacity();
+    if capacity < MIN_LEN {
         return;
     }
     let mut pool = pool();
-    match pool.out.get_mut(&len) {
-        Some(out) if *out > 0 => *out -= 1,
-        _ => return,
+    if !pool.take_back(capacity) {
+        return;
     }
     pool.clock += 1;
     let time = pool.clock;
-    pool.stats.kept_bytes += 4 * len;
-    pool.free.entry(len).or_default().push_back((time, buffer));
+    pool.stats.kept_bytes += 4 * capacity;
+    pool.free.entry(capacity).or_default().push_back((time, buffer));
 }
 
 /// What the pool has done: a training loop in its steady state takes (almost) no new memory.
@@ -172,24 +209,33 @@ pub fn stats() -> Stats {
 mod tests {
     use super::*;
 
+    /// Held by tests that look for buffers of their own in the one pool of the process.
+    static ALONE: Mutex<()> = Mutex::new(());
+
     #[test]
-    fn a_buffer_comes_back_for_its_size_only() {
+    fn a_buffer_comes_back_for_about_its_size() {
+        let _alone = ALONE.lock();
         // A size that no other test of this process uses.
         const LEN: usize = 1_048_583;
         let mut first = buffer(LEN);
         first[7] = 3.0;
         let at = first.as_ptr();
         recycle(first);
-        let other = buffer(LEN + 1);
+        let other = buffer(2 * LEN);
         assert_ne!(other.as_ptr(), at);
-        let again = buffer(LEN);
-        assert_eq!((again.as_ptr(), again.len()), (at, LEN));
-        recycle(again);
+        for len in [LEN, LEN + LEN / 8, LEN - LEN / 8, LEN] {
+            let again = buffer(len);
+            assert_eq!((again.as_ptr(), again.len()), (at, len));
+            recycle(again);
+        }
+        // Half of it would be wasted.
+        assert_ne!(buffer(LEN / 2).as_ptr(), at);
     }
 
     #[test]
     fn memory_from_elsewhere_does_not_pile_up() {
-        const LEN: usize = 1_048_601;
+        let _alone = ALONE.lock();
+        const LEN: usize = 4_194_319;
         drop(buffer(LEN));
         // The one that was given out and dropped has one successor.
         for _ in 0..5 {

@@ -109,12 +109,18 @@ pub(super) fn by_chunks(
         if let Some(g) = &mut gradients {
             let dlogits = Mat::new(logits, n, v, v);
             let into = if c == 0 { Into::Write } else { Into::Add };
-            if !g.hidden.is_empty() {
-                matmul(loss.compute, dlogits, weight, &mut g.hidden[range], d, Into::Write);
-            }
-            if !g.weight.is_empty() {
-                matmul(loss.compute, dlogits.t(), h, g.weight, d, into);
-            }
+            let Gradients { hidden, weight: dw } = g;
+            let of_hidden = || {
+                if !hidden.is_empty() {
+                    matmul(loss.compute, dlogits, weight, &mut hidden[range], d, Into::Write);
+                }
+            };
+            let of_weight = || {
+                if !dw.is_empty() {
+                    matmul(loss.compute, dlogits.t(), h, dw, d, into);
+                }
+            };
+            rayon::join(of_hidden, of_weight);
         }
     }
     recycle(scratch);

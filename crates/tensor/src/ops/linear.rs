@@ -301,26 +301,31 @@ impl Vjp<6> for Linear {
             return [dx, dw, db, dresidual, None, None];
         }
         let (dw, later) = if dw.is_deferred() { (None, Some(dw)) } else { (Some(dw), None) };
-        let dw = dw.and_then(|dw| {
-            dw.fill(&w_shape, |dw, into| {
-                kernel::weight_gradient(self.compute, x.as_ref(), before, dy_mat, self.transposed, dw, into);
-            })
-        });
         let mut norm_gradients = [(&dnorm_weight, norm_weight.as_ref()), (&dnorm_bias, norm_bias.as_ref())]
             .map(|(sink, values)| vec![0.0; if sink.wanted() { values.len() } else { 0 }]);
         let input_wanted = dx.wanted() || norm_gradients.iter().any(|g| !g.is_empty());
-        let dx = if !input_wanted {
-            None
-        } else if matches!(before, Before::Nothing) {
-            dx.fill(&x_shape, |dx, into| matmul(self.compute, dy_mat, w_mat.t(), dx, inputs, into))
-        } else {
-            let mut da = buffer(rows * inputs);
-            matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
-            let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
-            dx.replace(&x_shape, |existing| {
-                kernel::input_gradient(x.as_ref(), before, inputs, da, existing, norm_gradients)
+        let values: &[f32] = x.as_ref();
+        let of_weight = || {
+            dw?.fill(&w_shape, |dw, into| {
+                kernel::weight_gradient(self.compute, values, before, dy_mat, self.transposed, dw, into);
             })
         };
+        let of_input = || {
+            if !input_wanted {
+                None
+            } else if matches!(before, Before::Nothing) {
+                dx.fill(&x_shape, |dx, into| matmul(self.compute, dy_mat, w_mat.t(), dx, inputs, into))
+            } else {
+                let mut da = buffer(rows * inputs);
+                matmul(self.compute, dy_mat, w_mat.t(), &mut da, inputs, Into::Write);
+                let norm_gradients = norm_gradients.each_mut().map(|g| &mut g[..]);
+                dx.replace(&x_shape, |existing| {
+                    kernel::input_gradient(values, before, inputs, da, existing, norm_gradients)
+                })
+            }
+        };
+        // Two products that know nothing of each other: threads that are done with their part of one need not wait for the others'.
+        let (dw, dx) = rayon::join(of_weight, of_input);
         let [dnorm_weight, dnorm_bias] = [(dnorm_weight, 0), (dnorm_bias, 1)].map(|(sink, i)| {
             let values = std::mem::take(&mut norm_gradients[i]);
             let shape = [values.len()];
