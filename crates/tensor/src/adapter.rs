@@ -22,8 +22,8 @@ pub trait HostBackend: Backend {
     /// The bits of a tensor in bfloat16, or else the tensor.
     fn bits(tensor: FloatTensor<Self>) -> Result<Self::Bits, FloatTensor<Self>>;
 
-    /// A tensor of `shape` over the bits of bfloat16.
-    fn from_bits(bits: Vec<u16>, shape: &[usize]) -> FloatTensor<Self>;
+    /// A tensor of `shape` over the bits of bfloat16 that `write` puts into zeros.
+    fn from_bits(shape: &[usize], write: impl FnOnce(&mut [u16])) -> FloatTensor<Self>;
 
     /// The same, owned: without a copy if nothing else holds the tensor.
     fn into_vec(tensor: FloatTensor<Self>) -> Vec<f32>;
@@ -104,9 +104,10 @@ mod ndarray_adapter {
             }
         }
 
-        fn from_bits(bits: Vec<u16>, shape: &[usize]) -> NdArrayTensor {
-            let mut values = untouched(bits.len());
-            bytemuck::cast_slice_mut::<f64, u16>(&mut values)[..bits.len()].copy_from_slice(&bits);
+        fn from_bits(shape: &[usize], write: impl FnOnce(&mut [u16])) -> NdArrayTensor {
+            let n = shape.iter().product();
+            let mut values = untouched(n);
+            write(&mut bytemuck::cast_slice_mut::<f64, u16>(&mut values)[..n]);
             // PANIC: callers compute the length from the shape.
             NdArrayTensor::from(ArrayD::from_shape_vec(IxDyn(shape), values).expect("length fits shape").into_shared())
         }
@@ -135,7 +136,7 @@ mod flex_adapter {
     use burn::tensor::{DType, TensorData};
     use burn_flex::FlexTensor;
     use half::bf16;
-    use half::slice::HalfBitsSliceExt;
+    use half::slice::HalfFloatSliceExt;
 
     use super::HostBackend;
     use crate::kernels::half::{Half, unpacked};
@@ -183,8 +184,9 @@ mod flex_adapter {
             if tensor.dtype() == DType::BF16 { Ok(Bits(tensor.to_contiguous())) } else { Err(tensor) }
         }
 
-        fn from_bits(bits: Vec<u16>, shape: &[usize]) -> FlexTensor {
-            let values: Vec<bf16> = bits.reinterpret_cast::<bf16>().to_vec();
+        fn from_bits(shape: &[usize], write: impl FnOnce(&mut [u16])) -> FlexTensor {
+            let mut values = vec![bf16::ZERO; shape.iter().product()];
+            write(values.reinterpret_cast_mut());
             FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
         }
 

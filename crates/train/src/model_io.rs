@@ -12,6 +12,7 @@ use firebox_models::transformer::hf::{Entry, Family, HfError, is_passenger, pars
 use firebox_models::transformer::{Transformer, TransformerConfig};
 use firebox_optim::{ParamInfo, is_trainable};
 use firebox_tensor::ops::to_f32;
+pub use firebox_tensor::ops::to_host;
 
 use crate::TrainError;
 use crate::adapter;
@@ -256,15 +257,12 @@ pub(crate) fn filled<M: Module>(model: M, entries: Vec<Entry>, file: Arc<TensorF
             if let [whole] = &entry.pieces[..]
                 && !whole.transposed
             {
-                let values = file.f32(&whole.name).unwrap_or_default();
-                file.release(&whole.name);
-                return values;
+                return file.f32(&whole.name).unwrap_or_default();
             }
             let mut param = vec![0f32; entry.shape.iter().product()];
             for piece in &entry.pieces {
                 // It is there and has floats: that was checked, and the file is mapped.
                 entry.join(&mut param, piece, &file.f32(&piece.name).unwrap_or_default());
-                file.release(&piece.name);
             }
             param
         };
@@ -287,7 +285,10 @@ pub(crate) fn check_shapes(entries: &[Entry], others: &[TensorSpec], file: &Tens
     let expected = entries.iter().flat_map(|e| e.pieces.iter().map(|p| (p.name.as_str(), p.shape.as_slice())));
     let others = others.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice()));
     let mut report = LoadReport::compare(expected.chain(others), file);
-    report.unused.retain(|name| !(is_passenger(name) || name.starts_with(MAE)));
+    // A class with a head has its body's name before all others.
+    let is_decoder =
+        |name: &str| name.starts_with(MAE) || name.split_once('.').is_some_and(|(_, bare)| bare.starts_with(MAE));
+    report.unused.retain(|name| !(is_passenger(name) || is_decoder(name)));
     report.into_result(file.path())
 }
 
@@ -423,7 +424,7 @@ pub(crate) fn later<M: Module>(module: &M) -> Vec<(ParamInfo, Later)> {
             let (info, param) = (ParamInfo { name, shape, trainable: is_trainable(param) }, param.clone());
             let values = move || {
                 let value = param.into_value();
-                to_host(to_f32(if value.device().is_autodiff() { value.inner() } else { value }))
+                to_host(value)
             };
             self.found.push((info, Box::new(values)));
         }
@@ -457,13 +458,4 @@ pub(crate) fn set_later<M: Module>(module: M, values: HashMap<String, Later>) ->
         }
     }
     module.map(&mut Mapper { path: vec![], values })
-}
-
-/// The values of a float tensor on the host.
-///
-/// # Panics
-/// If the device fails or the tensor is not f32.
-pub fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    // PANIC: Firebox's tensors are f32.
-    tensor.into_data().try_into_vec::<f32>().expect("an f32 tensor")
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
-use firebox_tensor::ops::{self, Pre, to_f32};
+use firebox_tensor::ops::{self, Pre, to_f32, to_host};
 use firebox_tensor::random::{Counter, Purpose};
 use serde::{Deserialize, Serialize};
 
@@ -489,7 +489,7 @@ impl Init<'_> {
                     (columns.clone() * columns).sum_dim(0).sqrt()
                 };
                 let lengths: Vec<Tensor<2>> = pieces.iter().map(lengths).collect();
-                let values: Vec<f32> = Tensor::cat(lengths, 1).into_data().iter::<f32>().collect();
+                let values = to_host(Tensor::cat(lengths, 1));
                 Tensor::from_data(TensorData::new(values, [n]), device)
             })
         });
@@ -539,13 +539,12 @@ impl Transformer {
         let scale = of_adapter.adapter.map_or(0.0, |adapter| adapter.scale());
         self.linear_layers().for_each(|(name, linear)| {
             let Some((adapter, adapted)) = linear.adapter.take().zip(of_adapter.adapter_of(&name)) else { return };
-            let host = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
-            let magnitude = adapter.magnitude.map(|m| m.val().into_data().iter::<f32>().collect());
+            let magnitude = adapter.magnitude.map(|m| to_host(m.val()));
             let values: Vec<Vec<f32>> =
-                [host(adapter.down.val()), host(adapter.up.val())].into_iter().chain(magnitude).collect();
+                [to_host(adapter.down.val()), to_host(adapter.up.val())].into_iter().chain(magnitude).collect();
             let weight = linear.plain_weight();
             let (shape, device) = (weight.dims(), weight.device());
-            let mut whole = host(weight);
+            let mut whole = to_host(weight);
             merge(&mut whole, &adapted, &values, scale);
             let weight = Tensor::from_data(TensorData::new(whole, shape), &device);
             linear.packed = None;

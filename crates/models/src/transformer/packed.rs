@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::module::{Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 use firebox_tensor::device::is_fused;
-use firebox_tensor::ops::PackedMatrix;
+use firebox_tensor::ops::{PackedMatrix, to_host};
 
 use super::model::{Linear, Transformer};
 use super::tables::Embedding;
@@ -148,7 +148,7 @@ impl Transformer {
             let (id, device, shape) = (linear.weight.id, linear.weight.lazy_device(), linear.weight.lazy_shape());
             let nothing = Param::initialized(id, Tensor::zeros([0, 0], &device)).set_require_grad(false);
             let weight = std::mem::replace(&mut linear.weight, nothing);
-            let values = weight.val().into_data().iter::<f32>().collect();
+            let values = to_host(weight.val());
             match pack(&format!("{name}.weight"), [shape[0], shape[1]], values) {
                 Some(packed) => linear.packed = Some(Arc::new(packed)),
                 None => linear.weight = weight,

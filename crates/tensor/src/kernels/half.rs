@@ -115,13 +115,11 @@ pub(crate) fn unpacked(half: Half, bits: &[u16]) -> Vec<f32> {
 
 /// The bits of bfloat16, rounded to nearest, or where there is a seed stochastically: up with the probability that makes the mean right.
 /// These are the values of a tensor from its element `first` on.
-pub(crate) fn bf16_of(values: &[f32], seed: Option<u32>, first: u32) -> Vec<u16> {
-    let mut bits = vec![0u16; values.len()];
+pub(crate) fn to_bf16_bits(values: &[f32], seed: Option<u32>, first: u32, bits: &mut [u16]) {
     bits.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(i, (out, x))| match seed {
         None => pack_bf16(x, out),
         Some(seed) => pack_randomly(x, seed, first.wrapping_add((i * CHUNK) as u32), out),
     });
-    bits
 }
 
 vectorized! {

@@ -95,6 +95,15 @@ impl<'a> Mat<'a> {
         Mat { data, rows: self.rows, cols: self.cols, row_stride: self.row_stride, col_stride: self.col_stride }
     }
 
+    /// Columns `first..first + n` of a matrix in f32.
+    fn columns(self, first: usize, n: usize) -> Self {
+        let data = match self.data {
+            Values::F32(values) => Values::F32(&values[(first * self.col_stride).min(values.len())..]),
+            bits => bits,
+        };
+        Self { data, cols: n, ..self }
+    }
+
     /// The same values read as `[cols, rows]`.
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
@@ -124,6 +133,11 @@ pub(crate) fn matmul(compute: Compute, a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_
     if half == Some(Half::Bf16) && bf16::available() {
         return bf16::matmul(a, b, c, c_stride, into);
     }
+    if half.is_none()
+        && let (Values::F32(_), Values::Bf16(bits)) = (a.data, b.data)
+    {
+        return unpacked_in_parts(a, b, bits, c, c_stride, into);
+    }
     // In f32, of values that are rounded or unpacked first.
     let [a_made, b_made] = [a, b].map(|mat| match (mat.data, half) {
         (Values::F32(_), None) => None,
@@ -132,6 +146,31 @@ pub(crate) fn matmul(compute: Compute, a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_
     });
     sgemm(a.over(a_made.as_deref()), b.over(b_made.as_deref()), c, c_stride, into);
     [a_made, b_made].into_iter().flatten().for_each(recycle);
+}
+
+/// Values that are unpacked at a time: 8 MB of them, which stay in the cache.
+const PART: usize = 2 << 20;
+
+/// The product in f32 with a matrix in bfloat16, some of whose rows, as they lie in memory, exist in f32 at a time: a vocabulary's would be larger than all
+/// else of a small model.
+fn unpacked_in_parts(a: Mat<'_>, b: Mat<'_>, bits: &[u16], c: &mut [f32], c_stride: usize, into: Into) {
+    let turned = b.col_stride != 1;
+    let (rows, width) = if turned { (b.cols, b.rows) } else { (b.rows, b.cols) };
+    let step = (PART / width.max(1)).max(1);
+    for first in (0..rows.max(1)).step_by(step) {
+        let n = step.min(rows - first);
+        let values = unpacked(Half::Bf16, &bits[first * width..(first + n) * width]);
+        let part = Mat::new(&values, n, width, width);
+        if turned {
+            // Some columns of the product.
+            sgemm(a, part.t(), &mut c[first..], c_stride, into);
+        } else {
+            // Some terms of its sums.
+            let into = if first == 0 { into } else { Into::Add };
+            sgemm(a.columns(first, n), part, c, c_stride, into);
+        }
+        recycle(values);
+    }
 }
 
 /// See [`matmul`], which has checked the shapes.
@@ -220,6 +259,32 @@ mod tests {
                         let want = sum + if into == Into::Add { 0.5 } else { 0.0 };
                         let error = (f64::from(*got) - want).abs();
                         assert!(error < 2e-6 * (k as f64).max(4.0), "{compute:?} {m}x{n}x{k} [{i}, {j}]: {got} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_in_bfloat16_follow_f64_however_many_parts_they_have() {
+        for (rows, cols) in [(5, 7), (1, 3), (3, 1), (2051, 1031)] {
+            let bits = Half::Bf16.rounded(&values(rows * cols, 3)).iter().map(|x| (x.to_bits() >> 16) as u16);
+            let bits: Vec<u16> = bits.collect();
+            let at = |i: usize, j: usize| f64::from(f32::from_bits(u32::from(bits[i * cols + j]) << 16));
+            for turned in [false, true] {
+                let (k, n) = if turned { (cols, rows) } else { (rows, cols) };
+                let (m, a) = (2, values(2 * k, 1));
+                for into in [Into::Write, Into::Add] {
+                    let b = Mat::bf16(&bits, rows, cols);
+                    let mut c = vec![0.5; m * n];
+                    matmul(Compute::F32, Mat::new(&a, m, k, k), if turned { b.t() } else { b }, &mut c, n, into);
+                    for (x, got) in c.iter().enumerate() {
+                        let (i, j) = (x / n, x % n);
+                        let b = |s| if turned { at(j, s) } else { at(s, j) };
+                        let sum: f64 = (0..k).map(|s| f64::from(a[i * k + s]) * b(s)).sum();
+                        let want = sum + if into == Into::Add { 0.5 } else { 0.0 };
+                        let error = (f64::from(*got) - want).abs();
+                        assert!(error < 2e-6 * (k as f64).max(4.0), "{rows}x{cols} {turned} [{i}, {j}]: {got} {want}");
                     }
                 }
             }

@@ -208,14 +208,14 @@ mod tests {
             let run = |f: fn(Tensor<2>, Option<Tensor<1>>, FakeQuant) -> Tensor<2>| {
                 let w = random(1, shape).require_grad();
                 let steps = learned.then(|| {
-                    let start = format.initial_steps(&host(w.clone().inner()), shape);
+                    let start = format.initial_steps(&to_host(w.clone().inner()), shape);
                     Tensor::<1>::from_data(burn::tensor::TensorData::new(start, [n]), &device).require_grad()
                 });
                 let y = f(w.clone(), steps.clone(), format);
                 let grads = (y.clone() * random(2, shape)).sum().backward();
                 let dw = w.grad(&grads).map(host).unwrap_or_default();
                 let dsteps = steps.and_then(|steps| steps.grad(&grads)).map(host).unwrap_or_default();
-                [host(y.inner()), dw, dsteps]
+                [to_host(y.inner()), dw, dsteps]
             };
             for (part, (a, b)) in run(fake_quantize).iter().zip(&run(composed)).enumerate() {
                 assert_eq!(a.len(), b.len());

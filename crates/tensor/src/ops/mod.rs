@@ -51,7 +51,9 @@ pub use hint::{HintLoss, Relations, hidden_hint, relation_hint};
 pub use linear::{Pre, fused_linear, linear, linear_transposed};
 pub use low_rank::add_low_rank;
 pub use norm::{layer_norm, qk_norm, rms_norm};
-pub use optim::{add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, update, zeros_like};
+pub use optim::{
+    add, clip_rows, is_bf16, release, sum_of_squares, to_bf16, to_bf16_from, to_f32, to_host, update, zeros_like,
+};
 pub use packed::{PackedError, PackedMatrix, Scales, packed_cross_entropy, packed_linear, packed_rows};
 pub use parallel_linear::{column_linear, row_linear};
 pub use preference::{Preference, linear_preference, preference};

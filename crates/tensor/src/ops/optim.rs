@@ -14,7 +14,7 @@ use crate::adapter::HostBackend;
 use crate::buffers::buffer;
 use crate::device::is_fused;
 use crate::kernels::compact::hash;
-use crate::kernels::half::{Half, bf16_of, unpacked};
+use crate::kernels::half::{Half, to_bf16_bits, unpacked};
 use crate::kernels::{self, CHUNK, factored, simd, update as kernel};
 
 #[backend_extension(NdArray: cfg(feature = "ndarray"), Flex: cfg(feature = "flex"))]
@@ -48,6 +48,7 @@ pub(super) trait FusedOptim: Backend {
     fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>, first: u32) -> FloatTensor<Self>;
     fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self>;
     fn fused_zeros_like(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn fused_read(x: FloatTensor<Self>, out: Arc<Mutex<Vec<f32>>>) -> FloatTensor<Self>;
     fn fused_mean_squares(x: FloatTensor<Self>, shape: [usize; 3]) -> (FloatTensor<Self>, FloatTensor<Self>);
     fn fused_divide_by_root(
         x: FloatTensor<Self>,
@@ -115,8 +116,8 @@ macro_rules! host_backend {
             fn fused_to_bf16(x: FloatTensor<Self>, seed: Option<u32>, first: u32) -> FloatTensor<Self> {
                 let shape = dims::<Self>(&x);
                 match Self::bits(x) {
-                    Ok(bits) => Self::from_bits(bits.as_ref().to_vec(), &shape),
-                    Err(x) => Self::from_bits(bf16_of(Self::values(x).as_ref(), seed, first), &shape),
+                    Ok(bits) => Self::from_bits(&shape, |out| out.copy_from_slice(bits.as_ref())),
+                    Err(x) => Self::from_bits(&shape, |out| to_bf16_bits(Self::values(x).as_ref(), seed, first, out)),
                 }
             }
             fn fused_to_f32(x: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -125,6 +126,10 @@ macro_rules! host_backend {
                     Ok(bits) => Self::tensor(unpacked(Half::Bf16, bits.as_ref()), &shape),
                     Err(x) => x,
                 }
+            }
+            fn fused_read(x: FloatTensor<Self>, out: Arc<Mutex<Vec<f32>>>) -> FloatTensor<Self> {
+                *out.lock().unwrap_or_else(PoisonError::into_inner) = Self::into_vec(x);
+                Self::tensor(vec![], &[0])
             }
             fn fused_zeros_like(x: FloatTensor<Self>) -> FloatTensor<Self> {
                 let mut zeros = buffer(Self::values(x).as_ref().len());
@@ -351,6 +356,22 @@ pub fn to_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
         true if is_fused(&x.device()) => Tensor::from_dispatch(Dispatch::fused_to_f32(x.into_dispatch())),
         true => x.cast(DType::F32),
     }
+}
+
+/// The values of a tensor in row-major order, on the host: without a copy where nothing else holds them, and with a plain one where something does (burn's own goes value
+/// by value, twenty million a second).
+///
+/// # Panics
+/// If the tensor has no floats.
+pub fn to_host<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+    let x = if x.device().is_autodiff() { x.inner() } else { x };
+    if is_fused(&x.device()) {
+        let out = Arc::new(Mutex::new(vec![]));
+        let _ = Tensor::<D>::from_dispatch(Dispatch::fused_read(x.into_dispatch(), out.clone()));
+        return std::mem::take(&mut *out.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    // PANIC: as documented.
+    to_f32(x).into_data().try_into_vec::<f32>().expect("a tensor of floats")
 }
 
 /// Whether a parameter is in bfloat16.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
+use super::optim::to_host;
 use crate::kernels::compact::{BLOCK, decode, decode_bf16, encode, encode_bf16, hash};
 
 /// In how many bits an optimizer's state is held.
@@ -79,7 +80,7 @@ impl State {
     pub fn set(&mut self, values: Tensor<1>, seed: u32) {
         match &mut self.0 {
             Held::Full(tensor) => *tensor = values,
-            Held::Compact(store) => store.set(&host(values), seed),
+            Held::Compact(store) => store.set(&to_host(values), seed),
         }
     }
 
@@ -108,7 +109,7 @@ impl State {
     /// The values, on the host.
     pub fn read(&self) -> Vec<f32> {
         match &self.0 {
-            Held::Full(tensor) => host(tensor.clone()),
+            Held::Full(tensor) => to_host(tensor.clone()),
             Held::Compact(store) => {
                 let mut values = vec![0.0; store.len()];
                 store.read(&mut values);
@@ -125,10 +126,6 @@ impl State {
             Held::Compact(Store::Int8 { codes, scales, .. }) => codes.len() + 4 * scales.len(),
         }
     }
-}
-
-pub(crate) fn host(values: Tensor<1>) -> Vec<f32> {
-    values.into_data().iter::<f32>().collect()
 }
 
 impl Store {

@@ -279,7 +279,6 @@ fn weight(
         let mut values = vec![0f32; entry.shape.iter().product()];
         for piece in &entry.pieces {
             entry.join(&mut values, piece, &file.f32(&piece.name)?);
-            file.release(&piece.name);
         }
         Ok(values)
     };

@@ -120,6 +120,9 @@ pub(crate) fn header(
     Ok((bytes, size))
 }
 
+/// Bytes of a mapped file after which those that were read are given back.
+const PART: usize = 4 << 20;
+
 /// One mapped file.
 struct Shard {
     path: PathBuf,
@@ -130,6 +133,15 @@ struct Shard {
 }
 
 impl Shard {
+    /// Gives back the memory of these bytes; reading them again reads the file again.
+    fn release(&self, offset: usize, len: usize) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and only read, so that its pages come back as they were. Where the system refuses, they stay.
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
+        #[cfg(not(unix))]
+        let _ = (offset, len);
+    }
+
     fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = File::open(path).map_err(CheckpointError::open("open", path, "a safetensors file"))?;
         let found = file.metadata().map_err(CheckpointError::io("open", path))?;
@@ -320,7 +332,13 @@ impl TensorFile {
                 hash.update(&part[..n]);
             }
         }
-        self.shards.iter().for_each(|shard| hash.update(&shard.map[..]));
+        // Pages that were read are given back: the file may be larger than what a run of few trained parameters has of memory.
+        for shard in &self.shards {
+            for (i, part) in shard.map.chunks(PART).enumerate() {
+                hash.update(part);
+                shard.release(i * PART, part.len());
+            }
+        }
         Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
@@ -405,13 +423,9 @@ impl TensorFile {
 
     /// Gives back the memory in which the file's pages of a tensor lie, once it was copied; reading it again reads the file again.
     pub(crate) fn release(&self, name: &str) {
-        #[cfg(unix)]
         if let Ok(Some((shard, info))) = self.find(name) {
             let (from, to) = info.data_offsets;
-            // SAFETY: the map is of a file and only read, so that its pages come back as they were. Where the system refuses, they stay.
-            let _ = unsafe {
-                shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, shard.start + from, to - from)
-            };
+            shard.release(shard.start + from, to - from);
         }
     }
 
@@ -428,7 +442,8 @@ impl TensorFile {
         }
     }
 
-    /// The elements of a tensor as 32-bit floats, row-major. F16 and BF16 convert exactly.
+    /// The elements of a tensor as 32-bit floats, row-major. F16 and BF16 convert exactly. The file's pages are given back while they are read: reading
+    /// them again reads the file again.
     ///
     /// # Errors
     ///
@@ -440,11 +455,20 @@ impl TensorFile {
         }
         self.check_floats(name)?;
         let bytes = self.bytes(name)?;
-        Ok(match self.dtype(name)? {
-            Dtype::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            _ => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        })
+        let dtype = self.dtype(name)?;
+        let width = if dtype == Dtype::F32 { 4 } else { 2 };
+        let mut values = Vec::with_capacity(bytes.len() / width);
+        for (i, part) in bytes.chunks(PART).enumerate() {
+            match dtype {
+                Dtype::F16 => values.extend(part.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32())),
+                Dtype::BF16 => values.extend(part.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32())),
+                _ => values.extend(part.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
+            }
+            if let Some((shard, info)) = self.find(name)? {
+                shard.release(shard.start + info.data_offsets.0 + i * PART, part.len());
+            }
+        }
+        Ok(values)
     }
 }
 

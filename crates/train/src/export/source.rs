@@ -125,7 +125,6 @@ impl Source {
             }
         }
         let values = self.file.f32(&piece.name)?;
-        self.file.release(&piece.name);
         match values.iter().find(|value| !value.is_finite()) {
             None => Ok(values),
             Some(value) => {

@@ -69,7 +69,6 @@ impl ModelFolder {
         let mut values = vec![0f32; entry.shape.iter().product()];
         for piece in &entry.pieces {
             entry.join(&mut values, piece, &self.file.f32(&piece.name)?);
-            self.file.release(&piece.name);
         }
         Ok(values)
     }
