@@ -33,7 +33,7 @@ fn ask(python: &str, request: &Value, dir: &Path) -> (Value, TensorFile) {
 }
 
 /// How far one is from the other, to its largest value.
-fn distance(got: &[f32], want: &[f32]) -> f32 {
+pub fn distance(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     let size = want.iter().fold(0f32, |most, x| most.max(x.abs()));
     got.iter().zip(want).fold(0f32, |most, (g, w)| most.max((g - w).abs())) / size

@@ -2,6 +2,7 @@
 //! that has what `requirements.txt` lists.
 #![allow(clippy::unwrap_used)]
 
+mod adapters;
 mod encoders;
 mod export;
 mod pretrained;

@@ -1,4 +1,4 @@
-//! What imports and loads take of memory: tensors come in one by one, whatever the model's size.
+//! What imports, loads and fine-tuning in 4 bits take of memory: tensors come in one by one, whatever the model's size, and a run takes what the manual says.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -128,5 +128,47 @@ fn imports_and_loads_stay_below_1_3_times_the_model() {
         let most = peak(&lab, &["logits", source, "--ids", "1,2,3", "--out", "l.safetensors"]) as f64;
         println!("logits {source}: {:.0} MB, {:.2}", most / 1e6, most / of(4));
         assert!(most < 1.3 * of(4), "{source}: {most} bytes of {}", of(4));
+    }
+}
+
+/// The table of docs/finetuning.md.
+#[test]
+fn qlora_takes_what_its_formula_says() {
+    const ROWS: usize = 2;
+    const TOKENS: usize = 512;
+    const RANK: usize = 16;
+    let lab = Lab::new(60);
+    folder(&lab, "base", "F32", 1);
+    // What there is besides the model: the program, its data and tokenizer.
+    let run = lab.trained("small", &[]);
+    let program = {
+        let args = ["train", "small.toml", "--data", "docs.jsonl", "--out", "again"];
+        peak(&lab, &args) as f64
+    };
+    let tokenizer = std::fs::read(run.dir.join("checkpoints/step-40/tokenizer.json")).unwrap();
+    lab.write("base/tokenizer.json", tokenizer);
+    let in_blocks = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER);
+    let trained = LAYERS * 2 * RANK * (WIDTH + WIDTH);
+    let model = 0.53125 * in_blocks as f64 + 2.0 * (parameters() - in_blocks) as f64 + 16.0 * trained as f64;
+    // Queries, keys, values and attention's output are as wide as the model.
+    let of_block = |tokens: usize| (4 * tokens * (2 * WIDTH + 4 * WIDTH + 2 * INNER)) as f64;
+    let work = of_block(ROWS * TOKENS) + (4 * WIDTH * 2 * INNER) as f64 + f64::from(16 << 20);
+    for (recompute, activations) in [
+        ("none", LAYERS as f64 * of_block(ROWS * TOKENS)),
+        ("blocks", (LAYERS * 4 * ROWS * TOKENS * WIDTH) as f64 + of_block(ROWS * TOKENS)),
+    ] {
+        let set = [
+            format!("memory.recompute={recompute}"),
+            format!("train={{ steps = 3, batch_rows = {ROWS}, micro_batch_rows = {ROWS}, row_tokens = {TOKENS}, log_every = 1 }}"),
+            "eval={ every = 0, max_batches = 1, sample_tokens = 0 }".into(),
+            "schedule={ kind = \"constant\" }".into(),
+            "model.context=512".into(),
+        ];
+        let rank = RANK.to_string();
+        let mut args = vec!["finetune", "--from", "base", "--qlora", &rank, "--data", "docs.jsonl", "--out", recompute];
+        set.iter().for_each(|set| args.extend(["--set", set]));
+        let (got, want) = (peak(&lab, &args) as f64, program + model + activations + work);
+        println!("QLoRA, recompute {recompute}: {:.0} MB, by the formula {:.0}", got / 1e6, want / 1e6);
+        assert!((got / want - 1.0).abs() < 0.1, "recompute {recompute}: {got} bytes, by the formula {want}");
     }
 }
