@@ -125,8 +125,7 @@ fn a_linear_layer_reads_more_of_a_masked_autoencoder_than_of_a_random_encoder() 
 
 /// Rows `{image: {bytes}, label}`, as Hugging Face's data sets have them.
 fn parquet(lab: &Lab, name: &str, rows: &[(Vec<u8>, String)]) {
-    let schema =
-        "message m { optional group image { optional binary bytes; } required binary label (UTF8); }";
+    let schema = "message m { optional group image { optional binary bytes; } required binary label (UTF8); }";
     let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
     let file = std::fs::File::create(lab.path(name)).unwrap();
     let mut writer = parquet::file::writer::SerializedFileWriter::new(file, schema, Arc::default()).unwrap();
@@ -179,8 +178,17 @@ fn folders_lines_and_parquet_of_the_same_images_are_evaluated_alike() {
         }
     }
     // Some of the training data as rows of .parquet.
-    parquet(&lab, "train.parquet", &(0..40).map(digit).map(|(png, label)| (png, label.to_string())).collect::<Vec<_>>());
-    let few = ["train.steps=2", "data.val_fraction=0.2", "model.image={ size = 8, patch = 2, channels = 1 }", "schedule.warmup_steps=1"];
+    parquet(
+        &lab,
+        "train.parquet",
+        &(0..40).map(digit).map(|(png, label)| (png, label.to_string())).collect::<Vec<_>>(),
+    );
+    let few = [
+        "train.steps=2",
+        "data.val_fraction=0.2",
+        "model.image={ size = 8, patch = 2, channels = 1 }",
+        "schedule.warmup_steps=1",
+    ];
     call(&lab, &["train", "image-classes", "--data", "train.parquet", "--out", "of-parquet"], &few).succeeded();
     lab.write("torn.parquet", &std::fs::read(lab.path("test.parquet")).unwrap()[..200]);
     lab.call(&["eval", "classes", "--data", "torn.parquet"]).failed(2, &["torn.parquet"]);

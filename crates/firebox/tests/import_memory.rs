@@ -159,7 +159,9 @@ fn qlora_takes_what_its_formula_says() {
     ] {
         let set = [
             format!("memory.recompute={recompute}"),
-            format!("train={{ steps = 3, batch_rows = {ROWS}, micro_batch_rows = {ROWS}, row_tokens = {TOKENS}, log_every = 1 }}"),
+            format!(
+                "train={{ steps = 3, batch_rows = {ROWS}, micro_batch_rows = {ROWS}, row_tokens = {TOKENS}, log_every = 1 }}"
+            ),
             "eval={ every = 0, max_batches = 1, sample_tokens = 0 }".into(),
             "schedule={ kind = \"constant\" }".into(),
             "model.context=512".into(),

@@ -268,8 +268,8 @@ mod tests {
     #[test]
     fn matrices_in_bfloat16_follow_f64_however_many_parts_they_have() {
         for (rows, cols) in [(5, 7), (1, 3), (3, 1), (2051, 1031)] {
-            let bits = Half::Bf16.rounded(&values(rows * cols, 3)).iter().map(|x| (x.to_bits() >> 16) as u16);
-            let bits: Vec<u16> = bits.collect();
+            let rounded = Half::Bf16.rounded(&values(rows * cols, 3));
+            let bits: Vec<u16> = rounded.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
             let at = |i: usize, j: usize| f64::from(f32::from_bits(u32::from(bits[i * cols + j]) << 16));
             for turned in [false, true] {
                 let (k, n) = if turned { (cols, rows) } else { (rows, cols) };

@@ -185,11 +185,8 @@ pub fn fake_quantized(w: &[f32], shape: [usize; 2], steps: Option<&[f32]>, forma
 mod tests {
     use super::*;
     use crate::device::Backend;
+    use crate::ops::to_host;
     use crate::random::{Counter, Purpose, normal};
-
-    fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-        tensor.into_data().iter::<f32>().collect()
-    }
 
     /// What other devices compute is what the kernels do, to rounding in f32 and of ties.
     #[test]
@@ -213,8 +210,8 @@ mod tests {
                 });
                 let y = f(w.clone(), steps.clone(), format);
                 let grads = (y.clone() * random(2, shape)).sum().backward();
-                let dw = w.grad(&grads).map(host).unwrap_or_default();
-                let dsteps = steps.and_then(|steps| steps.grad(&grads)).map(host).unwrap_or_default();
+                let dw = w.grad(&grads).map(to_host).unwrap_or_default();
+                let dsteps = steps.and_then(|steps| steps.grad(&grads)).map(to_host).unwrap_or_default();
                 [to_host(y.inner()), dw, dsteps]
             };
             for (part, (a, b)) in run(fake_quantize).iter().zip(&run(composed)).enumerate() {
