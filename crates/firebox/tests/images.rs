@@ -161,15 +161,15 @@ fn folders_lines_and_parquet_of_the_same_images_are_evaluated_alike() {
         "model.d_ff=64",
         "model.n_layers=2",
         "model.dropout=0.0",
-        "train.steps=60",
+        "train.steps=250",
         "train.batch_rows=32",
         "schedule.warmup_steps=5",
-        "eval.every=60",
+        "eval.every=250",
     ];
     call(&lab, &["train", "image-classes", "--data", "train", "--out", "classes"], &set).succeeded();
     let metrics = lab.run("classes").metrics();
     let last = metrics.iter().rev().find(|row| row["metrics"].is_object()).unwrap();
-    assert!(last["metrics"]["accuracy"].as_f64().unwrap() > 0.15, "{last}");
+    assert!(last["metrics"]["accuracy"].as_f64().unwrap() > 0.2, "{last}");
     for data in ["test", "test.jsonl", "test.parquet"] {
         let found = evaluated(&lab, "classes", data);
         for key in ["accuracy", "macro_f1"] {

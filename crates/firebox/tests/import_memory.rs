@@ -67,7 +67,7 @@ fn write(path: &Path, tensors: &[(String, Vec<usize>)], dtype: &str) {
 fn folder(lab: &Lab, name: &str, dtype: &str, files: usize) {
     let config = json!({
         "model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
-        "max_position_embeddings": 64, "tie_word_embeddings": true, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512, "tie_word_embeddings": true, "rms_norm_eps": 1e-5,
     });
     lab.write(&format!("{name}/config.json"), config.to_string());
     let all = tensors();
@@ -164,7 +164,6 @@ fn qlora_takes_what_its_formula_says() {
             ),
             "eval={ every = 0, max_batches = 1, sample_tokens = 0 }".into(),
             "schedule={ kind = \"constant\" }".into(),
-            "model.context=512".into(),
         ];
         let rank = RANK.to_string();
         let mut args = vec!["finetune", "--from", "base", "--qlora", &rank, "--data", "docs.jsonl", "--out", recompute];
