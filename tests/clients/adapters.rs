@@ -1,20 +1,18 @@
 //! Adapters that Firebox trained, opened by PEFT beside the model in transformers.
 
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
 use firebox::data::{Source, prepare};
 use firebox::models::TokenBatch;
 use firebox::tensor::device::Backend;
-use firebox::train::checkpoint::TensorFile;
 use firebox::train::export::export;
 use firebox::train::model_io::{load, to_host};
 use firebox::train::observe::{Observers, RunInfo};
 use firebox::train::{Recipe, Trainer};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::encoders::distance;
+use super::encoders::{ask, distance};
 
 const SMALL: [&str; 7] = [
     "data={ tokenizer = \"char\", val_split = \"tail\" }",
@@ -72,13 +70,7 @@ fn peft_opens_what_was_trained() {
         request[name] = json!({ "base": base, "adapters": tuned.join("checkpoints/step-6") });
         want.push((name, after));
     }
-    let [question, out] = ["request.json", "out.safetensors"].map(|name| dir.path().join(name));
-    std::fs::write(&question, json!({ "models": request, "ids": [ids] }).to_string()).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/adapters.py");
-    let output = Command::new(python).arg(script).args([&question, &out]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let got = TensorFile::open(&out).unwrap();
+    let (answer, got) = ask(&python, "adapters.py", &json!({ "models": request, "ids": [ids] }), dir.path());
     for (name, want) in want {
         // PEFT says this of adapters' tensors that it does not find, or does not know.
         assert_eq!(answer[name], json!({ "missing": [], "unexpected": [] }), "{name}");

@@ -23,10 +23,11 @@ use super::pretrained::fetch;
 /// transformers' own error in f32 is a tenth of this.
 const CLOSE: f32 = 1e-5;
 
-fn ask(python: &str, request: &Value, dir: &Path) -> (Value, TensorFile) {
+/// What a script of this folder answers, and the tensors that it writes.
+pub fn ask(python: &str, script: &str, request: &Value, dir: &Path) -> (Value, TensorFile) {
     let [question, out] = ["request.json", "out.safetensors"].map(|name| dir.join(name));
     std::fs::write(&question, request.to_string()).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/encoders.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients").join(script);
     let output = Command::new(python).arg(script).args([&question, &out]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     (serde_json::from_slice(&output.stdout).unwrap(), TensorFile::open(&out).unwrap())
@@ -110,7 +111,8 @@ fn transformers_loads_every_head() {
         want.insert(name.clone(), outputs(&model, &batch));
         folders.insert(name.clone(), out);
     }
-    let (answer, got) = ask(&python, &json!({ "models": folders, "ids": [ids], "types": [types] }), dir.path());
+    let (answer, got) =
+        ask(&python, "encoders.py", &json!({ "models": folders, "ids": [ids], "types": [types] }), dir.path());
     for (name, want) in &want {
         let off = distance(want, &got.f32(name).unwrap());
         println!("{name} ({}): {off:.1e} off", answer[name]["class"]);
@@ -140,7 +142,7 @@ fn minilm_is_transformers_minilm() {
     let original = folder.join(FILE);
     import(original.to_str().unwrap(), None, &imported).unwrap();
     let request = json!({ "models": { "original": original, "imported": imported }, "same": ["original", "imported"], "texts": texts, "pairs": pairs });
-    let (answer, want) = ask(&python, &request, dir.path());
+    let (answer, want) = ask(&python, "encoders.py", &request, dir.path());
     assert_eq!(answer["same"], true, "every parameter of transformers' model is as it was");
     for name in ["original", "imported"] {
         assert_eq!((&answer[name]["missing"], &answer[name]["class"]), (&json!([]), &json!("BertModel")), "{name}");

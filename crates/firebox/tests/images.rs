@@ -79,6 +79,12 @@ fn evaluated(lab: &Lab, model: &str, data: &str) -> Value {
     serde_json::from_str(&ended.stdout).unwrap()
 }
 
+/// What the last evaluation of a run measured besides its loss.
+fn measured(lab: &Lab, run: &str) -> Value {
+    let metrics = lab.run(run).metrics();
+    metrics.into_iter().rev().map(|mut row| row["metrics"].take()).find(Value::is_object).unwrap()
+}
+
 /// The accuracy of a linear layer on the features of an encoder that stays as it is.
 fn probe(lab: &Lab, encoder: &str) -> f64 {
     let out = format!("{encoder}-probe");
@@ -95,9 +101,7 @@ fn probe(lab: &Lab, encoder: &str) -> f64 {
         "schedule.warmup_steps=20",
     ];
     call(lab, &args, &set).succeeded();
-    let metrics = lab.run(&out).metrics();
-    let last = metrics.iter().rev().find_map(|row| row["metrics"]["accuracy"].as_f64());
-    last.unwrap()
+    measured(lab, &out)["accuracy"].as_f64().unwrap()
 }
 
 #[test]
@@ -167,13 +171,12 @@ fn folders_lines_and_parquet_of_the_same_images_are_evaluated_alike() {
         "eval.every=250",
     ];
     call(&lab, &["train", "image-classes", "--data", "train", "--out", "classes"], &set).succeeded();
-    let metrics = lab.run("classes").metrics();
-    let last = metrics.iter().rev().find(|row| row["metrics"].is_object()).unwrap();
-    assert!(last["metrics"]["accuracy"].as_f64().unwrap() > 0.2, "{last}");
+    let last = measured(&lab, "classes");
+    assert!(last["accuracy"].as_f64().unwrap() > 0.2, "{last}");
     for data in ["test", "test.jsonl", "test.parquet"] {
         let found = evaluated(&lab, "classes", data);
         for key in ["accuracy", "macro_f1"] {
-            let (got, want) = (found[key].as_f64(), last["metrics"][key].as_f64());
+            let (got, want) = (found[key].as_f64(), last[key].as_f64());
             assert!(got.is_some() && got == want, "{data} {key}: {found} {last}");
         }
     }
@@ -213,10 +216,9 @@ fn retrieval_is_evaluated_as_the_run_did() {
         "data.vocab_size=300",
     ];
     call(&lab, &["train", "image-text", "--data", "pairs/rows.jsonl", "--out", "towers"], &set).succeeded();
-    let metrics = lab.run("towers").metrics();
-    let last = metrics.iter().rev().find(|row| row["metrics"].is_object()).unwrap();
     let found = evaluated(&lab, "towers", "held/rows.jsonl");
-    let of_run = last["metrics"].as_object().unwrap();
+    let last = measured(&lab, "towers");
+    let of_run = last.as_object().unwrap();
     let recalls: Vec<&String> = of_run.keys().filter(|key| key.contains("recall")).collect();
     assert_eq!(recalls.len(), 4, "{last}");
     for key in recalls {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
+use firebox_tensor::ops::to_host;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithm::{Slot, lerp};
@@ -95,7 +96,7 @@ impl Average {
         for (name, kept) in &mut self.kept {
             let part = parts.get(name).cloned().unwrap_or(0..0);
             for tensor in kept {
-                let values: Vec<f32> = tensor.to_data().iter::<f32>().skip(part.start).take(part.len()).collect();
+                let values = to_host(tensor.clone())[part.clone()].to_vec();
                 *tensor = Tensor::from_data(TensorData::new(values, [part.len()]), &tensor.device());
             }
         }
@@ -160,7 +161,7 @@ impl Average {
             kept.iter().enumerate().map(move |(i, tensor)| StateTensor {
                 name: format!("{name}.{i}"),
                 shape: self.shapes[name].clone(),
-                values: tensor.to_data().iter::<f32>().collect(),
+                values: to_host(tensor.clone()),
             })
         });
         // In two parts, each exact in f32.

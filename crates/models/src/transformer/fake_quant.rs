@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebox_tensor::ops::{FakeQuant, fake_quantize, fake_quantized};
+use firebox_tensor::ops::{FakeQuant, fake_quantize, fake_quantized, to_host};
 
 use super::model::{Linear, Transformer};
 
@@ -23,7 +23,7 @@ impl Quantizer {
         let steps = learned.then(|| {
             let (values, n, device) = (weight.clone(), format.steps(shape), weight.lazy_device());
             let init = move |device: &Device, require_grad: bool| {
-                let steps = format.initial_steps(&host(values.into_value()), shape);
+                let steps = format.initial_steps(&to_host(values.into_value()), shape);
                 Tensor::from_data(TensorData::new(steps, [n]), device).set_require_grad(require_grad)
             };
             Param::uninitialized(ParamId::new(), init, device, true, [n].into())
@@ -38,13 +38,9 @@ impl Quantizer {
 
     /// Its values on the grid, and the steps.
     fn values(&self, weight: &Param<Tensor<2>>) -> (Vec<f32>, Vec<f32>) {
-        let steps = self.steps.as_ref().map(|steps| host(steps.val()));
-        fake_quantized(&host(weight.val()), weight.dims(), steps.as_deref(), self.format)
+        let steps = self.steps.as_ref().map(|steps| to_host(steps.val()));
+        fake_quantized(&to_host(weight.val()), weight.dims(), steps.as_deref(), self.format)
     }
-}
-
-fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
 }
 
 impl Transformer {

@@ -457,6 +457,7 @@ impl TensorFile {
         let bytes = self.bytes(name)?;
         let dtype = self.dtype(name)?;
         let width = if dtype == Dtype::F32 { 4 } else { 2 };
+        let place = self.find(name)?.map(|(shard, info)| (shard, shard.start + info.data_offsets.0));
         let mut values = Vec::with_capacity(bytes.len() / width);
         for (i, part) in bytes.chunks(PART).enumerate() {
             match dtype {
@@ -464,8 +465,8 @@ impl TensorFile {
                 Dtype::BF16 => values.extend(part.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32())),
                 _ => values.extend(part.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
             }
-            if let Some((shard, info)) = self.find(name)? {
-                shard.release(shard.start + info.data_offsets.0 + i * PART, part.len());
+            if let Some((shard, start)) = place {
+                shard.release(start + i * PART, part.len());
             }
         }
         Ok(values)
